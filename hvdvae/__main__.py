@@ -1,0 +1,7 @@
+"""`python -m hvdvae`, the same as `hvdvae`."""
+
+import sys
+
+from hvdvae.cli import main
+
+sys.exit(main())

@@ -1,0 +1,156 @@
+"""Checkpoints: one safetensors file each, whole or not there, never unpickled.
+
+A file holds named tensors and, in its header, `format`, a JSON `record` (step, position, configuration, ...) and
+`digest`, the SHA-256 of record and tensors. It is written under another name, flushed to the disk, then renamed; a crash
+at any moment leaves the earlier checkpoints as they were.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from hvdvae.errors import CheckpointError
+
+FORMAT = "hvdvae-checkpoint-1"
+_NAME = re.compile(r"step-(\d+)\.safetensors")
+
+
+class Checkpoint(NamedTuple):
+    """Named tensors, and a JSON-able record of everything else."""
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+
+
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Write atomically. Local; call it on one rank. Raises CheckpointError naming the file, with nothing changed."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
+    # Views of one vector share storage, which the format refuses: serialization below copies each.
+    record = json.dumps(checkpoint.record)
+    header = {"format": FORMAT, "record": record, "digest": _digest(tensors, record)}
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(safetensors.torch.save(_unshared(tensors), header))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"cannot write checkpoint {path}: {error.strerror or error}. Earlier checkpoints are untouched: free space or "
+            "fix the folder, then continue with --resume"
+        ) from error
+
+
+def load(path: Path) -> Checkpoint:
+    """Read and verify. Raises CheckpointError naming the file where it is missing, torn, foreign or altered."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    return parse(data, str(path))
+
+
+def parse(data: bytes, name: str) -> Checkpoint:
+    """A checkpoint from a file's bytes, verified. `name` is for messages. Raises CheckpointError."""
+    try:
+        tensors = safetensors.torch.load(data)
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{name} is torn or not a checkpoint ({error}): delete it, an earlier one is used then"
+        ) from error
+    if header.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{name} is not a checkpoint of hvdvae: format is {header.get('format')!r}, expected {FORMAT!r}"
+        )
+    if header.get("digest") != _digest(tensors, header["record"]):
+        raise CheckpointError(f"{name} is damaged: its content does not match its digest. Delete it")
+    return Checkpoint(tensors, json.loads(header["record"]))
+
+
+class Folder:
+    """The checkpoints of one run: the last `keep` steps, and the best by validation."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        """Names only; nothing is read or made."""
+        self.folder = folder
+        self.keep = keep
+
+    @property
+    def best(self) -> Path:
+        """Where the best by validation stands, if there is one."""
+        return self.folder / "best.safetensors"
+
+    def steps(self) -> list[Path]:
+        """Checkpoints by step, newest first."""
+        if not self.folder.is_dir():
+            return []
+        found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        return [path for _, path in sorted(found, reverse=True)]
+
+    def save(self, checkpoint: Checkpoint, *, is_best: bool) -> Path:
+        """Write `step-N.safetensors`, link it as best if it is, and drop the oldest. Local; on one rank."""
+        path = self.folder / f"step-{checkpoint.record['step']:09d}.safetensors"
+        save(path, checkpoint)
+        if is_best:
+            self._link(path)
+        for old in self.steps()[self.keep :]:
+            old.unlink(missing_ok=True)
+        for left in self.folder.glob("*.tmp"):
+            left.unlink(missing_ok=True)
+        return path
+
+    def newest_good(self) -> Path | None:
+        """The newest checkpoint that is whole; torn ones are named on stderr and passed over. None where there is none."""
+        for path in self.steps():
+            try:
+                load(path)
+            except CheckpointError as error:
+                sys.stderr.write(f"hvdvae: refused: {error}\n")
+                continue
+            return path
+        return None
+
+    def _link(self, path: Path) -> None:
+        temporary = self.best.with_suffix(f".{os.getpid()}.tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:  # Some cluster file systems have no hard links.
+            save(temporary, load(path))
+        temporary.replace(self.best)
+
+
+def _digest(tensors: dict[str, Tensor], record: str) -> str:
+    digest = hashlib.sha256(record.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

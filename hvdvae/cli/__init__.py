@@ -1,0 +1,42 @@
+"""The command `hvdvae`: one file a subcommand; this one finds it and turns errors into one line and a status.
+
+Heavy libraries are imported by the subcommand that needs them, so that --help answers at once.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from hvdvae.abort import abort_job
+from hvdvae.errors import HvdvaeError
+from hvdvae.launcher import detect
+
+USAGE_STATUS = 2
+"""Exit status of an error that the user can mend."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status."""
+    from hvdvae.cli.parser import parse
+
+    try:
+        command, options = parse(list(sys.argv[1:] if argv is None else argv))
+        return command(options)
+    except HvdvaeError as error:
+        return _fail(error)
+
+
+def _fail(error: HvdvaeError) -> int:
+    """Say the error, and end the other ranks, which may be waiting for this one."""
+    launch = detect(os.environ)
+    if launch.rank > 0:
+        # Most errors are the same on all ranks: the first says it, and its abort ends the others before they repeat it.
+        time.sleep(1.0)
+    where = f" (rank {launch.rank} of {launch.size})" if launch.size > 1 else ""
+    sys.stdout.flush()
+    sys.stderr.write(f"hvdvae: error{where}: {error}\n")
+    sys.stderr.flush()
+    if launch.size > 1:
+        abort_job(USAGE_STATUS)
+    return USAGE_STATUS

@@ -1,0 +1,110 @@
+"""From a configuration to the objects of a run."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from hvdvae.config import TrainConfig
+from hvdvae.data import Dataset, open_dataset
+from hvdvae.errors import ConfigError
+from hvdvae.schedule import Schedule, learning_rate, world_scale
+from hvdvae.seeding import seed_everything
+from hvdvae.vae import VAE, Elbo, FreeBits, Iwae, Objective, build_model
+from hvdvae.world import World
+
+
+def binarization(config: TrainConfig) -> str:
+    """What --binarization stands for with this likelihood."""
+    return config.binarization or ("dynamic" if config.likelihood == "bernoulli" else "none")
+
+
+def nll_samples(config: TrainConfig) -> int:
+    """Importance samples of the test at the end of training."""
+    if config.nll_samples is not None:
+        return config.nll_samples
+    return 500 if config.model == "conv" else 5000
+
+
+def data(name_or_path: str, world: World, *, validation: int | None = None) -> Dataset:
+    """Open a data set on every rank. Blocks; every rank must call it: rank 0 first, since it may download."""
+    if world.is_first:
+        dataset = open_dataset(name_or_path, validation=validation)
+    world.barrier("rank 0 opens the data")
+    if not world.is_first:
+        dataset = open_dataset(name_or_path, validation=validation)
+    return dataset
+
+
+def model(config: TrainConfig, shape: tuple[int, ...], device: torch.device) -> VAE:
+    """The model, with initial weights that follow from the seed alone."""
+    seed_everything(torch.device("cpu"), config.seed, _INITIAL_WEIGHTS)
+    sizes = {"channels": config.hidden or (32, 64)} if config.model == "conv" else {"hidden": config.hidden}
+    built = build_model(
+        config.model,
+        shape,
+        likelihood=config.likelihood,
+        latent=config.latent,
+        activation=config.activation,
+        batch_norm=config.batch_norm,
+        **sizes,  # type: ignore[arg-type]
+    ).to(device)
+    if config.channels_last:
+        built = built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return built
+
+
+_INITIAL_WEIGHTS = 2**32  # No rank has this number, so no step draws the same noise.
+
+
+def objective(config: TrainConfig) -> Objective:
+    """What training minimizes."""
+    if config.objective == "iwae":
+        return Iwae(samples=config.samples)
+    if config.free_bits:
+        return FreeBits(nats=config.free_bits, samples=config.samples)
+    return Elbo(beta=config.beta, warmup_epochs=config.beta_warmup, samples=config.samples)
+
+
+def optimizer(config: TrainConfig, trained: nn.Module, world: World) -> Optimizer:
+    """The plain torch optimizer, its learning rate scaled for the ranks as asked."""
+    lr = config.lr * world_scale(config.lr_scaling, world.size)
+    parameters, decay = trained.parameters(), config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr, momentum=config.momentum, weight_decay=decay)
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(
+            parameters, lr, momentum=config.momentum, eps=config.eps, weight_decay=decay
+        )
+    if config.optimizer == "adagrad":
+        return torch.optim.Adagrad(parameters, lr, eps=config.eps, weight_decay=decay)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, lr, eps=config.eps, weight_decay=decay)
+
+
+def schedule(config: TrainConfig) -> Schedule:
+    """The learning rate over epochs."""
+    return learning_rate(
+        config.schedule,
+        epochs=config.epochs,
+        warmup=config.warmup,
+        step_epochs=config.step_epochs,
+        gamma=config.gamma,
+    )
+
+
+def checkpoint_file(folder: Path, choice: str) -> Path:
+    """`best`, `last` or a file's path as a path. Raises ConfigError where a run has none."""
+    if choice not in ("best", "last"):
+        return Path(choice)
+    checkpoints = folder / "checkpoints"
+    steps = sorted(checkpoints.glob("step-*.safetensors"))
+    found = checkpoints / "best.safetensors" if choice == "best" else (steps[-1] if steps else checkpoints / "none")
+    if not found.exists():
+        if choice == "best" and steps:
+            return steps[-1]
+        raise ConfigError(
+            f"{folder} has no checkpoint {choice!r} in checkpoints/: is it the --out of a run that finished an epoch?"
+        )
+    return found

@@ -1,0 +1,238 @@
+"""Everything that a training run can be told. Each field is a flag (`--batch-size`) and a key of the YAML file (`batch_size`).
+
+The docstring under a field is its help. Checks of one field or of several together are in `check`, before any work.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from hvdvae.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Data."""
+
+    data: str = "digits"
+    """digits (embedded), mnist, fashion-mnist, or a path: IDX files (gz or not), .npy, .npz, .h5, a folder of images."""
+    validation: int | None = None
+    """Examples held out of the training set for validation, where the data brings none [10%, at most 5000]."""
+    binarization: Literal["dynamic", "static", "none"] | None = None
+    """dynamic draws pixels anew for every minibatch (the IWAE protocol), static once, none takes values as they are
+    [dynamic with --likelihood bernoulli, none with the others]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Model."""
+
+    model: Literal["mlp", "mlp2", "conv"] = "mlp"
+    """mlp and mlp2: one and two stochastic layers as in Burda et al. 2016. conv: stride-2 convolutions."""
+    hidden: list[int] | None = None
+    """Units of the hidden layers [mlp 200 200; mlp2 200 200 100 100; conv channels 32 64]."""
+    latent: list[int] | None = None
+    """Dimensions of the stochastic layers, input side first [mlp 50; mlp2 100 50; conv 50]."""
+    activation: Literal["tanh", "relu"] | None = None
+    """Nonlinearity [mlp, mlp2 tanh; conv relu]."""
+    batch_norm: bool = False
+    """BatchNorm after the convolutions of conv."""
+    likelihood: Literal["bernoulli", "gaussian", "discretized-logistic"] = "bernoulli"
+    """p(x|z): bernoulli, gaussian with a learned width, or discretized-logistic (256 values)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions:
+    """Objective."""
+
+    objective: Literal["elbo", "iwae"] = "elbo"
+    """elbo = -(distortion + beta rate), or the importance-weighted bound of --samples samples."""
+    samples: int = 1
+    """Samples of z an example in training (the k of IWAE)."""
+    beta: float = 1.0
+    """Weight of the rate."""
+    beta_warmup: float = 0.0
+    """Epochs over which beta rises from 0."""
+    free_bits: float = 0.0
+    """Nats a latent dimension that the rate is not pushed below (Kingma et al. 2016)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationOptions:
+    """Optimization."""
+
+    epochs: int = 20
+    """Passes over the training set."""
+    batch_size: int = 128
+    """Examples a rank and backward pass; a step uses batch_size x ranks x accumulate."""
+    accumulate: int = 1
+    """Backward passes a step; their gradients are averaged."""
+    optimizer: Literal["adam", "adamw", "sgd", "rmsprop", "adagrad"] = "adam"
+    """Rule of the update."""
+    lr: float = 1e-3
+    """Learning rate, before --lr-scaling."""
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """Multiply the learning rate by the number of ranks, or by its square root."""
+    warmup: float = 0.0
+    """Epochs over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    """Learning rate after the warm-up: constant, cosine to 0 at the last epoch, or times --gamma every --step-epochs."""
+    step_epochs: float = 10.0
+    """Epochs between drops of --schedule step."""
+    gamma: float = 0.1
+    """Factor of a drop of --schedule step."""
+    momentum: float = 0.0
+    """Momentum of sgd and rmsprop."""
+    eps: float = 1e-8
+    """Epsilon of adam, adamw, rmsprop and adagrad (Burda et al. use 1e-4)."""
+    weight_decay: float = 0.0
+    """Weight decay (L2; decoupled for adamw)."""
+    clip_norm: float | None = None
+    """Clip the mean gradient at this global norm [no clipping]."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, with which it is evaluated [0: none]."""
+    skip_limit: int = 50
+    """Stop after so many steps were skipped because a loss or gradient was not finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyOptions:
+    """Parallelism."""
+
+    strategy: Literal["local", "allreduce"] = "allreduce"
+    """local: one process. allreduce: synchronous SGD, every rank steps on the mean gradient."""
+    engine: Literal["horovod", "mpi", "auto"] = "horovod"
+    """What carries the allreduce; auto picks and says why."""
+    compression: Literal["none", "fp16"] = "none"
+    """Gradients on the wire (engine horovod)."""
+    reduce_op: Literal["average", "adasum"] = "average"
+    """How gradients are combined; adasum needs engine horovod and a power of two of ranks."""
+    sync_batch_norm: bool = False
+    """BatchNorm statistics over the batches of all ranks."""
+    deadline: float = 300.0
+    """Seconds that a rank waits for others before it says for whom, and ends the job."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions:
+    """Machine."""
+
+    device: str = "auto"
+    """auto (a GPU by local rank where there is one), cpu, cuda, cuda:1, ..."""
+    threads: int | None = None
+    """CPU threads a rank [the cores this rank has]."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of forward and backward (autocast; fp16 with loss scaling). Weights and sums stay fp32."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    channels_last: bool = False
+    """Memory format of convolutions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Run."""
+
+    seed: int = 0
+    """Seed of weights, data order and noise."""
+    out: str | None = None
+    """Folder of results [runs/DATA-MODEL-STRATEGY-DATE]."""
+    resume: bool = False
+    """Continue from the newest good checkpoint in --out, with its configuration; start anew where there is none."""
+    overwrite: bool = False
+    """Delete the results of an earlier run in --out."""
+    validate_every: int = 1
+    """Epochs between validations."""
+    checkpoint_every: int = 1
+    """Epochs between checkpoints; the last epoch always writes one."""
+    keep: int = 3
+    """Checkpoints kept, besides the best."""
+    nll_samples: int | None = None
+    """Importance samples an example of the test NLL at the end [mlp, mlp2 5000; conv 500]; 0: no test."""
+    pictures_every: int = 10
+    """Epochs between sample and reconstruction grids in TensorBoard; 0: only at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(
+    RunOptions, MachineOptions, StrategyOptions, OptimizationOptions, ObjectiveOptions, ModelOptions, DataOptions
+):
+    """One training run, resolved. Make it by the command line, or in Python with keywords."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work. Raises ConfigError naming the flag."""
+        check(self)
+
+
+GROUPS: tuple[type, ...] = (
+    DataOptions,
+    ModelOptions,
+    ObjectiveOptions,
+    OptimizationOptions,
+    StrategyOptions,
+    MachineOptions,
+    RunOptions,
+)
+"""In the order of --help."""
+
+_AT_LEAST: dict[str, float] = {
+    "epochs": 1,
+    "batch_size": 1,
+    "accumulate": 1,
+    "samples": 1,
+    "threads": 1,
+    "validate_every": 1,
+    "checkpoint_every": 1,
+    "keep": 1,
+    "validation": 1,
+    "skip_limit": 1,
+    "nll_samples": 0,
+    "pictures_every": 0,
+    "beta": 0,
+    "beta_warmup": 0,
+    "free_bits": 0,
+    "warmup": 0,
+    "weight_decay": 0,
+    "momentum": 0,
+    "seed": 0,
+}
+_ABOVE_ZERO = ("lr", "eps", "clip_norm", "deadline", "step_epochs", "gamma")
+
+
+def flag(key: str) -> str:
+    """The flag of a key: batch_size -> --batch-size."""
+    return "--" + key.replace("_", "-")
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse values outside their range and options that do not go together. Pure; raises ConfigError."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    for key, least in _AT_LEAST.items():
+        if values[key] is not None and not values[key] >= least:
+            raise ConfigError(f"{flag(key)} is {values[key]}, expected at least {least:g}")
+    for key in _ABOVE_ZERO:
+        if values[key] is not None and not 0 < values[key] < float("inf"):
+            raise ConfigError(f"{flag(key)} is {values[key]}, expected a finite number above 0")
+    if config.seed >= 2**63:
+        raise ConfigError(f"--seed is {config.seed}, expected less than 2**63")
+    if not 0 <= config.ema < 1:
+        raise ConfigError(f"--ema is {config.ema}, expected a decay from 0 (none) to below 1, such as 0.999")
+    for key in ("hidden", "latent"):
+        sizes = values[key]
+        if sizes is not None and (not sizes or min(sizes) < 1):
+            raise ConfigError(f"{flag(key)} is {sizes}, expected sizes of at least 1")
+    if config.objective == "iwae" and config.free_bits:
+        raise ConfigError("--free-bits goes with --objective elbo only: IWAE has no rate of its own to hold up")
+    if config.objective == "iwae" and (config.beta != 1 or config.beta_warmup):
+        raise ConfigError("--beta and --beta-warmup go with --objective elbo only: the bound of IWAE has no weights")
+    if config.batch_norm and config.model != "conv":
+        raise ConfigError(f"--batch-norm is for --model conv, found --model {config.model}")
+    if config.sync_batch_norm and not config.batch_norm:
+        raise ConfigError("--sync-batch-norm needs --batch-norm: there are no statistics to share without it")
+    if config.momentum and config.optimizer not in ("sgd", "rmsprop"):
+        raise ConfigError(f"--momentum is for --optimizer sgd or rmsprop, found --optimizer {config.optimizer}")
+    if config.strategy == "local":
+        for key in ("compression", "reduce_op", "sync_batch_norm"):
+            if values[key] not in (False, "none", "average"):
+                raise ConfigError(f"{flag(key)} {values[key]} has no meaning with --strategy local: drop it")
+    if config.resume and config.overwrite:
+        raise ConfigError("--resume continues a run and --overwrite deletes it: give one of them")

@@ -1,0 +1,42 @@
+"""How many threads a rank may use without taking another's cores."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from hvdvae.world import World
+
+_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def available_cores() -> set[int]:
+    """Cores that this process may run on, by affinity (mpirun --bind-to, Slurm, taskset)."""
+    return set(os.sched_getaffinity(0))
+
+
+def cgroup_cores() -> float:
+    """CPU seconds a second that the control group grants; infinite where it sets no limit."""
+    try:
+        quota, period = _CGROUP_QUOTA.read_text().split()
+        return float("inf") if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return float("inf")
+
+
+def threads_of_rank(world: World) -> int:
+    """Threads for this rank: its cores, divided among the ranks of its host that share them. At least 1.
+
+    Blocks; every rank must call it.
+    """
+    mine = {"host": world.host, "cores": sorted(available_cores())}
+    everyone = world.gather_objects(mine, "gather of cores")
+    return fair_threads(world.rank, everyone, cgroup_cores())
+
+
+def fair_threads(rank: int, everyone: Sequence[dict[str, object]], quota: float) -> int:
+    """`everyone`: host and cores of each rank; `quota`: cores granted to the host's ranks together. Pure."""
+    host, cores = everyone[rank]["host"], set(everyone[rank]["cores"])  # type: ignore[call-overload]
+    neighbours = [other for other in everyone if other["host"] == host]
+    sharing = sum(1 for other in neighbours if cores & set(other["cores"]))  # type: ignore[call-overload]
+    by_quota = quota / len(neighbours)
+    return max(1, int(min(len(cores) / sharing, by_quota)))

@@ -1,0 +1,34 @@
+"""Data: sources of examples, splits, the order of an epoch, and the batches of a rank.
+
+Imports neither MPI nor models: rank and size come as plain integers.
+"""
+
+from hvdvae.data.check import check_choice, check_dataset, check_size, check_support
+from hvdvae.data.dataset import Dataset
+from hvdvae.data.inputs import evaluation_batch, mean_example, to_input
+from hvdvae.data.loader import Loader
+from hvdvae.data.named import NAMES
+from hvdvae.data.open import open_dataset
+from hvdvae.data.sampler import epoch_order, local_batch, rank_indices, steps_left
+from hvdvae.data.source import ArraySource, Source, Subset
+
+__all__ = [
+    "NAMES",
+    "ArraySource",
+    "Dataset",
+    "Loader",
+    "Source",
+    "Subset",
+    "check_choice",
+    "check_dataset",
+    "check_size",
+    "check_support",
+    "epoch_order",
+    "evaluation_batch",
+    "local_batch",
+    "mean_example",
+    "open_dataset",
+    "rank_indices",
+    "steps_left",
+    "to_input",
+]

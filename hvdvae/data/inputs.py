@@ -1,0 +1,72 @@
+"""From stored values to what a model takes: float32, binarized or scaled as the likelihood wants it."""
+
+import numpy as np
+import torch
+
+from hvdvae.data.binarize import EVALUATION_SEED, binarize, binarize_on_device, evaluation_key
+from hvdvae.data.source import Indices, Source, Values
+
+
+def to_input(
+    values: Values, *, peak: int, likelihood: str, binarization: str, key: int, examples: Indices
+) -> torch.Tensor:
+    """Values (B, *shape) as a float32 tensor of that shape; values are not changed.
+
+    bernoulli: 0 or 1, or [0, 1] without binarization; gaussian: uint8 to [0, 1], floats as they are;
+    discretized-logistic: [-1, 1]. `peak` is the source's; key and examples address the noise (see
+    `binarize`).
+    """
+    if binarization != "none":
+        return torch.from_numpy(binarize(values, peak, key, examples).astype(np.float32))
+    scaled = np.divide(values, np.float32(peak), dtype=np.float32)
+    if likelihood == "discretized-logistic":
+        np.subtract(np.multiply(scaled, np.float32(2), out=scaled), np.float32(1), out=scaled)
+    return torch.from_numpy(scaled)
+
+
+def to_input_on_device(
+    values: torch.Tensor, *, peak: int, likelihood: str, binarization: str, generator: torch.Generator
+) -> torch.Tensor:
+    """As `to_input`, for values that are on an accelerator already and drawn with its generator."""
+    if binarization != "none":
+        return binarize_on_device(values, peak, generator)
+    scaled = values.float().div(peak)
+    return scaled.mul_(2).sub_(1) if likelihood == "discretized-logistic" else scaled
+
+
+def evaluation_batch(
+    source: Source,
+    start: int,
+    stop: int,
+    *,
+    likelihood: str,
+    binarization: str,
+    seed: int = EVALUATION_SEED,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Examples start..stop of a validation or test split, float32 (stop - start, *shape) on `device`.
+
+    Dynamic data is binarized once: the same for a seed, however the split is cut into batches and ranks.
+    """
+    examples = np.arange(start, stop, dtype=np.int64)
+    key = evaluation_key(binarization, seed)
+    batch = to_input(
+        source.gather(examples),
+        peak=source.peak,
+        likelihood=likelihood,
+        binarization=binarization,
+        key=key,
+        examples=examples,
+    )
+    return batch.to(device)
+
+
+def mean_example(source: Source) -> torch.Tensor:
+    """Mean of all examples, float32 (*shape), in units of `to_input` without binarization: [0, 1] for uint8.
+
+    Reads the source once in chunks. Serves to set the output bias of a Bernoulli decoder (Burda et al. 2016).
+    """
+    total = np.zeros(source.shape, np.float64)
+    for _, values in source.chunks():
+        total += values.sum(axis=0, dtype=np.float64)
+    return torch.from_numpy((total / (len(source) * source.peak)).astype(np.float32))

@@ -1,0 +1,91 @@
+"""One rank's batches of an epoch, ready for the model: float32, on its device."""
+
+from collections.abc import Generator
+
+import torch
+
+from hvdvae.data.accelerator import AcceleratorFeed
+from hvdvae.data.binarize import training_key
+from hvdvae.data.check import check_size, check_support
+from hvdvae.data.inputs import to_input
+from hvdvae.data.prefetch import prefetched
+from hvdvae.data.read import read
+from hvdvae.data.sampler import epoch_order, local_batch, rank_indices, steps_left
+from hvdvae.data.source import Indices, Source
+
+
+class Loader:
+    """Batches of one rank. Keeps no state between epochs: a batch is a function of (seed, epoch, position).
+
+    On a CPU, neither the examples of a global step nor their binarization depend on how many ranks share it.
+    Raises DataError or ConfigError for a source that cannot be trained on (see `check_support`,
+    `check_size`).
+    """
+
+    batch: int
+    """Examples a rank takes in a step; less than asked for where the data does not fill one global batch."""
+    global_batch: int
+    """Examples that all ranks together take in a step: what a position moves on by."""
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch: int,
+        rank: int = 0,
+        size: int = 1,
+        seed: int = 0,
+        likelihood: str = "bernoulli",
+        binarization: str = "dynamic",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        check_size(source, size, batch)
+        check_support(source, likelihood, binarization)
+        self.source, self.seed = source, seed
+        self.batch = local_batch(len(source), batch, size)
+        self.global_batch = self.batch * size
+        self._rank, self._size = rank, size
+        self._likelihood, self._binarization = likelihood, binarization
+        device = torch.device(device)
+        self._accelerator = (
+            AcceleratorFeed(
+                source, likelihood=likelihood, binarization=binarization, seed=seed, device=device
+            )
+            if device.type != "cpu"
+            else None
+        )
+
+    @property
+    def examples(self) -> int:
+        """Examples of an epoch, all ranks together, the left-out remainder included."""
+        return len(self.source)
+
+    def steps(self, start: int = 0) -> int:
+        """Steps from position `start` to the end of an epoch, the same on every rank; whole ones only."""
+        return steps_left(len(self.source), self.batch, self._size, start)
+
+    def epoch(self, epoch: int, start: int = 0) -> Generator[torch.Tensor, None, None]:
+        """Batches (batch, *shape), float32, of `epoch` from position `start`, on the device.
+
+        Position: examples that all ranks together have seen in this epoch; it may come from a run of another
+        size. In-memory data is gathered by the caller. Other data is read by a thread up to three batches
+        ahead, which ends with the iterator. Raises DataError naming the file if reading fails.
+        """
+        order = epoch_order(self.seed, epoch, len(self.source))
+        starts = range(start, start + self.steps(start) * self.global_batch, self.global_batch)
+        cuts = (rank_indices(order, first, self.batch, self._rank, self._size) for first in starts)
+        if self._accelerator is not None:
+            return self._accelerator.batches(cuts, epoch)
+        key = training_key(self._binarization, self.seed, epoch)
+        batches = (self._host_batch(examples, key) for examples in cuts)
+        return batches if self.source.in_memory else prefetched(batches)
+
+    def _host_batch(self, examples: Indices, key: int) -> torch.Tensor:
+        return to_input(
+            read(self.source, examples),
+            peak=self.source.peak,
+            likelihood=self._likelihood,
+            binarization=self._binarization,
+            key=key,
+            examples=examples,
+        )

@@ -1,0 +1,154 @@
+"""Deadlines on waits that cannot be interrupted: a thread a process that watches the thread that computes.
+
+A rank that waits in a collective is inside C code; no signal or exception reaches it there. So a watchdog thread looks on.
+Once a wait is past its deadline it says which rank waits for which, at what step, prints the stacks, and ends the job.
+"""
+
+import faulthandler
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from hvdvae.abort import abort_job
+
+EXIT_CODE = 75
+"""Exit status of a job that a watchdog ended (EX_TEMPFAIL: restart from the checkpoint)."""
+
+ANSWER_SECONDS = 3.0
+"""How long the others have to say what they are doing."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What one rank is doing."""
+
+    rank: int
+    host: str
+    step: int
+    waiting: str
+    """Name of the operation it waits in; empty while it computes."""
+    seconds: float
+    """How long it has waited."""
+    where: str
+    """Innermost line of its Python stack."""
+
+    def __str__(self) -> str:
+        """One line, as the late rank prints it."""
+        doing = f"waits in {self.waiting!r} for {self.seconds:.1f} s" if self.waiting else "computes"
+        return f"rank {self.rank} ({self.host}) {doing}, step {self.step}, at {self.where}"
+
+
+class Inquiry(Protocol):
+    """How watchdogs of several ranks ask each other (world/mpi.py)."""
+
+    def answer(self, state: Callable[[], State]) -> None:
+        """Answer all questions that have come in; does not block."""
+
+    def ask(self, state: Callable[[], State], seconds: float) -> dict[int, State]:
+        """Ask all others, for at most so many seconds."""
+
+
+class Watchdog:
+    """Watches the thread that made it; `waiting` marks the waits. One a process."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        size: int,
+        seconds: float,
+        inquiry: Inquiry | None = None,
+    ) -> None:
+        """Build only; `start` runs it. `seconds`: how long a wait may last."""
+        self.step = 0
+        self.waited = 0.0
+        """Seconds spent in waits so far."""
+        self.seconds = seconds
+        self._rank, self._size = rank, size
+        self._host = socket.gethostname()
+        self._inquiry = inquiry
+        self._watched = threading.get_ident()
+        self._wait: tuple[str, float] | None = None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="hvdvae-watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; blocks until it has ended (at most one period)."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @contextmanager
+    def waiting(self, operation: str) -> Iterator[None]:
+        """Mark that the body waits for other ranks, in `operation`. Costs about a microsecond."""
+        outer = self._wait
+        start = time.monotonic()
+        self._wait = (operation, start)
+        try:
+            yield
+        finally:
+            self._wait = outer
+            if outer is None:
+                self.waited += time.monotonic() - start
+
+    def state(self) -> State:
+        """What the watched thread is doing now."""
+        wait = self._wait
+        frame = sys._current_frames().get(self._watched)
+        where = f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "no Python code"
+        return State(
+            rank=self._rank,
+            host=self._host,
+            step=self.step,
+            waiting=wait[0] if wait else "",
+            seconds=time.monotonic() - wait[1] if wait else 0.0,
+            where=where,
+        )
+
+    def _watch(self) -> None:
+        period = min(0.5, self.seconds / 4)
+        while not self._stopped.wait(period):
+            if self._inquiry is not None:
+                self._inquiry.answer(self.state)
+            wait = self._wait
+            if wait is not None and time.monotonic() - wait[1] > self.seconds:
+                self._expire()
+
+    def _expire(self) -> None:
+        mine = self.state()
+        others = self._inquiry.ask(self.state, ANSWER_SECONDS) if self._inquiry is not None else {}
+        if self._wait is None:  # The others came while we asked.
+            return
+        sys.stderr.write(self.report(mine, others))
+        faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        abort_job(EXIT_CODE)
+
+    def report(self, mine: State, others: dict[int, State]) -> str:
+        """Which rank waits for which: `mine` waits, `others` answered; ranks that did not are named as silent."""
+        lines = [
+            f"hvdvae: deadline of {self.seconds:g} s exceeded (--deadline): {mine}",
+        ]
+        missing = [rank for rank in range(self._size) if rank != self._rank and rank not in others]
+        for rank in sorted(others):
+            other = others[rank]
+            together = other.waiting == mine.waiting and other.step == mine.step
+            lines.append(f"  {'also there' if together else 'waited for'}: {other}")
+        if self._inquiry is not None:
+            for rank in missing:
+                lines.append(
+                    f"  waited for: rank {rank} does not answer: stopped, swapping, or its host or link is gone"
+                )
+        elif missing:
+            lines.append(
+                "  which rank is late is not known: this MPI (or Gloo) lets only one thread of a process send messages"
+            )
+        return "\n".join(lines) + "\n"

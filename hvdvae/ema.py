@@ -1,0 +1,32 @@
+"""An exponential moving average of the weights, as one vector (Polyak averaging; its use for VAEs: Vahdat & Kautz 2020)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class MovingAverage:
+    """The average of a parameter vector (P,) over steps: average <- decay * average + (1 - decay) * parameters."""
+
+    def __init__(self, parameters: Tensor, decay: float) -> None:
+        """Start at the present values; `decay` in (0, 1)."""
+        self.decay = decay
+        self.average = parameters.detach().clone()
+        self._parameters = parameters
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the present parameters in. Local; equal on ranks that hold equal parameters."""
+        self.average.lerp_(self._parameters, 1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model holds the average inside, its own weights again after. Copies (P,) once."""
+        own = self._parameters.clone()
+        self._parameters.copy_(self.average)
+        try:
+            yield
+        finally:
+            self._parameters.copy_(own)

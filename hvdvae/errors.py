@@ -1,0 +1,32 @@
+"""What can go wrong, by who can mend it.
+
+The command line prints these as one line without a traceback; anything else that escapes is a defect of ours.
+"""
+
+
+class HvdvaeError(Exception):
+    """Base of all errors that a user can mend. The message names the thing, what was found, what was expected."""
+
+
+class ConfigError(HvdvaeError):
+    """A flag, a key of the configuration file, or a combination of them."""
+
+
+class DataError(HvdvaeError):
+    """A file or array that cannot be trained on."""
+
+
+class CheckpointError(HvdvaeError):
+    """A checkpoint that is missing, torn, foreign, or of another model."""
+
+
+class WorldError(HvdvaeError):
+    """The launch: too few ranks, a launcher and an MPI that disagree, a missing MPI or Horovod."""
+
+
+class NonFiniteError(HvdvaeError):
+    """Too many steps whose loss or gradient was not finite."""
+
+
+class DeadlineExceeded(HvdvaeError):
+    """A rank waited for others longer than it was allowed to."""

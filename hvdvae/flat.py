@@ -1,0 +1,140 @@
+"""All parameters as views of one vector, all gradients of another, float buffers of a third.
+
+Shapes: P parameters in all, F elements of float buffers in all.
+Strategies move these vectors, never lists of tensors: one message, one fused optimizer kernel, slices for shards.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hvdvae.errors import ConfigError
+
+
+class FlatModel:
+    """A model whose trained parameters are views of `parameters` (P,), ordered by the optimizer's groups.
+
+    Gradients stay where autograd puts them until `gather_gradient` moves them into `gradient` (P,): that is one pass of
+    reading and writing (1% of a step of a 784-400-20 MLP), asks nothing of the user's loop (zero_grad may set None), and
+    accumulates over backward passes as PyTorch does.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[Sequence[nn.Parameter]]) -> None:
+        """Move the storage of the parameters in `groups` and of the model's float buffers. Strides (channels-last) stay.
+
+        Parameters that no group holds are left alone: nobody trains them. Raises ConfigError where the parameters'
+        dtypes or devices differ, or where the model has none.
+        """
+        self._groups = [list(group) for group in groups]
+        self.names = _names(model, groups)
+        self.tensors: list[nn.Parameter] = [parameter for group in groups for parameter in group]
+        self.shapes = [tuple(parameter.shape) for parameter in self.tensors]
+        first = _same_kind(self.names, self.tensors)
+        self.parameters = torch.empty(sum(p.numel() for p in self.tensors), dtype=first.dtype, device=first.device)
+        self.gradient = torch.zeros_like(self.parameters)
+        self._gradient_views: list[Tensor] = []
+        self.group_slices: list[slice] = []
+        start = 0
+        with torch.no_grad():
+            for group in groups:
+                group_start = start
+                for parameter in group:
+                    view = _view_as(self.parameters, start, parameter)
+                    view.copy_(parameter)
+                    self._gradient_views.append(_view_as(self.gradient, start, parameter))
+                    parameter.data = view
+                    start += parameter.numel()
+                self.group_slices.append(slice(group_start, start))
+        self.buffers = _flatten_buffers(model)
+
+    def gather_gradient(self) -> Tensor:
+        """Move all gradients into the vector `gradient` (P,) and make each `.grad` a view of it. Idempotent.
+
+        A parameter without a gradient contributes zeros, so that ranks agree on the length.
+        """
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        for parameter, view in zip(self.tensors, self._gradient_views, strict=True):
+            gradient = parameter.grad
+            if gradient is None:
+                view.zero_()
+            elif gradient is not view:
+                targets.append(view)
+                sources.append(gradient)
+            parameter.grad = view
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        return self.gradient
+
+    def views(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views of a vector (P,), by parameter name and in the parameters' shapes."""
+        found, start = {}, 0
+        for name, parameter in zip(self.names, self.tensors, strict=True):
+            found[name] = _view_as(vector, start, parameter)
+            start += parameter.numel()
+        return found
+
+    def split(self, vector: Tensor, group: int) -> list[Tensor]:
+        """Views of a vector that is aligned with one group's slice, one a parameter, in the parameters' shapes."""
+        found, start = [], 0
+        for parameter in self._groups[group]:
+            found.append(_view_as(vector, start, parameter))
+            start += parameter.numel()
+        return found
+
+    def digest(self) -> str:
+        """SHA-256 of names, shapes and dtype: equal on all ranks that hold the same model."""
+        layout = [*zip(self.names, self.shapes, strict=True), str(self.parameters.dtype), self.buffers.numel()]
+        return hashlib.sha256(repr(layout).encode()).hexdigest()
+
+
+def _view_as(vector: Tensor, start: int, like: Tensor) -> Tensor:
+    part = vector[start : start + like.numel()]
+    if like.is_contiguous():
+        return part.view(like.shape)
+    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        return part.as_strided(like.shape, like.stride())
+    return part.view(like.shape)
+
+
+def _names(model: nn.Module, groups: Sequence[Sequence[nn.Parameter]]) -> list[str]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = []
+    for group in groups:
+        for parameter in group:
+            if parameter not in names:
+                raise ConfigError(
+                    f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the model: "
+                    "build the optimizer from model.parameters(), and wrap both together"
+                )
+            found.append(names[parameter])
+    return found
+
+
+def _same_kind(names: Sequence[str], tensors: Sequence[Tensor]) -> Tensor:
+    if not tensors:
+        raise ConfigError("the optimizer holds no parameters, expected at least one")
+    first = tensors[0]
+    for name, tensor in zip(names, tensors, strict=True):
+        if (tensor.dtype, tensor.device) != (first.dtype, first.device):
+            raise ConfigError(
+                f"parameter {name!r} is {tensor.dtype} on {tensor.device}, but {names[0]!r} is {first.dtype} on "
+                f"{first.device}: move the whole model to one device and dtype (mixed precision: autocast)"
+            )
+    return first
+
+
+def _flatten_buffers(model: nn.Module) -> Tensor:
+    buffers = [buffer for buffer in model.buffers() if buffer.dtype == torch.float32]
+    if not buffers:
+        return torch.empty(0)
+    vector = torch.empty(sum(buffer.numel() for buffer in buffers), device=buffers[0].device)
+    start = 0
+    for buffer in buffers:
+        view = vector[start : start + buffer.numel()].view(buffer.shape)
+        view.copy_(buffer)
+        buffer.data = view
+        start += buffer.numel()
+    return vector

@@ -1,0 +1,52 @@
+"""metrics.jsonl: one JSON object a line, appended and flushed, so that a killed run leaves whole lines."""
+
+import json
+import time
+from pathlib import Path
+
+from hvdvae.pulse import Beat
+
+SECONDS_BETWEEN_LINES = 2.0
+
+
+class JsonLines:
+    """Writes `{"kind": "step", ...}` every two seconds and `{"kind": "epoch", ...}` after each epoch."""
+
+    def __init__(self, path: Path) -> None:
+        """Open for appending: a resumed run goes on in the same file."""
+        self._file = path.open("a", encoding="utf-8")
+        self._last = 0.0
+
+    def on_beat(self, beat: Beat, *, step: int, epoch: float, lr: float) -> None:
+        """One line of kind step."""
+        now = time.monotonic()
+        if now - self._last < SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        self._write(
+            {
+                "kind": "step",
+                "step": step,
+                "epoch": round(epoch, 4),
+                "loss": beat.loss,
+                "rate": beat.rate,
+                "distortion": beat.distortion,
+                "lr": lr,
+                "examples_per_second": beat.examples / beat.seconds,
+                "data_share": beat.data_share,
+                "exchange_share": beat.exchange_share,
+                "step_seconds": beat.step_seconds,
+            }
+        )
+
+    def on_epoch(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+        """One line of kind epoch."""
+        self._write({"kind": "epoch", "epoch": epoch, "step": step, **metrics})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, record: dict[str, object]) -> None:
+        self._file.write(json.dumps({"time": time.time(), **record}) + "\n")
+        self._file.flush()

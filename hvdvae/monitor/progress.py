@@ -1,0 +1,74 @@
+"""Progress of the run: a bar on a terminal, a line every few seconds in a log."""
+
+import sys
+import time
+from typing import TextIO
+
+from tqdm import tqdm
+
+from hvdvae.pulse import Beat
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Examples/s, ELBO, and the time that is left. ELBO here is that of the minibatches, in nats per example."""
+
+    def __init__(self, *, epochs: int, steps_per_epoch: int, done: int = 0, stream: TextIO | None = None) -> None:
+        """`done`: steps that an earlier run has taken. Writes to `stream` (default stderr)."""
+        self._stream = stream or sys.stderr
+        self._epochs, self._total = epochs, epochs * steps_per_epoch
+        self._start, self._first = time.monotonic(), done
+        self._last_line = self._start
+        self._bar: tqdm[None] | None = None
+        if self._stream.isatty():
+            self._bar = tqdm(
+                total=self._total,
+                initial=done,
+                file=self._stream,
+                unit="step",
+                dynamic_ncols=True,
+                bar_format="{desc} |{bar}| {percentage:3.0f}% {elapsed}<{remaining}{postfix}",
+            )
+
+    def on_beat(self, beat: Beat, *, step: int, epoch: float, lr: float) -> None:
+        """Move the bar, or print a line if the last is old."""
+        rate = f"{beat.examples / beat.seconds:,.0f} examples/s"
+        elbo = f"ELBO {-(beat.rate + beat.distortion):.2f}" if beat.rate or beat.distortion else f"loss {beat.loss:.4g}"
+        if self._bar is not None:
+            self._bar.set_description_str(f"epoch {min(int(epoch) + 1, self._epochs)}/{self._epochs}", refresh=False)
+            self._bar.set_postfix_str(f"{rate}, {elbo}", refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            left = (self._total - step) * (now - self._start) / max(step - self._first, 1)
+            self._print(f"epoch {epoch:.2f}/{self._epochs}  {rate}  {elbo}  lr {lr:.3g}  {_clock(left)} left")
+
+    def on_epoch(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+        """One line an epoch, above the bar."""
+        names = ("loss", "elbo", "validation_elbo", "validation_loss", "examples_per_second")
+        known = {name: metrics[name] for name in names if name in metrics}
+        if "elbo" in known:
+            known.pop("loss", None)
+        text = "  ".join(f"{name.replace('_', ' ')} {value:,.2f}" for name, value in known.items())
+        self._print(f"epoch {epoch}/{self._epochs}  {text}")
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,102 @@
+"""The heartbeat of a run: at agreed steps all ranks lay down what they did, and agree whether to stop.
+
+    sums, one row a rank, float64: [stop, steps, examples, loss, rate, distortion, data s, exchange s, step s]
+
+One small sum of an (N, 9) matrix in which every rank filled its own row. All ranks get the same matrix, so whatever they decide
+from it (stop now, when to meet next) they decide alike.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from hvdvae.world import World
+
+PERIOD_SECONDS = 0.2
+"""How often ranks meet, about: a signal is acted on within this time."""
+
+STOP, STEPS, EXAMPLES, LOSS, RATE, DISTORTION, DATA, EXCHANGE, TOTAL = range(9)
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What all ranks did since the last beat."""
+
+    signal: int
+    """Number of the signal that some rank got; 0: go on."""
+    examples: int
+    loss: float
+    rate: float
+    distortion: float
+    """Means over examples of all ranks, nats per example."""
+    seconds: float
+    """Longest time a rank took, since the last beat."""
+    data_share: float
+    exchange_share: float
+    """Shares of the time spent waiting for data, and in the exchange, mean over ranks."""
+    step_seconds: list[float]
+    """Mean time of a step, one number a rank."""
+
+
+class Pulse:
+    """Sums of this rank since the last beat, and the count of steps to the next."""
+
+    def __init__(self, world: World) -> None:
+        """Local."""
+        self._world = world
+        self._every = 1
+        self._terms: list[torch.Tensor] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps = self._examples = 0
+        self._data = 0.0
+        self._terms.clear()
+        self._waited = self._world.watchdog.waited
+        self._start = time.perf_counter()
+
+    def count(self, terms: torch.Tensor, examples: int, data_seconds: float) -> None:
+        """Note one step. `terms` (3,): loss, rate, distortion, means over this rank's `examples`; kept on their device."""
+        self._terms.append(terms)
+        self._steps += 1
+        self._examples += examples
+        self._data += data_seconds
+
+    @property
+    def due(self) -> bool:
+        """Whether this is the agreed step to meet; the same on all ranks."""
+        return self._steps >= self._every
+
+    def beat(self, signal: int) -> Beat:
+        """Meet. Blocks; every rank must call it after the same step."""
+        world = self._world
+        waited = world.watchdog.waited - self._waited
+        total = time.perf_counter() - self._start
+        table = torch.zeros(world.size, 9, dtype=torch.float64)
+        terms = torch.stack(self._terms).double().cpu() if self._terms else torch.zeros(1, 3)
+        # Steps that were skipped because they were not finite have no say in the means.
+        finite = terms[terms.isfinite().all(1)]
+        means = finite.mean(0) if len(finite) else torch.zeros(3)
+        table[world.rank] = torch.tensor(
+            [signal, self._steps, self._examples, *(means * self._examples), self._data, waited, total],
+            dtype=torch.float64,
+        )
+        world.sum_(table, "pulse")
+        steps = table[:, STEPS].clamp(min=1)
+        slowest = float((table[:, TOTAL] / steps).max())
+        self._every = min(max(int(PERIOD_SECONDS / max(slowest, 1e-6)), 1), 1000)
+        self._reset()
+        sums = table.sum(0)
+        examples = max(float(sums[EXAMPLES]), 1.0)
+        return Beat(
+            signal=int(table[:, STOP].max()),
+            examples=int(sums[EXAMPLES]),
+            loss=float(sums[LOSS]) / examples,
+            rate=float(sums[RATE]) / examples,
+            distortion=float(sums[DISTORTION]) / examples,
+            seconds=float(table[:, TOTAL].max()),
+            data_share=float(sums[DATA] / sums[TOTAL]),
+            exchange_share=float(sums[EXCHANGE] / sums[TOTAL]),
+            step_seconds=(table[:, TOTAL] / steps).tolist(),
+        )

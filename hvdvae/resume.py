@@ -1,0 +1,143 @@
+"""A run as a checkpoint, and back: weights, optimizer, buffers of every rank, moving average, position.
+
+Randomness needs no state (seeding.py), data order neither (data/sampler.py): both follow from the seed and the position.
+At the same world size a resumed run continues bit for bit; at another, the same epoch goes on at the same example.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hvdvae.checkpoint import Checkpoint
+from hvdvae.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from hvdvae.trainer import Trainer
+
+
+@dataclass
+class Position:
+    """Where a run stands."""
+
+    epoch: int = 0
+    """Epochs that are finished."""
+    examples: int = 0
+    """Examples of all ranks in the unfinished epoch."""
+    step: int = 0
+    """Steps in all."""
+
+    def advance(self, examples: int) -> None:
+        """One step further."""
+        self.examples += examples
+        self.step += 1
+
+    def next_epoch(self) -> None:
+        """The epoch is finished; its remainder is left out."""
+        self.epoch += 1
+        self.examples = 0
+
+
+def snapshot(trainer: "Trainer", config: Mapping[str, Any]) -> Checkpoint:
+    """All that a run needs to continue. Blocks; every rank must call it (buffers differ per rank, and are gathered)."""
+    world, optimizer = trainer.world, trainer.optimizer
+    rows = torch.zeros(world.size, optimizer.flat.buffers.numel())
+    rows[world.rank] = optimizer.flat.buffers
+    world.sum_(rows, "gather of buffers")
+    state = optimizer.state_dict()
+    tensors = {f"model/{name}": tensor for name, tensor in trainer.model.state_dict().items()}
+    tensors["buffers"] = rows
+    scalars: dict[str, dict[str, Any]] = {}
+    for number, entries in state["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{number}/{key}"] = value
+            else:
+                scalars.setdefault(str(number), {})[key] = value
+    if trainer.ema is not None:
+        averages = optimizer.flat.views(trainer.ema.average)
+        tensors |= {f"ema/{name}": average for name, average in averages.items()}
+    record = {
+        "position": asdict(trainer.position),
+        "step": trainer.position.step,
+        "world_size": world.size,
+        "best": trainer.best,
+        "names": optimizer.flat.names,
+        "optimizer_groups": state["param_groups"],
+        "optimizer_scalars": scalars,
+        "skipped_steps": optimizer.skipped_steps,
+        "scaler": trainer.scaler.state_dict() if trainer.scaler is not None else None,
+        "config": dict(config),
+    }
+    return Checkpoint(tensors, record)
+
+
+def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
+    """Put a snapshot into a trainer that was built alike, at any world size. Local; every rank does it.
+
+    Raises CheckpointError where names or shapes do not fit.
+    """
+    tensors, record = checkpoint
+    optimizer, world = trainer.optimizer, trainer.world
+    if record["names"] != optimizer.flat.names:
+        raise CheckpointError(
+            f"the checkpoint trains {len(record['names'])} parameters ({_difference(record['names'], optimizer.flat.names)}), "
+            f"this model {len(optimizer.flat.names)}: resume with the --model, --hidden, --latent it was saved with"
+        )
+    load_weights(trainer.model, checkpoint)
+    rows = tensors["buffers"]
+    if rows.shape[1] == optimizer.flat.buffers.numel():
+        same = rows.shape[0] == world.size
+        optimizer.flat.buffers.copy_(rows[world.rank] if same else rows.mean(0))
+    state: dict[int, dict[str, Any]] = {int(number): dict(entries) for number, entries in record["optimizer_scalars"].items()}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer/"):
+            _, number, key = name.split("/", 2)
+            state.setdefault(int(number), {})[key] = tensor
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict({"state": state, "param_groups": record["optimizer_groups"]})
+    if trainer.ema is not None:
+        for name, average in optimizer.flat.views(trainer.ema.average).items():
+            average.copy_(tensors.get(f"ema/{name}", tensors[f"model/{name}"]))
+    if trainer.scaler is not None and record["scaler"] is not None:
+        trainer.scaler.load_state_dict(record["scaler"])
+    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+        # The base rate of this run rules (another world size may scale it); its schedule sets the present one.
+        group["lr"] = lr
+    optimizer.skipped_steps = record["skipped_steps"]
+    trainer.position = Position(**record["position"])
+    trainer.best = record["best"]
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, *, ema: bool = False) -> None:
+    """Copy weights and buffers into a model, in place. With `ema`, the moving average instead, where there is one.
+
+    Raises CheckpointError naming the first tensor that does not fit.
+    """
+    saved = {name.removeprefix("model/"): t for name, t in checkpoint.tensors.items() if name.startswith("model/")}
+    mine = model.state_dict()
+    if saved.keys() != mine.keys():
+        raise CheckpointError(
+            f"the checkpoint holds another model ({_difference(list(saved), list(mine))}): build it with the "
+            "configuration it was saved with"
+        )
+    for name, tensor in saved.items():
+        if tensor.shape != mine[name].shape:
+            raise CheckpointError(
+                f"{name} is {tuple(tensor.shape)} in the checkpoint, {tuple(mine[name].shape)} in this model: build it with "
+                "the configuration it was saved with"
+            )
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            mine[name].copy_(tensor)
+        if ema:
+            for name, tensor in checkpoint.tensors.items():
+                if name.startswith("ema/"):
+                    mine[name.removeprefix("ema/")].copy_(tensor)
+
+
+def _difference(saved: list[str], mine: list[str]) -> str:
+    only_saved, only_mine = sorted(set(saved) - set(mine)), sorted(set(mine) - set(saved))
+    return f"only there: {', '.join(only_saved[:3]) or 'none'}; only here: {', '.join(only_mine[:3]) or 'none'}"

@@ -1,0 +1,70 @@
+"""Ways of parallelizing SGD, each an optimizer: `DistributedOptimizer(optimizer, model, strategy=...)`."""
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from hvdvae.errors import ConfigError
+from hvdvae.strategies.engine import choose_engine
+from hvdvae.strategies.local import Local
+from hvdvae.strategies.strategy import Strategy
+from hvdvae.world import World
+
+STRATEGIES = ("local", "allreduce")
+
+
+def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
+    optimizer: Optimizer,
+    model: nn.Module,
+    *,
+    world: World | None = None,
+    strategy: str = "allreduce",
+    engine: str = "horovod",
+    backward_passes_per_step: int = 1,
+    clip_norm: float | None = None,
+    compression: str = "none",
+    reduce_op: str = "average",
+    process_set: Any = None,
+) -> Strategy:
+    """Wrap a torch optimizer so that its step is taken together with all ranks.
+
+    Mutates the model: its parameters become views of one vector, with rank 0's values. Blocks; every rank must call it.
+
+    world: this process's World (default: one for the launcher that started it).
+    strategy: local, or allreduce (synchronous SGD).
+    engine: what carries the allreduce: horovod, mpi, or auto.
+    backward_passes_per_step: how many gradients are accumulated before a step; they are averaged, not summed.
+    clip_norm: global norm at which the mean gradient is clipped.
+    compression: none, or fp16 on the wire (engine horovod).
+    reduce_op: average, or adasum (engine horovod; Maleki et al. 2021).
+    process_set: the horovod ProcessSet that trains this model (engine horovod; default all ranks).
+
+    Raises ConfigError for options that do not go together, WorldError where ranks or libraries do not.
+    """
+    world = world if world is not None else World.create()
+    options: dict[str, Any] = {"backward_passes_per_step": backward_passes_per_step, "clip_norm": clip_norm}
+    if strategy == "local":
+        if world.size > 1:
+            raise ConfigError(
+                f"strategy 'local' (--strategy) trains in one process, but {world.size} ranks were started: "
+                "use --strategy allreduce, or start one process"
+            )
+        return Local(optimizer, model, world, **options)
+    if strategy != "allreduce":
+        raise ConfigError(f"strategy (--strategy) is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
+    chosen = choose_engine(engine, world, compression=compression, reduce_op=reduce_op)
+    if chosen.name == "horovod":
+        from hvdvae.strategies.allreduce_horovod import HorovodAdasum, HorovodAllreduce
+
+        if reduce_op == "adasum":
+            return HorovodAdasum(optimizer, model, world, **options)
+        return HorovodAllreduce(
+            optimizer, model, world, compression=compression, process_set=process_set, **options
+        )
+    from hvdvae.strategies.allreduce_mpi import MpiAllreduce
+
+    return MpiAllreduce(optimizer, model, world, **options)
+
+
+__all__ = ["STRATEGIES", "DistributedOptimizer", "Strategy"]

@@ -1,0 +1,118 @@
+"""`--strategy allreduce --engine horovod`: Horovod's DistributedOptimizer over the flat gradient.
+
+Horovod sees one tensor instead of one a layer: one negotiation and one ring a step, begun when the whole gradient is
+there. Its per-tensor hooks would begin earlier, but on CPU ranks its thread then takes the core from backward().
+Horovod's optimizer serves the exchange; the step is the user's own optimizer's, fused over the same vector.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hvdvae.strategies.strategy import Strategy
+from hvdvae.world import World
+
+
+class HorovodAllreduce(Strategy):
+    """Synchronous SGD: every rank steps on the mean of all gradients, carried by Horovod (NCCL, MPI or Gloo)."""
+
+    name = "allreduce"
+    engine = "horovod"
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        world: World,
+        *,
+        compression: str = "none",
+        process_set: Any = None,
+        **options: Any,
+    ) -> None:
+        """Start Horovod and give it the flat vector. Blocks; every rank must call it.
+
+        `compression`: none, or fp16 on the wire. `process_set`: the horovod ProcessSet that holds this rank and whose ranks
+        train together (default: all ranks). Sets that partition the ranks train several replicas at once.
+        """
+        self._hvd = world.horovod()
+        self._process_set = process_set if process_set is not None else self._hvd.global_process_set
+        super().__init__(optimizer, model, world, **options)
+        self._vector = nn.Parameter(self.flat.parameters)
+        self._horovod = self._hvd.DistributedOptimizer(
+            torch.optim.SGD([self._vector], 0.0),
+            named_parameters=[("hvdvae.gradient", self._vector)],
+            compression=getattr(self._hvd.Compression, compression),
+            op=self._hvd.Average,
+            process_set=self._process_set,
+        )
+
+    def exchange(self, gradient: Tensor) -> None:
+        """Horovod's allreduce (average), in place."""
+        # A tensor of its own over the same storage: Horovod moves it elsewhere where it has decompressed a gradient.
+        self._vector.grad = gradient.view(-1)
+        with self.world.watchdog.waiting("horovod allreduce of the gradient"):
+            self._horovod.synchronize()
+        if self._vector.grad.data_ptr() != gradient.data_ptr():
+            gradient.copy_(self._vector.grad)
+
+    def broadcast_model(self) -> None:
+        """Overwrite parameters and buffers with those of the process set's first rank."""
+        root = self._first_rank()
+        with self.world.watchdog.waiting("horovod broadcast of parameters"):
+            for name, vector in (("parameters", self.flat.parameters), ("buffers", self.flat.buffers)):
+                if vector.numel():
+                    self._hvd.broadcast_(
+                        vector, root, name=f"hvdvae.broadcast.{name}", process_set=self._process_set
+                    )
+
+    def average_(self, vector: Tensor) -> None:
+        """The mean over the process set."""
+        if vector.numel():
+            with self.world.watchdog.waiting("horovod average of buffers"):
+                self._hvd.allreduce_(
+                    vector, name="hvdvae.average", op=self._hvd.Average, process_set=self._process_set
+                )
+
+    def _first_rank(self) -> int:
+        ranks = self._process_set.ranks
+        return int(ranks[0]) if ranks else 0
+
+
+class HorovodAdasum(Strategy):
+    """Adasum (Maleki et al. 2021, arXiv:2006.02924): ranks' updates are combined layer by layer by their angle.
+
+    Its coefficients are one a layer, so Horovod sees the per-tensor parameters, as views of the flat vector, and its own
+    hooks start each layer. It reduces the optimizer's update, not the gradient: clipping and the finite check see this
+    rank's gradient, and the check's verdict is made common first.
+    """
+
+    name = "allreduce"
+    engine = "horovod"
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, world: World, **options: Any) -> None:
+        """Start Horovod; wrap the per-tensor optimizer. Blocks; every rank must call it. `world.size` a power of two."""
+        self._hvd = world.horovod()
+        super().__init__(optimizer, model, world, **options)
+
+    def exchange(self, gradient: Tensor) -> None:
+        """Gradients stay this rank's own; only a non-finite one is made known to all."""
+        bad = torch.tensor([0 if bool(torch.isfinite(gradient).all()) else 1])
+        if int(self.world.max_(bad, "agreement on a finite gradient")):
+            gradient.fill_(float("nan"))
+
+    def update(self) -> None:
+        """Take this rank's step from the common weights, then replace it by the Adasum of all ranks' steps."""
+        start = self.flat.parameters.clone()
+        self.inner.step()
+        self.flat.parameters.sub_(start)
+        names = zip(self.flat.names, self.flat.tensors, strict=True)
+        with self.world.watchdog.waiting("horovod adasum of the update"):
+            handles = [
+                self._hvd.allreduce_async_(tensor.data, name=f"hvdvae.adasum.{name}", op=self._hvd.Adasum)
+                for name, tensor in names
+            ]
+            for handle in handles:
+                self._hvd.synchronize(handle)
+        self.flat.parameters.add_(start)

@@ -1,0 +1,60 @@
+"""Which library carries the allreduce, and why."""
+
+from typing import NamedTuple
+
+from hvdvae.errors import ConfigError, WorldError
+from hvdvae.world import World
+
+ENGINES = ("horovod", "mpi", "auto")
+
+
+class Engine(NamedTuple):
+    """A choice and its reason, for the log."""
+
+    name: str
+    reason: str
+
+
+def choose_engine(engine: str, world: World, *, compression: str = "none", reduce_op: str = "average") -> Engine:
+    """Resolve `auto`, and refuse what an engine cannot do. Local and pure but for the world's facts.
+
+    Raises ConfigError or WorldError, naming the flag to change.
+    """
+    if engine not in ENGINES:
+        raise ConfigError(f"engine (--engine) is {engine!r}, expected one of {', '.join(ENGINES)}")
+    if compression not in ("none", "fp16"):
+        raise ConfigError(f"compression (--compression) is {compression!r}, expected none or fp16")
+    if reduce_op not in ("average", "adasum"):
+        raise ConfigError(f"reduce_op (--reduce-op) is {reduce_op!r}, expected average or adasum")
+    if reduce_op == "adasum" and world.size & (world.size - 1):
+        raise WorldError(f"--reduce-op adasum needs a power of two of ranks, found {world.size}")
+    if reduce_op == "adasum" and compression != "none":
+        raise ConfigError("--compression fp16 does not go with --reduce-op adasum: choose one of them")
+    only_horovod = compression != "none" or reduce_op != "average"
+    if engine == "auto":
+        return _choose(world, only_horovod)
+    if engine == "mpi":
+        if only_horovod:
+            raise ConfigError(
+                "--engine mpi reduces plain float32 averages: --compression fp16 and --reduce-op adasum need "
+                "--engine horovod"
+            )
+        if world.launcher == "horovodrun-gloo":
+            raise ConfigError(
+                "--engine mpi under horovodrun --gloo: MPI sees one process there. Use --engine horovod, or start with "
+                "mpirun, srun or horovodrun --mpi"
+            )
+        return Engine("mpi", "as asked (--engine mpi)")
+    if world.launcher == "none":
+        return Engine("mpi", "one process without a launcher exchanges nothing, so Horovod is not started")
+    return Engine("horovod", "as asked (--engine horovod, the default)")
+
+
+def _choose(world: World, only_horovod: bool) -> Engine:
+    if only_horovod:
+        return Engine("horovod", "fp16 compression and Adasum are Horovod's")
+    if world.launcher == "horovodrun-gloo":
+        return Engine("horovod", "horovodrun --gloo has no MPI")
+    if world.device.type == "cuda":
+        return Engine("horovod", "on GPUs NCCL moves gradients without passing through host memory")
+    return Engine("mpi", "on CPU ranks one MPI allreduce leaves the core to the computation; Horovod's thread takes part of it")

@@ -1,0 +1,120 @@
+"""The user's torch optimizer, rebuilt over flat vectors: one fused kernel for all parameters of a group.
+
+Exact for optimizers that treat each element by itself (Adam, SGD, ...). Others (LBFGS, Adafactor, Muon, anybody's own) keep
+their per-tensor form: the tensors are views of the same vectors, so the strategies do not notice.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hvdvae.flat import FlatModel
+
+ELEMENTWISE: tuple[type[Optimizer], ...] = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.ASGD,
+    torch.optim.Rprop,
+)
+
+
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Whether a step of this optimizer on a slice equals that slice of a step on the whole."""
+    return type(optimizer) in ELEMENTWISE
+
+
+def flat_optimizer(optimizer: Optimizer, flat: FlatModel) -> Optimizer:
+    """An optimizer of the same class over one vector a group, with `.grad` a slice of `flat.gradient`.
+
+    Returns the optimizer itself where it is not elementwise. The state of `optimizer` is not carried over here
+    (`load_per_tensor` does that).
+    """
+    if not is_elementwise(optimizer):
+        return optimizer
+    groups: list[dict[str, Any]] = []
+    for group, part in zip(optimizer.param_groups, flat.group_slices, strict=True):
+        vector = nn.Parameter(flat.parameters[part])
+        vector.grad = flat.gradient[part]
+        groups.append({**group, "params": [vector], **_fused(optimizer, group)})
+    accepted = inspect.signature(type(optimizer)).parameters
+    defaults = {key: value for key, value in optimizer.defaults.items() if key in accepted}
+    return type(optimizer)(groups, **{**defaults, **_fused(optimizer, optimizer.defaults)})
+
+
+def _fused(optimizer: Optimizer, options: dict[str, Any]) -> dict[str, bool]:
+    """Choose the fused kernel where the class has one and the user has not chosen otherwise."""
+    unset = options.get("fused", False) is None and not options.get("foreach")
+    free = not options.get("differentiable") and not options.get("capturable")
+    return {"fused": True} if unset and free and not isinstance(options.get("lr"), Tensor) else {}
+
+
+def per_tensor_state(inner: Optimizer, flat: FlatModel) -> dict[int, dict[str, Any]]:
+    """The state of a flat optimizer as a plain torch optimizer would hold it: parameter number -> name -> tensor.
+
+    Vectors are split into views (no copy); counters are cloned for each parameter.
+    """
+    state: dict[int, dict[str, Any]] = {}
+    number = 0
+    for index, group in enumerate(inner.param_groups):
+        vector = group["params"][0]
+        pieces = {
+            key: flat.split(value, index) if _is_aligned(value, vector) else value
+            for key, value in inner.state.get(vector, {}).items()
+        }
+        for position in range(len(flat.split(vector, index))):
+            state[number] = {
+                key: value[position] if isinstance(value, list) else _clone(value) for key, value in pieces.items()
+            }
+            number += 1
+    return {number: entries for number, entries in state.items() if entries}
+
+
+def load_per_tensor(inner: Optimizer, flat: FlatModel, state: dict[int, dict[str, Any]]) -> None:
+    """Fill a flat optimizer's state from the per-parameter state of any torch optimizer of its class.
+
+    Parameters without state (never stepped) count as zeros. Raises KeyError where a parameter lacks an entry that
+    others have.
+    """
+    inner.state.clear()
+    number = 0
+    for index, group in enumerate(inner.param_groups):
+        vector = group["params"][0]
+        shapes = flat.split(vector, index)
+        mine = [state.get(number + position, {}) for position in range(len(shapes))]
+        number += len(shapes)
+        for key in next((entries for entries in mine if entries), {}):
+            present = next(entries[key] for entries in mine if key in entries)
+            if isinstance(present, Tensor) and present.dim() > 0 or _all_shaped(mine, key, shapes):
+                whole = torch.zeros_like(vector, requires_grad=False)
+                for piece, entries in zip(flat.split(whole, index), mine, strict=True):
+                    if key in entries:
+                        piece.copy_(entries[key])
+                inner.state[vector][key] = whole
+            else:
+                inner.state[vector][key] = _clone(present)
+
+
+def _all_shaped(entries: list[dict[str, Any]], key: str, shapes: list[Tensor]) -> bool:
+    """Whether a 0-dimensional entry is a parameter's own value (0-dimensional parameters) and not a counter."""
+    return key != "step" and all(
+        key in mine and isinstance(mine[key], Tensor) and mine[key].shape == shape.shape
+        for mine, shape in zip(entries, shapes, strict=True)
+    )
+
+
+def _is_aligned(value: Any, vector: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == vector.shape
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

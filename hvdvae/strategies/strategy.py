@@ -1,0 +1,219 @@
+"""What all strategies are: a torch optimizer over flat vectors, with one hole, `exchange`.
+
+A strategy says what happens to the gradient vector between backward() and the step. Everything that users do with
+optimizers (schedules, clipping, AMP, state_dict, zero_grad) works on it as on any torch optimizer.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hvdvae.errors import CheckpointError, ConfigError, WorldError
+from hvdvae.flat import FlatModel
+from hvdvae.strategies.flat_optimizer import flat_optimizer, is_elementwise, load_per_tensor, per_tensor_state
+from hvdvae.world import World
+
+
+class Strategy(Optimizer):
+    """An optimizer whose step is taken together with the other ranks. Build with `DistributedOptimizer`."""
+
+    name = ""
+    """As in `--strategy`."""
+    engine = "none"
+    """What carries the collectives: none, horovod or mpi."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        world: World,
+        *,
+        backward_passes_per_step: int = 1,
+        clip_norm: float | None = None,
+    ) -> None:
+        """Make the model's parameters views of one vector and give every rank those of rank 0.
+
+        Mutates the model's storage; keeps the state that `optimizer` has. Blocks; every rank must call it. The gradient of
+        a step is the mean over ranks and backward passes, its global norm clipped at `clip_norm`. Raises WorldError
+        where ranks hold different models.
+        """
+        if backward_passes_per_step < 1:
+            raise ConfigError(f"backward_passes_per_step is {backward_passes_per_step}, expected at least 1")
+        if clip_norm is not None and clip_norm <= 0:
+            raise ConfigError(f"clip_norm (--clip-norm) is {clip_norm}, expected a number above 0, or none")
+        self.world = world
+        self.flat = FlatModel(model, [group["params"] for group in optimizer.param_groups])
+        self.backward_passes_per_step = backward_passes_per_step
+        self.clip_norm = clip_norm
+        self.skipped_steps = 0
+        self.gradient_norm = 0.0
+        self._exchanged = False
+        self._poison: Tensor | None = None
+        saved = optimizer.state_dict() if optimizer.state else None
+        # LR schedulers that are built already hold `optimizer`: its groups stay the ones that rule.
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.param_groups = optimizer.param_groups
+        self._wrapped = optimizer
+        self.inner = flat_optimizer(optimizer, self.flat)
+        self._is_flat = is_elementwise(optimizer)
+        if saved is not None and self._is_flat:
+            load_per_tensor(self.inner, self.flat, saved["state"])
+        _check_same_model(self.flat, world)
+        self.broadcast_model()
+
+    @abstractmethod
+    def exchange(self, gradient: Tensor) -> None:
+        """Turn this rank's gradient vector (P,), in place, into the mean over ranks. Blocks; every rank must call it."""
+
+    def broadcast_model(self) -> None:
+        """Overwrite parameters and float buffers with rank 0's. Blocks; every rank must call it."""
+        self.world.broadcast_(self.flat.parameters, what="broadcast of parameters")
+        self.world.broadcast_(self.flat.buffers, what="broadcast of buffers")
+
+    def average_(self, vector: Tensor) -> None:
+        """Replace a vector by its mean over the ranks that train together. Blocks; every rank must call it."""
+        self.world.sum_(vector, "average of buffers").div_(self.world.size)
+
+    @contextmanager
+    def averaged_buffers(self) -> Iterator[None]:
+        """Inside, float buffers (BatchNorm statistics) are the mean over ranks; after, each rank's own again.
+
+        Blocks; every rank must enter it.
+        """
+        own = self.flat.buffers.clone()
+        self.average_(self.flat.buffers)
+        try:
+            yield
+        finally:
+            self.flat.buffers.copy_(own)
+
+    def watch(self, loss: Tensor) -> None:
+        """Skip the coming step, on all ranks, if this loss is not finite. Local; costs no synchronization with a GPU.
+
+        Zero times the loss is added to the gradient: nothing if it is finite, NaN if not, and the exchange carries it on.
+        """
+        poison = loss.detach() * 0
+        self._poison = poison if self._poison is None else self._poison + poison
+
+    def synchronize(self) -> None:
+        """Exchange gradients now, so that `.grad` holds the mean over ranks (to clip or unscale them before `step`).
+
+        Blocks; every rank must call it. `step` calls it unless it was called since the last step.
+        """
+        if self._exchanged:
+            return
+        gradient = self.flat.gather_gradient()
+        if self._poison is not None:
+            gradient[:1].add_(self._poison)
+            self._poison = None
+        if self.backward_passes_per_step > 1:
+            gradient.div_(self.backward_passes_per_step)
+        self.exchange(gradient)
+        self._exchanged = True
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Exchange gradients and update the parameters. Blocks; every rank must call it.
+
+        Where any rank's gradient is not finite, no rank steps and `skipped_steps` counts one: the exchange has carried the
+        NaN or infinity to all, so that all decide alike.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.synchronize()
+        self._exchanged = False
+        self.gradient_norm = float(torch.linalg.vector_norm(self.flat.gradient))
+        if not _is_finite(self.gradient_norm):
+            self.skipped_steps += 1
+            return loss
+        if self.clip_norm is not None and self.gradient_norm > self.clip_norm:
+            self.flat.gradient.mul_(self.clip_norm / self.gradient_norm)
+        self._follow_groups()
+        self.update()
+        # A scheduler that was built on the wrapped optimizer asks it whether it has stepped.
+        self._wrapped._opt_called = True  # type: ignore[attr-defined]
+        return loss
+
+    def update(self) -> None:
+        """Step the inner optimizer on the vectors. Local."""
+        self.inner.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; forgets an exchange that was not stepped."""
+        self._exchanged = False
+        self._poison = None
+        super().zero_grad(set_to_none)
+
+    def skip_synchronize(self) -> "nullcontext[None]":
+        """For loops written for Horovod: `step` never exchanges twice, so there is nothing to skip."""
+        return nullcontext()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As a plain torch optimizer of the wrapped class would save it: loads there, and into any other strategy."""
+        packed = self._packed_groups()
+        state = per_tensor_state(self.inner, self.flat) if self._is_flat else self.inner.state_dict()["state"]
+        return {"state": state, "param_groups": packed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` of any strategy, or of the plain torch optimizer, saved. Local: call it on all ranks.
+
+        Raises CheckpointError where groups or shapes do not fit this model.
+        """
+        saved, mine = state_dict["param_groups"], self._packed_groups()
+        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in mine]:
+            raise CheckpointError(
+                f"optimizer state has groups of {[len(g['params']) for g in saved]} parameters, this optimizer has "
+                f"{[len(g['params']) for g in mine]}: it was saved from another model"
+            )
+        for group, values in zip(self.param_groups, saved, strict=True):
+            group.update({key: value for key, value in values.items() if key not in ("params", "fused")})
+        if self._is_flat:
+            load_per_tensor(self.inner, self.flat, state_dict["state"])
+        else:
+            self.inner.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once wrapped: the vectors are laid out. Raises ConfigError."""
+        if hasattr(self, "inner"):
+            raise ConfigError("add_param_group after DistributedOptimizer: add all groups first, then wrap")
+        super().add_param_group(param_group)
+
+    def _packed_groups(self) -> list[dict[str, Any]]:
+        packed, number = [], 0
+        for group in self.param_groups:
+            count = len(group["params"])
+            packed.append(
+                {**{k: v for k, v in group.items() if k != "params"}, "params": [*range(number, number + count)]}
+            )
+            number += count
+        return packed
+
+    def _follow_groups(self) -> None:
+        """Hand what schedules and users changed in `param_groups` to the inner optimizer."""
+        if self.inner.param_groups is self.param_groups:
+            return
+        for mine, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            for key, value in mine.items():
+                if key not in ("params", "fused"):
+                    inner[key] = value
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+def _check_same_model(flat: FlatModel, world: World) -> None:
+    digests = world.gather_bytes(flat.digest().encode(), "comparison of models")
+    odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if odd:
+        raise WorldError(
+            f"ranks {odd} hold another model than rank 0 (names, shapes or dtypes of parameters differ): build the same "
+            "model on every rank"
+        )

@@ -1,0 +1,100 @@
+"""BatchNorm over the batches of all ranks, on any device and any carrier.
+
+PyTorch's and Horovod's need GPUs. Here the sums travel as one small vector forward and one backward:
+
+    forward   [sum of x, sum of x^2, count]  (2 C + 1)      backward  [sum of dy, sum of dy xhat]  (2 C)
+
+Shapes: B examples, C channels, S spatial positions; input (B, C) or (B, C, ...).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvdvae.world import World
+
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class _Normalize(torch.autograd.Function):
+    """xhat = (x - mean) / sqrt(var + eps) with the mean and variance of all ranks' x (Ioffe & Szegedy 2015)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, scale: Tensor, count: float, world: World) -> Tensor:
+        shape = (1, -1, *([1] * (x.dim() - 2)))
+        normalized = (x - mean.view(shape)) * scale.view(shape)
+        ctx.save_for_backward(normalized, scale)
+        ctx.count, ctx.world, ctx.shape = count, world, shape
+        return normalized
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        normalized, scale = ctx.saved_tensors
+        over = [dim for dim in range(gradient.dim()) if dim != 1]
+        sums = torch.cat([gradient.sum(over), (gradient * normalized).sum(over)])
+        ctx.world.sum_(sums, "backward of SyncBatchNorm").div_(ctx.count)
+        mean_gradient, mean_product = sums.view(2, -1)
+        back = gradient - mean_gradient.view(ctx.shape) - normalized * mean_product.view(ctx.shape)
+        return back * scale.view(ctx.shape), None, None, None, None
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """As torch's BatchNorm of any dimension, with the statistics of all ranks. In training, forward and backward block."""
+
+    world: World
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"SyncBatchNorm takes (B, C, ...), found shape {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, ...) -> the same shape. Every rank must call it in training."""
+        if not self.training:
+            return super().forward(input)
+        x = input.float()
+        over = [dim for dim in range(x.dim()) if dim != 1]
+        detached = x.detach()
+        count = detached.new_full((1,), x.numel() / x.shape[1])
+        sums = torch.cat([detached.sum(over), detached.square().sum(over), count]).double()
+        self.world.sum_(sums, "forward of SyncBatchNorm")
+        total = float(sums[-1])
+        mean, mean_square = (sums[:-1] / total).view(2, -1)
+        variance = (mean_square - mean.square()).clamp(min=0)
+        if self.track_running_stats:
+            self._track(mean, variance * (total / max(total - 1, 1)))
+        scale = (variance + self.eps).rsqrt()
+        y: Tensor = _Normalize.apply(x, mean.float(), scale.float(), total, self.world)  # type: ignore[no-untyped-call]
+        if self.affine:
+            shape = (1, -1, *([1] * (x.dim() - 2)))
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(input.dtype)
+
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
+
+
+def convert_sync_batch_norm(module: nn.Module, world: World) -> nn.Module:
+    """Replace every BatchNorm in `module` by one over all ranks; parameters and buffers are kept. Local. Returns it.
+
+    Call it before the optimizer is wrapped.
+    """
+    if isinstance(module, _PLAIN):
+        replacement = SyncBatchNorm(
+            module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
+        )
+        replacement.load_state_dict(module.state_dict())
+        if module.affine:
+            replacement.weight, replacement.bias = module.weight, module.bias
+        replacement.train(module.training)
+        replacement.world = world
+        return replacement.to(next(iter(module.state_dict().values())).device) if module.state_dict() else replacement
+    for name, child in module.named_children():
+        setattr(module, name, convert_sync_batch_norm(child, world))
+    return module

@@ -1,0 +1,280 @@
+"""The training loop: any model with a loss, any strategy, any number of ranks.
+
+    trainer = Trainer(model, optimizer, loss, batches)
+    trainer.fit(epochs=20)
+
+`loss(model, batch, epoch)` returns a scalar, or a mapping with `loss` and, for VAEs, `rate` and `distortion`; means over
+the batch. `epoch` is the fractional count of epochs done.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hvdvae.checkpoint import Checkpoint, Folder
+from hvdvae.ema import MovingAverage
+from hvdvae.errors import NonFiniteError
+from hvdvae.monitor import Monitor
+from hvdvae.pulse import Beat, Pulse
+from hvdvae.resume import Position, restore, snapshot
+from hvdvae.schedule import Schedule
+from hvdvae.seeding import seed_everything
+from hvdvae.signals import caught
+from hvdvae.strategies import Strategy
+
+Loss = Callable[[nn.Module, Tensor, float], Tensor | Mapping[str, Tensor]]
+
+
+class Batches(Protocol):
+    """Where examples come from; `data.Loader` is one."""
+
+    examples: int
+    """Examples of an epoch, all ranks."""
+
+    def steps(self, start: int = 0) -> int:
+        """Steps from position `start` (examples that all ranks together have seen in this epoch) to its end."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
+        """This rank's batches from position `start` of an epoch; equally many on every rank."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    epochs: float
+    """Epochs done, counting those before a resume."""
+    step: int
+    examples: int
+    """Examples of all ranks in this run."""
+    seconds: float
+    """Time in training steps, without validation, checkpoints and pictures."""
+    signal: int
+    """Number of the signal that ended it early; 0: it ran to the end."""
+    skipped_steps: int
+
+
+class Trainer:
+    """Runs epochs, keeps ranks in agreement, saves, and resumes where a checkpoint stands."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Strategy,
+        loss: Loss,
+        batches: Batches,
+        *,
+        seed: int = 0,
+        schedule: Schedule | None = None,
+        precision: str = "fp32",
+        ema_decay: float = 0.0,
+        skip_limit: int = 50,
+        monitors: Sequence[Monitor] = (),
+        checkpoints: Folder | None = None,
+        checkpoint_every: int = 1,
+        validate: Callable[[], dict[str, float]] | None = None,
+        validate_every: int = 1,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Build only. Every rank builds the same; monitors act on rank 0 only.
+
+        `validate`: called by every rank after an epoch, returns numbers that are equal on all, `loss` (lower is better)
+        among them. `config`: saved in checkpoints. Periods are in epochs.
+        """
+        self.model, self.optimizer, self.batches = model, optimizer, batches
+        self.world = optimizer.world
+        self.position = Position()
+        self.ema = MovingAverage(optimizer.flat.parameters, ema_decay) if ema_decay else None
+        self.best: float | None = None
+        self._loss, self._seed, self._schedule = loss, seed, schedule
+        self._base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self._autocast, self.scaler = _mixed_precision(precision, self.world.device)
+        self._skip_limit, self._overflows = skip_limit, 0
+        self._monitors = list(monitors) if self.world.is_first else []
+        self._checkpoints, self._checkpoint_every = checkpoints, checkpoint_every
+        self._validate, self._validate_every = validate, validate_every
+        self._config = dict(config or {})
+        self._pulse = Pulse(self.world)
+
+    def fit(self, epochs: int) -> Outcome:
+        """Train until `epochs` are done or a signal comes. Blocks; every rank must call it.
+
+        Mutates the model. On SIGINT or SIGTERM of any rank all ranks finish the same step, save, and return.
+        Raises NonFiniteError on all ranks once more than `skip_limit` steps were skipped.
+        """
+        examples, seconds = 0, 0.0
+        signal_number = 0
+        try:
+            with caught() as flag:
+                while self.position.epoch < epochs and not signal_number:
+                    signal_number, seen, took = self._run_epoch(lambda: flag.number)
+                    examples, seconds = examples + seen, seconds + took
+                    if not signal_number:
+                        self._end_epoch(epochs, seen, took)
+                if signal_number:
+                    self._save(is_best=False)
+        finally:
+            for monitor in self._monitors:
+                monitor.close()
+        return Outcome(
+            epochs=self.position.epoch + self.position.examples / self.batches.examples,
+            step=self.position.step,
+            examples=examples,
+            seconds=seconds,
+            signal=signal_number,
+            skipped_steps=self.optimizer.skipped_steps,
+        )
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint. Local, but every rank must do it; raises CheckpointError if it does not fit."""
+        restore(self, checkpoint)
+
+    def evaluation_weights(self) -> AbstractContextManager[None]:
+        """Inside, the model holds what is to be evaluated: the moving average, if there is one."""
+        return self.ema.applied() if self.ema is not None else nullcontext()
+
+    def _run_epoch(self, signal_number: Callable[[], int]) -> tuple[int, int, float]:
+        """One epoch, or the rest of one. Returns the signal that ended it, examples of all ranks, and seconds."""
+        self.model.train()
+        start = self.position.examples
+        steps = self.batches.steps(start)
+        total, self._epoch_sums = 0, torch.zeros(3, dtype=torch.float64)
+        begin = time.perf_counter()
+        batches = self.batches.epoch(self.position.epoch, start)
+        for number in range(steps):
+            before = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - before
+            self._step(batch, waited)
+            if self._pulse.due or number == steps - 1:
+                beat = self._pulse.beat(signal_number())
+                total += beat.examples
+                self._report(beat)
+                if beat.signal and number < steps - 1:
+                    return beat.signal, total, time.perf_counter() - begin
+        self.position.next_epoch()
+        return 0, total, time.perf_counter() - begin
+
+    def _step(self, batch: Tensor, data_seconds: float) -> None:
+        position, optimizer = self.position, self.optimizer
+        self.world.watchdog.step = position.step
+        epoch = position.epoch + (position.examples + 0.5 * len(batch) * self.world.size) / self.batches.examples
+        self._set_learning_rate(epoch)
+        seed_everything(self.world.device, self._seed, self.world.rank, position.step)
+        optimizer.zero_grad()
+        passes = optimizer.backward_passes_per_step
+        terms = torch.zeros(3, device=batch.device)
+        for micro in batch.chunk(passes):
+            with self._autocast:
+                result = self._loss(self.model, micro, epoch)
+            values = result if isinstance(result, Mapping) else {"loss": result}
+            loss = values["loss"]
+            share = len(micro) / len(batch)
+            # The strategy averages over passes; unequal micro-batches count by their examples.
+            scaled = loss * (share * passes) if passes > 1 else loss
+            (self.scaler.scale(scaled) if self.scaler else scaled).backward()  # type: ignore[no-untyped-call]
+            optimizer.watch(loss)
+            kept = [values[name].detach() if name in values else terms[0] * 0 for name in ("loss", "rate", "distortion")]
+            terms = terms + share * torch.stack(kept).float()
+        self._update()
+        position.advance(len(batch) * self.world.size)
+        self._pulse.count(terms, len(batch), data_seconds)
+
+    def _update(self) -> None:
+        optimizer = self.optimizer
+        if self.scaler is not None:
+            optimizer.synchronize()
+            self.scaler.unscale_(optimizer)
+            scale = self.scaler.get_scale()
+        skipped = optimizer.skipped_steps
+        optimizer.step()
+        if self.scaler is not None:
+            self.scaler.update()
+            # An overflow at a large scale is how the scale is found; the next, lower one may do.
+            self._overflows += int(optimizer.skipped_steps > skipped and scale > 1.0)
+        if optimizer.skipped_steps == skipped:
+            if self.ema is not None:
+                self.ema.update()
+        elif optimizer.skipped_steps - self._overflows > self._skip_limit:
+            raise NonFiniteError(
+                f"skipped {optimizer.skipped_steps} steps because a loss or gradient was not finite on some rank "
+                f"(--skip-limit {self._skip_limit}), the last at step {self.position.step}: lower --lr, set --clip-norm, or "
+                "look for bad values in the data"
+            )
+
+    def _set_learning_rate(self, epoch: float) -> None:
+        if self._schedule is None:
+            return
+        factor = self._schedule(epoch)
+        for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = base * factor
+
+    def _report(self, beat: Beat) -> None:
+        self._epoch_sums += beat.examples * torch.tensor(
+            [beat.loss, beat.rate, beat.distortion], dtype=torch.float64
+        )
+        epoch = self.position.epoch + self.position.examples / self.batches.examples
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        for monitor in self._monitors:
+            monitor.on_beat(beat, step=self.position.step, epoch=epoch, lr=lr)
+
+    def _end_epoch(self, epochs: int, examples: int, seconds: float) -> None:
+        epoch, last = self.position.epoch, self.position.epoch >= epochs
+        loss, rate, distortion = (self._epoch_sums / max(examples, 1)).tolist()
+        metrics = {
+            "loss": loss,
+            "rate": rate,
+            "distortion": distortion,
+            "elbo": -(rate + distortion),
+            "examples_per_second": examples / max(seconds, 1e-9),
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "gradient_norm": self.optimizer.gradient_norm,
+            "skipped_steps": float(self.optimizer.skipped_steps),
+        }
+        if not (rate or distortion):
+            metrics = {name: value for name, value in metrics.items() if name not in ("rate", "distortion", "elbo")}
+        is_best = False
+        if self._validate is not None and (epoch % self._validate_every == 0 or last):
+            found = self._run_validation(self._validate)
+            metrics |= {f"validation_{name}": value for name, value in found.items()}
+            is_best = self.best is None or found["loss"] < self.best
+            self.best = found["loss"] if is_best else self.best
+        for monitor in self._monitors:
+            monitor.on_epoch(epoch, self.position.step, metrics)
+        if is_best or last or epoch % self._checkpoint_every == 0:
+            self._save(is_best=is_best)
+
+    def _run_validation(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
+        self.model.eval()
+        with torch.no_grad(), self.optimizer.averaged_buffers(), self.evaluation_weights():
+            found = validate()
+        self.model.train()
+        return found
+
+    def _save(self, *, is_best: bool) -> None:
+        if self._checkpoints is None:
+            return
+        checkpoint = snapshot(self, self._config)
+        if self.world.is_first:
+            self._checkpoints.save(checkpoint, is_best=is_best)
+
+
+def _mixed_precision(
+    precision: str, device: torch.device
+) -> tuple[AbstractContextManager[None], torch.amp.GradScaler | None]:
+    if precision == "fp32":
+        return nullcontext(), None
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
+    return torch.autocast(device.type, dtype=dtype), scaler
+
+
+def exit_status(outcome: Outcome) -> int:
+    """What a shell expects: 0, or 128 plus the number of the signal that ended the run early."""
+    return 128 + signal.Signals(outcome.signal).value if outcome.signal else 0

@@ -1,0 +1,153 @@
+"""Convolutional networks: kernel 4, stride 2, so that each layer halves (or doubles) the image exactly."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hvdvae.errors import ConfigError
+from hvdvae.vae.activations import build_activation
+from hvdvae.vae.mlp import init_glorot
+
+
+def check_image(shape: Sequence[int], channels: Sequence[int]) -> None:
+    """Raises ConfigError unless shape is (C, H, W) with H and W divisible by 2**len(channels)."""
+    if not channels or min(channels) < 1:
+        raise ConfigError(f"channels: found {list(channels)}, expected one or more positive counts, such as 32,64")
+    if len(shape) != 3:
+        raise ConfigError(f"model conv: found data of shape {tuple(shape)}, expected images (C, H, W); try --model mlp")
+    step = 2 ** len(channels)
+    for axis, size in (("height", shape[1]), ("width", shape[2])):
+        if size % step or size == 0:
+            below, above = size // step * step, (size // step + 1) * step
+            near = f"{below} or {above}" if below else f"{above}"
+            raise ConfigError(
+                f"model conv: the images' {axis} is {size}, and {len(channels)} stride-2 layers need a multiple of "
+                f"{step}: crop or pad to {near}, or change --channels"
+            )
+
+
+class ConvEncoder(nn.Module):
+    """Images (B, C, H, W) to (B, 2 * latent): mean and log sigma of q(z|x)."""
+
+    def __init__(
+        self, shape: Sequence[int], channels: Sequence[int], latent: int, activation: str, batch_norm: bool
+    ) -> None:
+        super().__init__()
+        check_image(shape, channels)
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip((shape[0], *channels[:-1]), channels, strict=True):
+            layers.append(nn.Conv2d(inputs, outputs, kernel_size=4, stride=2, padding=1, bias=not batch_norm))
+            if batch_norm:
+                layers.append(nn.BatchNorm2d(outputs))
+            layers.append(build_activation(activation))
+        self.network = nn.Sequential(*layers)
+        pixels = math.prod(shape[1:]) // 4 ** len(channels)
+        self.output = init_glorot(nn.Linear(channels[-1] * pixels, 2 * latent), parts=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W), in any memory format."""
+        h = self.network(_channels_last(x))
+        out: Tensor = self.output(h.permute(0, 2, 3, 1).flatten(1))
+        return out
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """x in the memory format that is the faster one for convolutions, on a CPU and on a GPU.
+
+    With one channel both formats are the same bytes and torch would take it for the other one: then say so by the strides.
+    """
+    if x.shape[1] == 1:
+        return x.reshape(x.shape[0], *x.shape[2:], 1).permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class ConvDecoder(nn.Module):
+    """z (N, latent) to the likelihood's parameters (N, parameters * C, H, W); the encoder's mirror."""
+
+    def __init__(
+        self,
+        latent: int,
+        channels: Sequence[int],
+        shape: Sequence[int],
+        parameters: int,
+        activation: str,
+        batch_norm: bool,
+    ) -> None:
+        super().__init__()
+        check_image(shape, channels)
+        step = 2 ** len(channels)
+        self.grid = (shape[1] // step, shape[2] // step, channels[-1])  # channels last: no copy on the way in
+        self.input = init_glorot(nn.Linear(latent, math.prod(self.grid)))
+        layers: list[nn.Module] = [build_activation(activation)]
+        for inputs, outputs in zip(channels[:0:-1], channels[-2::-1], strict=True):
+            layers.append(Upsample(inputs, outputs, bias=not batch_norm))
+            if batch_norm:
+                layers.append(nn.BatchNorm2d(outputs))
+            layers.append(build_activation(activation))
+        self.network = nn.Sequential(*layers)
+        self.output = Upsample(channels[0], parameters * shape[0], bias=True)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z: (N, latent)."""
+        h = self.input(z).unflatten(1, self.grid).permute(0, 3, 1, 2)
+        params: Tensor = self.output(self.network(h))
+        return params
+
+    def set_location_bias(self, location: Tensor) -> None:
+        """Writes the output bias of the location parameters, (C, H, W), in place: one a channel, the pixels' median.
+
+        The median, because a few outlying pixels (the centre of a digit) would drag the mean of the logits.
+        """
+        with torch.no_grad():
+            self.output.bias[: location.shape[0]] = location.flatten(1).median(1).values
+
+
+class Upsample(nn.Module):
+    """The transposed convolution of kernel 4, stride 2, padding 1: (N, inputs, H, W) to (N, outputs, 2H, 2W).
+
+    The same function and initialization as nn.ConvTranspose2d, with two detours around what is slow on a CPU.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
+        super().__init__()
+        like = nn.ConvTranspose2d(inputs, outputs, kernel_size=4, stride=2, padding=1, bias=bias)
+        self.weight = like.weight
+        self.bias = like.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, inputs, H, W)."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return functional.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
+        weight = self.weight
+        if torch.is_autocast_enabled("cpu"):  # autocast does not reach inside an autograd.Function
+            dtype = torch.get_autocast_dtype("cpu")
+            x, weight = x.to(dtype), weight.to(dtype)
+        y: Tensor = _TransposedConvolution.apply(x, weight)  # type: ignore[no-untyped-call]
+        # Apart from the convolution, whose bias gradient in bfloat16 takes oneDNN as long as the weights' gradient.
+        return y if self.bias is None else y + self.bias.to(y.dtype).view(1, -1, 1, 1)
+
+
+class _TransposedConvolution(torch.autograd.Function):
+    # oneDNN runs few output channels at a twentieth of its speed: then one matrix product and an overlap-add instead.
+    FEW = 8
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        if weight.shape[1] > _TransposedConvolution.FEW:
+            return functional.conv_transpose2d(x, weight, None, stride=2, padding=1)
+        count, inputs, height, width = x.shape
+        columns = x.permute(0, 2, 3, 1).reshape(count, height * width, inputs) @ weight.flatten(1)
+        return functional.fold(columns.transpose(1, 2), (2 * height, 2 * width), 4, padding=1, stride=2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grads[0], x, weight, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1, [*ctx.needs_input_grad, False]
+        )
+        return grad_x, grad_weight

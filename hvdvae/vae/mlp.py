@@ -1,0 +1,69 @@
+"""Fully connected networks, as in Burda, Grosse, Salakhutdinov 2016: Glorot uniform weights, zero biases."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hvdvae.vae.activations import build_activation
+
+
+def init_glorot(linear: nn.Linear, parts: int = 1) -> nn.Linear:
+    """Glorot uniform weights and a zero bias, in place. parts: how many layers share this matrix, each with its own fan-out."""
+    with torch.no_grad():
+        for weight in linear.weight.chunk(parts):
+            nn.init.xavier_uniform_(weight)
+        nn.init.zeros_(linear.bias)
+    return linear
+
+
+def stack(sizes: Sequence[int], activation: str) -> Iterable[nn.Module]:
+    """Linear layers sizes[0] -> ... -> sizes[-1], each followed by the activation."""
+    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+        yield init_glorot(nn.Linear(inputs, outputs))
+        yield build_activation(activation)
+
+
+class GaussianMLP(nn.Sequential):
+    """inputs -> hidden ... -> (mean, log sigma): (..., inputs) to (..., 2 * outputs). One matrix makes both halves."""
+
+    def __init__(self, inputs: int, hidden: Sequence[int], outputs: int, activation: str) -> None:
+        sizes = [inputs, *hidden]
+        super().__init__(*stack(sizes, activation), init_glorot(nn.Linear(sizes[-1], 2 * outputs), parts=2))
+
+
+class MLPEncoder(nn.Module):
+    """An image (B, *shape) to (B, 2 * latent): mean and log sigma of q(z|x)."""
+
+    def __init__(self, shape: Sequence[int], hidden: Sequence[int], latent: int, activation: str) -> None:
+        super().__init__()
+        self.network = GaussianMLP(math.prod(shape), hidden, latent, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, *shape)."""
+        out: Tensor = self.network(x.flatten(1))
+        return out
+
+
+class MLPDecoder(nn.Module):
+    """z (N, latent) to the likelihood's parameters (N, parameters * shape[0], *shape[1:])."""
+
+    def __init__(
+        self, latent: int, hidden: Sequence[int], shape: Sequence[int], parameters: int, activation: str
+    ) -> None:
+        super().__init__()
+        sizes = [latent, *hidden]
+        self.wide = (parameters * shape[0], *shape[1:])
+        self.network = nn.Sequential(*stack(sizes, activation))
+        self.output = init_glorot(nn.Linear(sizes[-1], math.prod(self.wide)), parts=parameters)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z: (N, latent)."""
+        params: Tensor = self.output(self.network(z))
+        return params.unflatten(1, self.wide) if len(self.wide) > 1 else params
+
+    def set_location_bias(self, location: Tensor) -> None:
+        """Writes the output bias of the location parameters, (*shape), in place."""
+        with torch.no_grad():
+            self.output.bias[: location.numel()] = location.flatten()

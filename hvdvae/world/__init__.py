@@ -1,0 +1,211 @@
+"""Who this process is, and how it speaks to the others: the one object that asks MPI or the environment.
+
+    world = World.create()          # under mpirun, srun, horovodrun, or alone
+    world.rank, world.size, world.local_rank, world.host, world.device, world.launcher
+
+With no launcher the world has size 1 and imports neither MPI nor Horovod. Horovod is started by the first strategy that
+needs it (`world.horovod()`), because its background thread takes cycles from the core that computes.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import traceback
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from hvdvae.abort import abort_job
+from hvdvae.deadline import Watchdog
+from hvdvae.errors import WorldError
+from hvdvae.world.collectives import Alone, Collectives
+from hvdvae.launcher import Launch, Launcher, detect
+
+DEFAULT_DEADLINE = 300.0
+"""Seconds that a rank waits for others before it ends the job."""
+
+
+class World:
+    """This process among all. Make one a process, with `World.create` or `World.alone`."""
+
+    def __init__(
+        self, launch: Launch, carrier: Collectives, device: torch.device, watchdog: Watchdog, comm: Any = None
+    ) -> None:
+        """Take the parts; `create` makes them. `comm`: the trainers' MPI communicator, None without MPI."""
+        self.rank = carrier.rank
+        self.size = carrier.size
+        self.local_rank = launch.local_rank
+        self.local_size = launch.local_size
+        self.host = socket.gethostname()
+        self.launcher: Launcher = launch.launcher
+        self.device = device
+        self.watchdog = watchdog
+        self.comm = comm
+        self._carrier = carrier
+        self._horovod: Any = None
+
+    @classmethod
+    def create(cls, *, device: str = "auto", deadline: float = DEFAULT_DEADLINE) -> Self:
+        """Join the launcher's ranks. Blocks; every rank must call it.
+
+        `device`: auto (a GPU by local rank where there is one), cpu, or a torch device. `deadline`: seconds.
+        Raises WorldError if the launcher's count and MPI's disagree or the library that the launcher needs is missing.
+        """
+        launch = detect(os.environ)
+        chosen = _device(device, launch.local_rank)
+        if launch.launcher == "none":
+            return cls.alone(device=str(chosen))
+        if launch.launcher == "horovodrun-gloo":
+            carrier, inquiry, comm = _join_gloo(), None, None
+        else:
+            carrier, inquiry, comm = _join_mpi(launch)
+        watchdog = Watchdog(rank=carrier.rank, size=carrier.size, seconds=deadline, inquiry=inquiry)
+        world = cls(launch, carrier, chosen, watchdog, comm)
+        if world.size > 1:
+            watchdog.start()
+            world._end_job_on_uncaught_exception()
+        return world
+
+    @classmethod
+    def alone(cls, *, device: str = "auto") -> Self:
+        """The world of size 1, whatever the environment says."""
+        carrier = Alone()
+        watchdog = Watchdog(rank=0, size=1, seconds=DEFAULT_DEADLINE)
+        return cls(Launch(launcher="none"), carrier, _device(device, 0), watchdog)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes files and speaks to the user."""
+        return self.rank == 0
+
+    def sum_(self, tensor: torch.Tensor, what: str = "sum") -> torch.Tensor:
+        """Sum over ranks in place, the same bits on all. Blocks; every rank must call. Any device; returns the tensor."""
+        return self._on_host(tensor, what, self._carrier.sum_)
+
+    def max_(self, tensor: torch.Tensor, what: str = "max") -> torch.Tensor:
+        """Elementwise maximum over ranks, in place. Blocks; every rank must call. Returns the tensor."""
+        return self._on_host(tensor, what, self._carrier.max_)
+
+    def broadcast_(self, tensor: torch.Tensor, root: int = 0, what: str = "broadcast") -> torch.Tensor:
+        """Overwrite with root's values. Blocks; every rank must call. Returns the tensor."""
+        return self._on_host(tensor, what, lambda array: self._carrier.broadcast_(array, root))
+
+    def gather_objects(self, record: Any, what: str = "gather") -> list[Any]:
+        """Every rank's JSON-able record, in rank order, on all ranks. Blocks; every rank must call."""
+        return [json.loads(data) for data in self.gather_bytes(json.dumps(record).encode(), what)]
+
+    def gather_bytes(self, data: bytes, what: str = "gather") -> list[bytes]:
+        """Every rank's bytes, in rank order, on all ranks. Blocks; every rank must call."""
+        with self.watchdog.waiting(what):
+            return self._carrier.gather_bytes(data)
+
+    def barrier(self, what: str = "barrier") -> None:
+        """Return once every rank has called."""
+        with self.watchdog.waiting(what):
+            self._carrier.barrier()
+
+    def horovod(self) -> Any:
+        """Horovod's torch module, started on the trainers' communicator. Blocks; every rank must call the first time.
+
+        Raises WorldError where Horovod is not installed or was built for another MPI or torch.
+        """
+        if self._horovod is None:
+            # Horovod then names the ranks that a stalled operation misses, and raises where it would hang.
+            seconds = str(max(1, int(self.watchdog.seconds)))
+            os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, int(seconds) // 2)))
+            os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", seconds)
+            # Users may make process sets at any time, not only before Horovod starts.
+            os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
+            hvd = _import_horovod()
+            with self.watchdog.waiting("horovod init"):
+                hvd.init(comm=self.comm) if self.comm is not None else hvd.init()
+            if hvd.size() != self.size:
+                raise WorldError(
+                    f"Horovod counts {hvd.size()} ranks, the launcher {self.size}: it was built for another MPI; "
+                    "run `hvdvae doctor`"
+                )
+            self._horovod = hvd
+        return self._horovod
+
+    def close(self) -> None:
+        """Leave: stops Horovod and the watchdog. Blocks until all ranks have come; every rank must call."""
+        self.barrier("close")
+        if self._horovod is not None:
+            self._horovod.shutdown()
+            self._horovod = None
+        self.watchdog.stop()
+
+    def _on_host(self, tensor: torch.Tensor, what: str, reduce: Any) -> torch.Tensor:
+        if self.size == 1:
+            return tensor
+        host = tensor.detach().cpu().contiguous()
+        with self.watchdog.waiting(what):
+            reduce(host.numpy())
+        if host.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(host)
+        return tensor
+
+    def _end_job_on_uncaught_exception(self) -> None:
+        def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+            text = "".join(traceback.format_exception(kind, error, trace))
+            sys.stderr.write(f"hvdvae: uncaught exception on rank {self.rank} ({self.host}):\n{text}")
+            abort_job(1)
+
+        def end_from_thread(hook: threading.ExceptHookArgs) -> None:
+            if hook.exc_value is not None and not issubclass(hook.exc_type, SystemExit):
+                end(hook.exc_type, hook.exc_value, hook.exc_traceback)
+
+        sys.excepthook = end
+        threading.excepthook = end_from_thread
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def _join_mpi(launch: Launch) -> tuple[Collectives, Any, Any]:
+    try:
+        from mpi4py import MPI
+
+        from hvdvae.world.mpi import MpiCollectives, MpiInquiry, can_ask_from_threads
+    except ImportError as error:
+        raise WorldError(
+            f"started by {launch.launcher} with {launch.size} ranks, but mpi4py cannot be imported ({error}): "
+            "run launch/install.sh, or pip install mpi4py against the MPI that launches the job"
+        ) from error
+    if launch.size != MPI.COMM_WORLD.size:
+        raise WorldError(
+            f"{launch.launcher} started {launch.size} ranks, but MPI ({MPI.Get_library_version().split(',')[0]}) counts "
+            f"{MPI.COMM_WORLD.size}: the launcher belongs to another MPI. Use that MPI's own mpirun, or "
+            "`srun --mpi=pmix`; `hvdvae doctor` says which MPI is in use"
+        )
+    carrier = MpiCollectives(MPI.COMM_WORLD)
+    inquiry = MpiInquiry(MPI.COMM_WORLD) if carrier.size > 1 and can_ask_from_threads() else None
+    return carrier, inquiry, carrier.comm
+
+
+def _join_gloo() -> Collectives:
+    os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
+    _import_horovod()
+    from hvdvae.world.gloo import HorovodCollectives
+
+    return HorovodCollectives()
+
+
+def _import_horovod() -> Any:
+    try:
+        import horovod.torch
+    except Exception as error:  # Horovod raises whatever its extension raises where MPI or torch changed under it.
+        raise WorldError(
+            f"Horovod cannot be imported ({error}): run launch/install.sh, or choose --engine mpi or --strategy local"
+        ) from error
+    return horovod.torch

@@ -1,0 +1,49 @@
+"""Collectives over Horovod where there is no MPI: `horovodrun --gloo`.
+
+Every operation is named and numbered: Horovod matches operations by name, and unnamed ones deadlock once ranks have
+called different numbers of them.
+"""
+
+import horovod.torch as hvd
+import torch
+
+from hvdvae.world.collectives import Array, unequal_lengths
+
+
+class HorovodCollectives:
+    """The contract of collectives.Collectives over Horovod's Gloo controller."""
+
+    def __init__(self) -> None:
+        """Initialize Horovod. Blocks until all ranks have."""
+        hvd.init()
+        self.rank: int = hvd.rank()
+        self.size: int = hvd.size()
+        self._calls = 0
+
+    def _name(self, operation: str) -> str:
+        self._calls += 1
+        return f"hvdvae.world.{operation}.{self._calls}"
+
+    def sum_(self, array: Array) -> None:
+        """Sum over ranks, in place."""
+        hvd.allreduce_(torch.from_numpy(array), name=self._name("sum"), op=hvd.Sum)
+
+    def max_(self, array: Array) -> None:
+        """Maximum over ranks, in place."""
+        hvd.allreduce_(torch.from_numpy(array), name=self._name("max"), op=hvd.Max)
+
+    def broadcast_(self, array: Array, root: int) -> None:
+        """Overwrite with root's."""
+        hvd.broadcast_(torch.from_numpy(array), root, name=self._name("broadcast"))
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Allgather of lengths, then of bytes."""
+        lengths = hvd.allgather(torch.tensor([len(data)]), name=self._name("lengths")).tolist()
+        # Horovod refuses a tensor of no elements on some ranks: one byte of padding each.
+        padded = torch.frombuffer(bytearray(data + b"\0"), dtype=torch.uint8)
+        everything = hvd.allgather(padded, name=self._name("bytes")).numpy()
+        return [everything[part].tobytes()[:-1] for part in unequal_lengths([n + 1 for n in lengths])]
+
+    def barrier(self) -> None:
+        """Return once every rank has called."""
+        hvd.barrier()

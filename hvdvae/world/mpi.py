@@ -1,0 +1,115 @@
+"""Collectives over MPI, on a communicator of our own, and the questions that watchdogs ask each other.
+
+Protocol of the watchdogs, on a second communicator of their own so that no user message is ever met:
+
+    tag       direction                 payload, uint8
+    ASK       late rank -> every other  empty
+    ANSWER    other -> late rank        JSON of the other's state (deadline.State)
+"""
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from mpi4py import MPI
+
+from hvdvae.deadline import State
+from hvdvae.world.collectives import Array, unequal_lengths
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ASK, ANSWER = 1, 2
+
+# MPI counts are 32-bit in most installed libraries; longer vectors go in pieces.
+MAX_COUNT = 2**30
+
+
+class MpiCollectives:
+    """The contract of collectives.Collectives over a duplicate of `comm`."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        """Duplicate `comm` (collective over it), so that no message of the user's can be mistaken for one of ours."""
+        self.comm = comm.Dup()
+        self.rank: int = self.comm.rank
+        self.size: int = self.comm.size
+
+    def sum_(self, array: Array) -> None:
+        """MPI_Allreduce, in place."""
+        self._reduce(array, MPI.SUM)
+
+    def max_(self, array: Array) -> None:
+        """MPI_Allreduce with MAX, in place."""
+        self._reduce(array, MPI.MAX)
+
+    def _reduce(self, array: Array, op: MPI.Op) -> None:
+        flat = array.reshape(-1)
+        for start in range(0, flat.size, MAX_COUNT):
+            self.comm.Allreduce(MPI.IN_PLACE, flat[start : start + MAX_COUNT], op)
+
+    def broadcast_(self, array: Array, root: int) -> None:
+        """MPI_Bcast."""
+        flat = array.reshape(-1)
+        for start in range(0, flat.size, MAX_COUNT):
+            self.comm.Bcast(flat[start : start + MAX_COUNT], root)
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """MPI_Allgather of the lengths, then MPI_Allgatherv of the bytes."""
+        lengths = np.zeros(self.size, np.int64)
+        self.comm.Allgather(np.array([len(data)], np.int64), lengths)
+        everything = np.empty(int(lengths.sum()), np.uint8)
+        self.comm.Allgatherv(np.frombuffer(data, np.uint8), [everything, lengths])
+        return [everything[part].tobytes() for part in unequal_lengths(lengths.tolist())]
+
+    def barrier(self) -> None:
+        """MPI_Barrier."""
+        self.comm.Barrier()
+
+
+class MpiInquiry:
+    """Lets watchdog threads ask each other what their ranks are doing. Needs MPI_THREAD_MULTIPLE."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        """Duplicate `comm` (collective over it)."""
+        self._comm = comm.Dup()
+
+    def answer(self, state: "Callable[[], State]") -> None:
+        """Answer every question that has come in. Does not block."""
+        status = MPI.Status()
+        while self._comm.Iprobe(MPI.ANY_SOURCE, ASK, status):
+            self._comm.Recv(np.empty(0, np.uint8), status.source, ASK)
+            self._send(json.dumps(state().__dict__).encode(), status.source, ANSWER)
+
+    def ask(self, state: "Callable[[], State]", seconds: float) -> dict[int, State]:
+        """Ask every other rank; answer theirs meanwhile. Blocks for at most `seconds`; the silent are left out."""
+        others = [rank for rank in range(self._comm.size) if rank != self._comm.rank]
+        for other in others:
+            self._send(b"", other, ASK)
+        answers: dict[int, State] = {}
+        give_up = time.monotonic() + seconds
+        while len(answers) < len(others) and time.monotonic() < give_up:
+            self.answer(state)
+            status = MPI.Status()
+            if self._comm.Iprobe(MPI.ANY_SOURCE, ANSWER, status):
+                data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+                self._comm.Recv(data, status.source, ANSWER)
+                answers[status.source] = State(**json.loads(data.tobytes()))
+            else:
+                time.sleep(0.02)
+        return answers
+
+    def _send(self, data: bytes, to: int, tag: int) -> None:
+        # Small messages are sent eagerly; a request that never completes (its receiver is gone) is freed, not waited for.
+        request: Any = self._comm.Isend(np.frombuffer(data, np.uint8), to, tag)
+        request.Free()
+
+
+def library_version() -> str:
+    """The MPI library's own first line."""
+    return MPI.Get_library_version().splitlines()[0].strip("\0 ")
+
+
+def can_ask_from_threads() -> bool:
+    """Whether MPI gave MPI_THREAD_MULTIPLE, which the watchdogs' questions need."""
+    return bool(MPI.Query_thread() >= MPI.THREAD_MULTIPLE)

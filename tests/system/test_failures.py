@@ -1,0 +1,68 @@
+"""A rank that fails ends the job, non-zero, with its reason, within the deadline. Nothing hangs."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import Start
+
+CASE = str(Path(__file__).parent / "failing_rank.py")
+DEADLINE = 4.0
+GRACE = 40.0
+"""Seconds for starting and ending ranks on a busy machine."""
+
+CARRIERS = [("mpirun", "mpi"), ("mpirun", "horovod"), ("horovodrun-gloo", "horovod")]
+
+
+@pytest.mark.parametrize(("launcher", "engine"), CARRIERS)
+def test_a_rank_that_raises_ends_the_job_with_its_traceback(start: Start, launcher: str, engine: str) -> None:
+    job = start(2, CASE, "raises", engine, "300", launcher=launcher).finish(GRACE)
+    assert job.status != 0
+    assert "uncaught exception on rank 1" in job.output
+    assert "RuntimeError: the bad example 4711" in job.output
+    assert "failing_rank.py" in job.output, "the traceback names the line"
+
+
+def test_an_exception_in_a_thread_ends_the_job(start: Start) -> None:
+    job = start(2, CASE, "raises in a thread", "mpi", "300").finish(GRACE)
+    assert job.status != 0
+    assert "uncaught exception on rank 1" in job.output
+    assert "ZeroDivisionError" in job.output
+
+
+@pytest.mark.parametrize(("launcher", "engine"), CARRIERS)
+def test_a_rank_that_is_killed_ends_the_job(start: Start, launcher: str, engine: str) -> None:
+    job = start(2, CASE, "dies", engine, "300", launcher=launcher).finish(GRACE)
+    assert job.status != 0
+
+
+@pytest.mark.parametrize("engine", ["mpi", "horovod"])
+@pytest.mark.parametrize("way", ["calls another operation", "computes for ever", "stops"])
+def test_a_rank_that_does_not_come_is_named(start: Start, way: str, engine: str) -> None:
+    """The others say who waits for whom, at what step and where, and end the job at the deadline."""
+    job = start(2, CASE, way, engine, str(DEADLINE)).finish(DEADLINE + GRACE)
+    assert job.status != 0
+    assert f"deadline of {DEADLINE:g} s exceeded" in job.output
+    late = {
+        "calls another operation": "waits in 'a barrier that nobody else calls'",
+        "computes for ever": "rank 1 (",
+        "stops": "rank 1 does not answer",
+    }[way]
+    assert late in job.output
+    assert "step 3" in job.output
+    assert "failing_rank.py" in job.output, "the stack says where"
+
+
+def test_pytest_under_mpirun_ends_when_one_rank_fails(start: Start, tmp_path: Path) -> None:
+    """`mpirun -np 2 pytest tests/parallel` must not hang while the rank that passed waits for the one that failed."""
+    folder = tmp_path / "parallel"
+    folder.mkdir()
+    source = Path(__file__).parents[1] / "parallel" / "conftest.py"
+    (folder / "conftest.py").write_text(source.read_text())
+    (folder / "test_one_rank.py").write_text(
+        "def test_it(world):\n    assert world.rank == 0, 'rank one is wrong'\n    world.barrier()\n"
+    )
+    job = start(2, "-m", "pytest", "-p", "no:cacheprovider", str(folder)).finish(GRACE)
+    assert job.status != 0
+    assert "FAILED on rank 1 of 2" in job.output
+    assert "rank one is wrong" in job.output
