@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hvdvae.errors import CheckpointError
+from hvdvae.world import World
 
 FORMAT = "hvdvae-checkpoint-1"
 _NAME = re.compile(r"step-(\d+)\.safetensors")
@@ -80,6 +81,23 @@ def parse(data: bytes, name: str) -> Checkpoint:
     if header.get("digest") != _digest(tensors, header["record"]):
         raise CheckpointError(f"{name} is damaged: its content does not match its digest. Delete it")
     return Checkpoint(tensors, json.loads(header["record"]))
+
+
+def spread(path: Path | None, world: World) -> Checkpoint | None:
+    """Rank 0's checkpoint (None: there is none) on all ranks, so that only rank 0 needs to see the file.
+
+    Blocks; every rank must call it. The file's bytes are in memory twice meanwhile.
+    """
+    data = bytearray()
+    if world.is_first and path is not None:
+        load(path)
+        data = bytearray(path.read_bytes())
+    length = world.broadcast_(torch.tensor([len(data)]), what="broadcast of the checkpoint's size")
+    if not int(length):
+        return None
+    content = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(int(length), dtype=torch.uint8)
+    world.broadcast_(content, what="broadcast of the checkpoint")
+    return parse(content.numpy().tobytes(), str(path or "rank 0's checkpoint"))
 
 
 class Folder:

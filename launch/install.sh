@@ -26,7 +26,8 @@ die() {
 # pin_of NAME: NAME==VERSION from native.txt.
 pin_of() { grep "^$1==" "$requirements/native.txt"; }
 
-pip_install() { "$venv/bin/pip" install --quiet --root-user-action=ignore "$@"; }
+# Twice quiet: warnings about an index that lacks a package are no news, errors still show.
+pip_install() { "$venv/bin/pip" install --quiet --quiet --root-user-action=ignore "$@"; }
 
 # shellcheck source=launch/mpi.sh
 source "$launch/mpi.sh"

@@ -25,7 +25,7 @@ def torch(answer: Answer) -> Finding:
 
 
 def gpu(answer: Answer, driver: bool, horovod: Answer) -> Finding:
-    """Whether torch sees the GPUs that the driver sees, and Horovod has NCCL. `driver`: nvidia-smi answers."""
+    """Whether torch sees the GPUs that the driver sees, and Horovod has NCCL. `driver`: nvidia-smi works."""
     names = answer.facts.get("gpus", [])
     if not names and not driver:
         return Finding("GPU", "none")

@@ -28,8 +28,8 @@ def tell(**facts):
     print({_MARK!r} + json.dumps(facts), flush=True)
 def libmpi():
     maps = open("/proc/self/maps").readlines() if os.path.exists("/proc/self/maps") else []
-    found = [path for path in (line.split()[-1] for line in maps) if re.fullmatch(r"libmpi(ch)?\\.so[.0-9]*", os.path.basename(path))]
-    return sorted({{os.path.realpath(path) for path in found}})
+    found = {{line.split()[-1] for line in maps if re.search(r"/libmpi(ch)?\\.so[.0-9]*$", line)}}
+    return sorted(map(os.path.realpath, found))
 """
 
 TORCH = """

@@ -1,1 +1,242 @@
-def train(o): print(o); return 0
+"""`hvdvae train`: from a configuration to a trained model, its likelihood, pictures and a summary."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hvdvae import checkpoint as checkpoints
+from hvdvae.checkpoint import Checkpoint
+from hvdvae.cli import assemble
+from hvdvae.cli.assessment import Pictures, assess
+from hvdvae.cli.parser import CONFIG_FILE, write_config
+from hvdvae.cli.results import prepare_folder, versions, write_json
+from hvdvae.config import TrainConfig
+from hvdvae.cores import threads_of_rank
+from hvdvae.data import Dataset, Loader, check_dataset, mean_example
+from hvdvae.monitor.jsonl import JsonLines
+from hvdvae.monitor.progress import Progress
+from hvdvae.monitor.tensorboard import TensorBoard
+from hvdvae.resume import load_weights
+from hvdvae.strategies import DistributedOptimizer
+from hvdvae.strategies.sync_batch_norm import convert_sync_batch_norm
+from hvdvae.trainer import Outcome, Trainer, exit_status
+from hvdvae.vae import VAE, set_output_bias
+from hvdvae.world import World
+
+
+def train(config: TrainConfig) -> int:
+    """Run the whole job. Blocks; every rank must call it. Returns the exit status."""
+    started = time.time()
+    world = World.create(device=config.device, deadline=config.deadline)
+    torch.set_num_threads(config.threads or threads_of_rank(world))
+    dataset = assemble.data(config.data, world, validation=config.validation)
+    binarization = assemble.binarization(config)
+    check_dataset(
+        dataset, likelihood=config.likelihood, binarization=binarization, batch=config.batch_size, size=world.size
+    )
+    model = assemble.model(config, dataset.shape, world.device)
+    folder = prepare_folder(config, world)
+    resumed = _newest(folder, config, world)
+    trainer, pictures = _trainer(config, world, model, dataset, folder, resumed)
+    if world.is_first:
+        write_config(config, folder / CONFIG_FILE)
+        _say(_opening(config, trainer, dataset, folder))
+    outcome = trainer.fit(config.epochs)
+    if outcome.signal:
+        if world.is_first:
+            name = signal.Signals(outcome.signal).name
+            _say(f"{name}: saved at step {outcome.step} in {folder / 'checkpoints'}; continue with --resume --out {folder}")
+        world.close()
+        return exit_status(outcome)
+    _conclude(config, trainer, model, dataset, pictures, folder, outcome, started)
+    world.close()
+    return 0
+
+
+def _trainer(
+    config: TrainConfig, world: World, model: VAE, dataset: Dataset, folder: Path, resumed: Checkpoint | None
+) -> tuple[Trainer, Pictures]:
+    binarization = assemble.binarization(config)
+    if world.is_first and config.likelihood == "bernoulli":
+        # The other ranks get it with the broadcast of the weights.
+        set_output_bias(model, mean_example(dataset.train))
+    trained: nn.Module = model
+    if config.sync_batch_norm:
+        trained = convert_sync_batch_norm(model, world)
+    optimizer = DistributedOptimizer(
+        assemble.optimizer(config, trained, world),
+        trained,
+        world=world,
+        strategy=config.strategy,
+        engine=config.engine,
+        backward_passes_per_step=config.accumulate,
+        clip_norm=config.clip_norm,
+        compression=config.compression,
+        reduce_op=config.reduce_op,
+    )
+    if config.compile:
+        trained.compile()
+    loader = Loader(
+        dataset.train,
+        batch=config.batch_size * config.accumulate,
+        rank=world.rank,
+        size=world.size,
+        seed=config.seed,
+        likelihood=config.likelihood,
+        binarization=binarization,
+        device=world.device,
+    )
+    pictures = Pictures(model, dataset.validation, binarization=binarization)
+    step = resumed.record["step"] if resumed else 0
+    monitors: list[JsonLines | Progress | TensorBoard] = []
+    if world.is_first:
+        board = TensorBoard(folder / "tensorboard", first_step=step)
+        progress = Progress(epochs=config.epochs, steps_per_epoch=loader.steps(), done=step)
+        monitors = [progress, JsonLines(folder / "metrics.jsonl"), board]
+
+    def validate() -> dict[str, float]:
+        found = assess(model, dataset.validation, world, binarization=binarization, samples=1)
+        epoch = trainer.position.epoch
+        if world.is_first and config.pictures_every and epoch % config.pictures_every == 0:
+            pictures.to_tensorboard(board, trainer.position.step)
+        return {"loss": -found.elbo, "elbo": found.elbo, "rate": found.rate, "distortion": found.distortion}
+
+    trainer = Trainer(
+        trained,
+        optimizer,
+        assemble.objective(config),
+        loader,
+        seed=config.seed,
+        schedule=assemble.schedule(config),
+        precision=config.precision,
+        ema_decay=config.ema,
+        skip_limit=config.skip_limit,
+        monitors=monitors,
+        checkpoints=checkpoints.Folder(folder / "checkpoints", config.keep),
+        checkpoint_every=config.checkpoint_every,
+        validate=validate,
+        validate_every=config.validate_every,
+        config={name: getattr(config, name) for name in TrainConfig.__dataclass_fields__},
+    )
+    if resumed is not None:
+        trainer.resume(resumed)
+    return trainer, pictures
+
+
+def _newest(folder: Path, config: TrainConfig, world: World) -> Checkpoint | None:
+    """The checkpoint to resume from, read by rank 0, which may alone see the folder, and sent to all."""
+    if not config.resume:
+        return None
+    found: Path | None = None
+    if world.is_first:
+        found = checkpoints.Folder(folder / "checkpoints", config.keep).newest_good()
+        if found is None:
+            _say(f"--resume: no checkpoint in {folder / 'checkpoints'} yet, starting anew")
+    return checkpoints.spread(found, world)
+
+
+def _conclude(
+    config: TrainConfig,
+    trainer: Trainer,
+    model: VAE,
+    dataset: Dataset,
+    pictures: Pictures,
+    folder: Path,
+    outcome: Outcome,
+    started: float,
+) -> None:
+    """Test the best weights, write pictures and the summary, and say where everything is."""
+    world, samples = trainer.world, assemble.nll_samples(config)
+    best = checkpoints.spread(
+        assemble.checkpoint_file(folder, "best") if world.is_first else None, world
+    )
+    if best is not None:
+        load_weights(model, best, ema=True)
+    summary = {
+        "strategy": config.strategy,
+        "engine": trainer.optimizer.engine,
+        "world_size": world.size,
+        "epochs": outcome.epochs,
+        "steps": outcome.step,
+        "skipped_steps": outcome.skipped_steps,
+        "examples_per_second": outcome.examples / outcome.seconds if outcome.seconds else None,
+        "training_seconds": outcome.seconds,
+        "peak_rss_bytes": peak_rss(world),
+    }
+    if samples:
+        binarization = assemble.binarization(config)
+        found = assess(
+            model, dataset.test, world, binarization=binarization, samples=samples, title=f"test NLL, k={samples}"
+        )
+        summary |= {
+            "elbo": found.elbo,
+            "rate": found.rate,
+            "distortion": found.distortion,
+            "test_nll": found.nll,
+            "nll_samples": samples,
+            "active_units": list(found.active_units),
+        }
+    summary |= {
+        "seconds": time.time() - started,
+        "data": dataset.name,
+        "model": config.model,
+        "precision": config.precision,
+        "device": str(world.device),
+        "versions": versions(),
+        "host": world.host,
+    }
+    if world.is_first:
+        written = pictures.to_files(folder)
+        board = TensorBoard(folder / "tensorboard")
+        pictures.to_tensorboard(board, outcome.step)
+        board.close()
+        write_json(folder / "summary.json", summary)
+        _say(_closing(summary, folder, written))
+    world.barrier("rank 0 writes the results")
+
+
+def peak_rss(world: World) -> list[int]:
+    """Largest resident memory of each rank so far, in bytes. Blocks; every rank must call it."""
+    import resource
+
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return [int(value) for value in world.gather_objects(kilobytes * 1024, "gather of peak memory")]
+
+
+def _opening(config: TrainConfig, trainer: Trainer, dataset: Dataset, folder: Path) -> str:
+    world, optimizer = trainer.world, trainer.optimizer
+    ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
+    resumed = f", resumed at step {trainer.position.step}" if trainer.position.step else ""
+    return (
+        f"hvdvae: {dataset.name} {dataset.shape}, {len(dataset.train)} train, {len(dataset.validation)} validation, "
+        f"{len(dataset.test)} test\n"
+        f"hvdvae: {config.model}, {optimizer.flat.parameters.numel():,} parameters, {config.strategy} with engine "
+        f"{optimizer.engine} ({optimizer.engine_reason}), {ranks} x {torch.get_num_threads()} threads on "
+        f"{world.device.type} by {'one process' if world.launcher == 'none' else world.launcher}\n"
+        f"hvdvae: results go to {folder}{resumed}"
+    )
+
+
+def _closing(summary: dict[str, object], folder: Path, pictures: list[Path]) -> str:
+    lines = []
+    if "test_nll" in summary:
+        lines.append(
+            f"test NLL {summary['test_nll']:.2f} nats (importance-weighted, k={summary['nll_samples']}), "
+            f"ELBO {summary['elbo']:.2f} = -(rate {summary['rate']:.2f} + distortion {summary['distortion']:.2f})"
+        )
+    lines += [f"  {'pictures:':<12} {path}" for path in pictures]
+    lines += [
+        f"  {'checkpoints:':<12} {folder / 'checkpoints'}",
+        f"  {'curves:':<12} tensorboard --logdir {folder / 'tensorboard'}",
+        f"  {'numbers:':<12} {folder / 'summary.json'}, {folder / 'metrics.jsonl'}",
+    ]
+    return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

@@ -22,10 +22,9 @@ class AcceleratorFeed:
     """Turns cuts of indices into batches on `device`. Uploads a small source once, in the constructor."""
 
     def __init__(
-        self, source: Source, *, likelihood: str, binarization: str, seed: int, device: torch.device
+        self, source: Source, *, binarization: str, seed: int, device: torch.device
     ) -> None:
         self._source, self._device, self._seed = source, device, seed
-        self._likelihood = likelihood
         self._static = binarization == "static"
         # Static noise belongs to the example, so it is drawn where examples have addresses, on the host.
         binary = self._static or (source.peak == 1 and source.dtype.kind == "u")
@@ -52,7 +51,6 @@ class AcceleratorFeed:
             yield to_input_on_device(
                 values,
                 peak=self._peak,
-                likelihood=self._likelihood,
                 binarization=self._binarization,
                 generator=self._generator,
             )

@@ -1,4 +1,4 @@
-"""From stored values to what a model takes: float32, binarized or scaled as the likelihood wants it."""
+"""From stored values to what a model takes: float32, binarized or scaled."""
 
 import numpy as np
 import torch
@@ -8,30 +8,25 @@ from hvdvae.data.source import Indices, Source, Values
 
 
 def to_input(
-    values: Values, *, peak: int, likelihood: str, binarization: str, key: int, examples: Indices
+    values: Values, *, peak: int, binarization: str, key: int, examples: Indices
 ) -> torch.Tensor:
     """Values (B, *shape) as a float32 tensor of that shape; values are not changed.
 
-    bernoulli: 0 or 1, or [0, 1] without binarization; gaussian: uint8 to [0, 1], floats as they are;
-    discretized-logistic: [-1, 1]. `peak` is the source's; key and examples address the noise (see
-    `binarize`).
+    0 or 1 where binarized; otherwise uint8 becomes [0, 1] and floats stay as they are. `peak` is the source's; key and
+    examples address the noise (see `binarize`).
     """
     if binarization != "none":
         return torch.from_numpy(binarize(values, peak, key, examples).astype(np.float32))
-    scaled = np.divide(values, np.float32(peak), dtype=np.float32)
-    if likelihood == "discretized-logistic":
-        np.subtract(np.multiply(scaled, np.float32(2), out=scaled), np.float32(1), out=scaled)
-    return torch.from_numpy(scaled)
+    return torch.from_numpy(np.divide(values, np.float32(peak), dtype=np.float32))
 
 
 def to_input_on_device(
-    values: torch.Tensor, *, peak: int, likelihood: str, binarization: str, generator: torch.Generator
+    values: torch.Tensor, *, peak: int, binarization: str, generator: torch.Generator
 ) -> torch.Tensor:
     """As `to_input`, for values that are on an accelerator already and drawn with its generator."""
     if binarization != "none":
         return binarize_on_device(values, peak, generator)
-    scaled = values.float().div(peak)
-    return scaled.mul_(2).sub_(1) if likelihood == "discretized-logistic" else scaled
+    return values.float().div(peak)
 
 
 def evaluation_batch(
@@ -39,7 +34,6 @@ def evaluation_batch(
     start: int,
     stop: int,
     *,
-    likelihood: str,
     binarization: str,
     seed: int = EVALUATION_SEED,
     device: torch.device | str = "cpu",
@@ -53,7 +47,6 @@ def evaluation_batch(
     batch = to_input(
         source.gather(examples),
         peak=source.peak,
-        likelihood=likelihood,
         binarization=binarization,
         key=key,
         examples=examples,

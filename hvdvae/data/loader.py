@@ -45,11 +45,11 @@ class Loader:
         self.batch = local_batch(len(source), batch, size)
         self.global_batch = self.batch * size
         self._rank, self._size = rank, size
-        self._likelihood, self._binarization = likelihood, binarization
+        self._binarization = binarization
         device = torch.device(device)
         self._accelerator = (
             AcceleratorFeed(
-                source, likelihood=likelihood, binarization=binarization, seed=seed, device=device
+                source, binarization=binarization, seed=seed, device=device
             )
             if device.type != "cpu"
             else None
@@ -84,7 +84,6 @@ class Loader:
         return to_input(
             read(self.source, examples),
             peak=self.source.peak,
-            likelihood=self._likelihood,
             binarization=self._binarization,
             key=key,
             examples=examples,

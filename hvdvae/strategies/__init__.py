@@ -54,17 +54,33 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     if strategy != "allreduce":
         raise ConfigError(f"strategy (--strategy) is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
     chosen = choose_engine(engine, world, compression=compression, reduce_op=reduce_op)
-    if chosen.name == "horovod":
-        from hvdvae.strategies.allreduce_horovod import HorovodAdasum, HorovodAllreduce
+    wrapped = _wrap(chosen.name, optimizer, model, world, compression, reduce_op, process_set, options)
+    wrapped.engine, wrapped.engine_reason = chosen
+    return wrapped
 
-        if reduce_op == "adasum":
-            return HorovodAdasum(optimizer, model, world, **options)
-        return HorovodAllreduce(
-            optimizer, model, world, compression=compression, process_set=process_set, **options
-        )
-    from hvdvae.strategies.allreduce_mpi import MpiAllreduce
 
-    return MpiAllreduce(optimizer, model, world, **options)
+def _wrap(
+    engine: str,
+    optimizer: Optimizer,
+    model: nn.Module,
+    world: World,
+    compression: str,
+    reduce_op: str,
+    process_set: Any,
+    options: dict[str, Any],
+) -> Strategy:
+    # Imported where they are chosen: Horovod and MPI need not be there for the others.
+    if engine != "horovod":
+        from hvdvae.strategies.allreduce_mpi import MpiAllreduce
+
+        return MpiAllreduce(optimizer, model, world, **options)
+    from hvdvae.strategies.allreduce_horovod import HorovodAdasum, HorovodAllreduce
+
+    if reduce_op == "adasum":
+        return HorovodAdasum(optimizer, model, world, **options)
+    return HorovodAllreduce(
+        optimizer, model, world, compression=compression, process_set=process_set, **options
+    )
 
 
 __all__ = ["STRATEGIES", "DistributedOptimizer", "Strategy"]

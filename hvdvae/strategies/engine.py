@@ -46,7 +46,7 @@ def choose_engine(engine: str, world: World, *, compression: str = "none", reduc
             )
         return Engine("mpi", "as asked (--engine mpi)")
     if world.launcher == "none":
-        return Engine("mpi", "one process without a launcher exchanges nothing, so Horovod is not started")
+        return Engine("none", "one process without a launcher exchanges nothing")
     return Engine("horovod", "as asked (--engine horovod, the default)")
 
 

@@ -26,6 +26,8 @@ class Strategy(Optimizer):
     """As in `--strategy`."""
     engine = "none"
     """What carries the collectives: none, horovod or mpi."""
+    engine_reason = "one process exchanges nothing"
+    """Why that one, for the log."""
 
     def __init__(
         self,

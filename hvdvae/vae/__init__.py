@@ -1,9 +1,13 @@
 """Variational autoencoders: networks, likelihoods, objectives, evaluation, pictures."""
 
 from hvdvae.vae.build import MODELS, build_model, set_output_bias
+from hvdvae.vae.evaluate import evaluate, evaluate_part
+from hvdvae.vae.evaluation import Evaluation, Part, combine
+from hvdvae.vae.generate import reconstruct, sample_images
 from hvdvae.vae.likelihoods import LIKELIHOODS, Likelihood, build_likelihood
 from hvdvae.vae.model import VAE, Terms
 from hvdvae.vae.objectives import OBJECTIVES, Elbo, FreeBits, Iwae, Objective, build_objective
+from hvdvae.vae.pictures import image_grid, pair_grid, save_grid, save_picture
 
 __all__ = [
     "LIKELIHOODS",
@@ -11,13 +15,24 @@ __all__ = [
     "OBJECTIVES",
     "VAE",
     "Elbo",
+    "Evaluation",
     "FreeBits",
     "Iwae",
     "Likelihood",
     "Objective",
+    "Part",
     "Terms",
     "build_likelihood",
     "build_model",
     "build_objective",
+    "combine",
+    "evaluate",
+    "evaluate_part",
+    "image_grid",
+    "pair_grid",
+    "reconstruct",
+    "sample_images",
+    "save_grid",
+    "save_picture",
     "set_output_bias",
 ]

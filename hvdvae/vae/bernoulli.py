@@ -1,8 +1,8 @@
 """The Bernoulli log-likelihood of logits, in as few passes over memory as it takes.
 
-log p(x|l) = sum_d x_d l_d - softplus(l_d), and softplus(l) = max(l, 0) - log sigmoid(|l|). The logarithm is what costs
-on a CPU, and a sum of logarithms is the logarithm of a product: sigmoid(|l|) lies in [0.5, 1], so 64 of them multiply
-without underflow and share one logarithm. The sigmoid is kept, for it is the gradient.
+log p(x|l) = sum_d x_d l_d - softplus(l_d), and softplus(l) = max(l, 0) - log sigmoid(|l|). The logarithm is
+what costs on a CPU, and a sum of logarithms is the logarithm of a product: sigmoid(|l|) lies in [0.5, 1], so
+64 of them multiply without underflow and share one logarithm. The sigmoid is kept, for it is the gradient.
 """
 
 from typing import Any
@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Each fold halves the columns; an odd column joins the first product, so 5 folds multiply at most 2**6 factors.
+# Each fold halves the columns; an odd column joins the first product, so 5 folds multiply at most 2**6
+# factors.
 _FOLDS = 5
 
 
 def bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
     """Sums log p(x | logits) over the last dimension.
 
-    logits: (..., B, D) of any float dtype; x: (B, D) in [0, 1], may be fractional. Returns (..., B), nats, in float32
-    whatever the logits are (float64 stays). No gradient flows to x.
+    logits: (..., B, D) of any float dtype; x: (B, D) in [0, 1], may be fractional. Returns (..., B), nats, in
+    float32 whatever the logits are (float64 stays). No gradient flows to x.
     """
-    if torch.compiler.is_compiling():  # the compiler fuses the plain formula and cannot see through the fast one
+    if (
+        torch.compiler.is_compiling()
+    ):  # the compiler fuses the plain formula and cannot see through the fast one
         wide = logits.float()
         return (x * wide - functional.softplus(wide)).sum(-1)
     result: Tensor = _BernoulliLogProb.apply(logits, x)  # type: ignore[no-untyped-call]
@@ -33,7 +36,9 @@ def _log_product(factors: Tensor) -> Tensor:
     for fold in range(_FOLDS):
         width = factors.shape[-1]
         half = width // 2
-        if half == 0 or (width % 2 and fold > 2):  # an odd width costs a strided pass: not worth it near the end
+        if half == 0 or (
+            width % 2 and fold > 2
+        ):  # an odd width costs a strided pass: not worth it near the end
             break
         folded = factors[..., :half] * factors[..., half : 2 * half]
         if width % 2:

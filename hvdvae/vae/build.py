@@ -30,38 +30,47 @@ def build_model(
 ) -> VAE:
     """A VAE for examples of that shape, (C, H, W) or (D,); weights from torch's default generator.
 
-    mlp: one stochastic layer, hidden layer sizes of the encoder (the decoder mirrors them), latent of one size.
-    mlp2: two stochastic layers; hidden holds as many sizes for x-to-z1 as for z1-to-z2, in this order; latent z1, z2.
-    Their defaults are the networks of Burda et al. 2016. conv: stride-2 convolutions of these channels, one stochastic layer.
-    activation: tanh or relu; None is tanh for mlp and mlp2, relu for conv. sigma: fixes the Gaussian's deviation.
-    Raises ConfigError, naming the setting, for an unknown name or a setting that does not fit the model or the shape.
+    mlp: one stochastic layer, hidden layer sizes of the encoder (the decoder mirrors them), latent of one
+    size. mlp2: two stochastic layers; hidden holds as many sizes for x-to-z1 as for z1-to-z2, in this order;
+    latent z1, z2. Their defaults are the networks of Burda et al. 2016. conv: stride-2 convolutions of these
+    channels, one stochastic layer. activation: tanh or relu; None is tanh for mlp and mlp2, relu for conv.
+    sigma: fixes the Gaussian's deviation. Raises ConfigError, naming the setting, for an unknown name or a
+    setting that does not fit the model or the shape.
     """
     if name not in MODELS:
         raise ConfigError(f"model: found {name!r}, expected one of {', '.join(MODELS)}")
     sizes = tuple(latent) if latent is not None else _LATENT[name]
     expected = 2 if name == "mlp2" else 1
     if len(sizes) != expected or min(sizes) < 1:
-        raise ConfigError(f"latent: found {list(sizes)}, expected {expected} positive size(s) for model {name!r}")
+        raise ConfigError(
+            f"latent: found {list(sizes)}, expected {expected} positive size(s) for model {name!r}"
+        )
     if batch_norm and name != "conv":
         raise ConfigError(f"batch-norm: model {name!r} has none; use it with model 'conv'")
     family = build_likelihood(likelihood, sigma=sigma)
     if name == "conv":
         if hidden is not None:
-            raise ConfigError(f"hidden: found {list(hidden)}, but model 'conv' has channels instead: set channels")
+            raise ConfigError(
+                f"hidden: found {list(hidden)}, but model 'conv' has channels instead: set channels"
+            )
         return _conv(shape, family, sizes[0], channels, activation or "relu", batch_norm)
     widths = tuple(hidden) if hidden is not None else _HIDDEN[name]
     if any(width < 1 for width in widths):
         raise ConfigError(f"hidden: found {list(widths)}, expected positive sizes")
     if name == "mlp2" and (len(widths) % 2 or not widths):
         raise ConfigError(
-            f"hidden: found {len(widths)} sizes {list(widths)}, expected an even number for model 'mlp2': the first half "
-            "for x to z1, the second half for z1 to z2, such as 200,200,100,100"
+            f"hidden: found {len(widths)} sizes {list(widths)}, expected an even number for model 'mlp2': "
+            "the first half for x to z1, the second half for z1 to z2, such as 200,200,100,100"
         )
     return _mlp(shape, family, sizes, widths, activation or "tanh")
 
 
 def _mlp(
-    shape: Sequence[int], likelihood: Likelihood, latent: Sequence[int], hidden: Sequence[int], activation: str
+    shape: Sequence[int],
+    likelihood: Likelihood,
+    latent: Sequence[int],
+    hidden: Sequence[int],
+    activation: str,
 ) -> VAE:
     layers = len(latent)
     lower, higher = hidden[: len(hidden) // layers], hidden[len(hidden) // layers :]
@@ -92,14 +101,17 @@ def _conv(
 
 
 def set_output_bias(model: VAE, mean_image: Tensor) -> None:
-    """Sets the decoder's output bias, in place, so that an untrained model shows the training mean (Burda et al. 2016).
+    """Sets the decoder's output bias, in place, to show the training mean (Burda et al. 2016).
 
-    mean_image: (*shape) in [0, 1], the mean over the training set; for Bernoulli its logit, of means clamped to
-    [0.001, 0.999]. Convolutions have one bias a channel and take the median over its pixels. Every rank must call it with the
-    same image, or on one before the weights are broadcast. Raises ConfigError if the shape is another.
+    mean_image: (*shape) in [0, 1], the mean over the training set; for Bernoulli its logit, of means clamped
+    to [0.001, 0.999]. Convolutions have one bias a channel and take the median over its pixels. Every rank
+    must call it with the same image, or on one before the weights are broadcast. Raises ConfigError if the
+    shape is another.
     """
     if mean_image.numel() != math.prod(model.shape):
-        raise ConfigError(f"mean image: found shape {tuple(mean_image.shape)}, expected the model's {model.shape}")
+        raise ConfigError(
+            f"mean image: found shape {tuple(mean_image.shape)}, expected the model's {model.shape}"
+        )
     bias = next(model.parameters())
     image = mean_image.to(bias.device, bias.dtype).reshape(model.shape)
     model.set_location_bias(model.likelihood.location(image))

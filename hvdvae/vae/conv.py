@@ -2,31 +2,34 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hvdvae.errors import ConfigError
 from hvdvae.vae.activations import build_activation
 from hvdvae.vae.mlp import init_glorot
+from hvdvae.vae.upsample import Upsample
 
 
 def check_image(shape: Sequence[int], channels: Sequence[int]) -> None:
     """Raises ConfigError unless shape is (C, H, W) with H and W divisible by 2**len(channels)."""
     if not channels or min(channels) < 1:
-        raise ConfigError(f"channels: found {list(channels)}, expected one or more positive counts, such as 32,64")
+        raise ConfigError(
+            f"channels: found {list(channels)}, expected one or more positive counts, such as 32,64"
+        )
     if len(shape) != 3:
-        raise ConfigError(f"model conv: found data of shape {tuple(shape)}, expected images (C, H, W); try --model mlp")
+        raise ConfigError(
+            f"model conv: found data of shape {tuple(shape)}, expected images (C, H, W); try --model mlp"
+        )
     step = 2 ** len(channels)
     for axis, size in (("height", shape[1]), ("width", shape[2])):
         if size % step or size == 0:
             below, above = size // step * step, (size // step + 1) * step
             near = f"{below} or {above}" if below else f"{above}"
             raise ConfigError(
-                f"model conv: the images' {axis} is {size}, and {len(channels)} stride-2 layers need a multiple of "
-                f"{step}: crop or pad to {near}, or change --channels"
+                f"model conv: the images' {axis} is {size}, and {len(channels)} stride-2 layers need a "
+                f"multiple of {step}: crop or pad to {near}, or change --channels"
             )
 
 
@@ -58,7 +61,8 @@ class ConvEncoder(nn.Module):
 def _channels_last(x: Tensor) -> Tensor:
     """x in the memory format that is the faster one for convolutions, on a CPU and on a GPU.
 
-    With one channel both formats are the same bytes and torch would take it for the other one: then say so by the strides.
+    With one channel both formats are the same bytes and torch would take it for the other one: then say so by
+    the strides.
     """
     if x.shape[1] == 1:
         return x.reshape(x.shape[0], *x.shape[2:], 1).permute(0, 3, 1, 2)
@@ -93,61 +97,16 @@ class ConvDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z: (N, latent)."""
-        h = self.input(z).unflatten(1, self.grid).permute(0, 3, 1, 2)
+        h = self.input(z).view(-1, *self.grid).permute(0, 3, 1, 2)
         params: Tensor = self.output(self.network(h))
         return params
 
     def set_location_bias(self, location: Tensor) -> None:
-        """Writes the output bias of the location parameters, (C, H, W), in place: one a channel, the pixels' median.
+        """Writes the output bias of the location parameters, (C, H, W), in place.
 
-        The median, because a few outlying pixels (the centre of a digit) would drag the mean of the logits.
+        There is one bias a channel: the pixels' median, because a few outlying pixels (the centre of a digit)
+        would drag the mean of the logits.
         """
         with torch.no_grad():
+            assert self.output.bias is not None
             self.output.bias[: location.shape[0]] = location.flatten(1).median(1).values
-
-
-class Upsample(nn.Module):
-    """The transposed convolution of kernel 4, stride 2, padding 1: (N, inputs, H, W) to (N, outputs, 2H, 2W).
-
-    The same function and initialization as nn.ConvTranspose2d, with two detours around what is slow on a CPU.
-    """
-
-    def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
-        super().__init__()
-        like = nn.ConvTranspose2d(inputs, outputs, kernel_size=4, stride=2, padding=1, bias=bias)
-        self.weight = like.weight
-        self.bias = like.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (N, inputs, H, W)."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return functional.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
-        weight = self.weight
-        if torch.is_autocast_enabled("cpu"):  # autocast does not reach inside an autograd.Function
-            dtype = torch.get_autocast_dtype("cpu")
-            x, weight = x.to(dtype), weight.to(dtype)
-        y: Tensor = _TransposedConvolution.apply(x, weight)  # type: ignore[no-untyped-call]
-        # Apart from the convolution, whose bias gradient in bfloat16 takes oneDNN as long as the weights' gradient.
-        return y if self.bias is None else y + self.bias.to(y.dtype).view(1, -1, 1, 1)
-
-
-class _TransposedConvolution(torch.autograd.Function):
-    # oneDNN runs few output channels at a twentieth of its speed: then one matrix product and an overlap-add instead.
-    FEW = 8
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        if weight.shape[1] > _TransposedConvolution.FEW:
-            return functional.conv_transpose2d(x, weight, None, stride=2, padding=1)
-        count, inputs, height, width = x.shape
-        columns = x.permute(0, 2, 3, 1).reshape(count, height * width, inputs) @ weight.flatten(1)
-        return functional.fold(columns.transpose(1, 2), (2 * height, 2 * width), 4, padding=1, stride=2)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grads[0], x, weight, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1, [*ctx.needs_input_grad, False]
-        )
-        return grad_x, grad_weight

@@ -25,10 +25,10 @@ class DiagonalGaussian(NamedTuple):
         return self.packed.chunk(2, dim=-1)[1].float()
 
     def sample(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """z = mean + sigma * noise, and KL(self || N(0, 1)) in closed form (Kingma and Welling 2014, appendix B).
+        """z = mean + sigma * noise, and KL(self || N(0, 1)) in closed form.
 
-        noise: (K, ..., L) for a packed (1 or K, ..., 2L). Returns z (K, ..., L) and the KL in nats per dimension, of the
-        batch shape of packed, (1 or K, ..., L).
+        noise: (K, ..., L) for a packed (1 or K, ..., 2L). Returns z (K, ..., L) and the KL (Kingma and
+        Welling 2014, appendix B) in nats per dimension, of the batch shape of packed, (1 or K, ..., L).
         """
         if torch.compiler.is_compiling():
             mean, log_sigma = self.packed.float().chunk(2, dim=-1)
@@ -49,7 +49,7 @@ class DiagonalGaussian(NamedTuple):
 
 
 class _SampleAndKL(torch.autograd.Function):
-    """One node in place of twenty: at batch 128 and 20 latents the dispatch of small operations is the whole cost."""
+    """One node in place of twenty: for tensors this small the dispatch is the whole cost."""
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

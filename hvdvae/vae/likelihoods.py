@@ -1,8 +1,9 @@
 """What a decoder's numbers mean: p(x | z) of one image, independent over its dimensions.
 
-Shapes: x (B, *event) with event (C, H, W) or (D,); params (..., B, *wide), where `wide` is `event` with its first
-dimension multiplied by `parameters`: first all locations, then all scales. Images are in [0, 1] for every likelihood.
-log_prob sums over the event in float32 whatever the params are (autocast), and returns nats per example.
+Shapes: x (B, *event) with event (C, H, W) or (D,); params (..., B, *wide), where `wide` is `event` with its
+first dimension multiplied by `parameters`: first all locations, then all scales. Images are in [0, 1] for
+every likelihood. log_prob sums over the event in float32 whatever the params are (autocast), and returns nats
+per example.
 """
 
 import math
@@ -17,7 +18,7 @@ from hvdvae.vae.bernoulli import bernoulli_log_prob
 
 
 class Likelihood(ABC, nn.Module):
-    """One family of p(x | z). Stateless: it has no parameters of its own, so that model files are the networks'."""
+    """One family of p(x | z). It has no parameters of its own: they come from the decoder."""
 
     name: str
     parameters_per_dimension: int
@@ -68,8 +69,8 @@ class Bernoulli(Likelihood):
 class Gaussian(Likelihood):
     """A normal density on the data's own scale, any real x.
 
-    sigma None: a standard deviation per dimension from the decoder, never below MIN_SIGMA (a pixel that is constant
-    in the data would otherwise make the density unbounded). sigma given: fixed for all dimensions.
+    sigma None: a standard deviation per dimension from the decoder, never below MIN_SIGMA (a pixel that is
+    constant in the data would otherwise make the density unbounded). sigma given: fixed for all dimensions.
     """
 
     name = "gaussian"
@@ -108,11 +109,11 @@ class Gaussian(Likelihood):
 
 
 class DiscretizedLogistic(Likelihood):
-    """256 bins on [-1, 1] under a logistic density (Kingma et al. 2016; Salimans et al. 2017); probabilities, not densities.
+    """256 bins on [-1, 1] under a logistic density (Kingma et al. 2016; Salimans et al. 2017).
 
-    x in [0, 1] is put on the grid of 256 values 0, 1/255, ..., 1 and rescaled to [-1, 1]. The two outer bins reach to
-    infinity, so the 256 probabilities sum to one. Written without the sigmoids' difference, which cancels in float32:
-    sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)).
+    x in [0, 1] is put on the grid of 256 values 0, 1/255, ..., 1 and rescaled to [-1, 1]. The two outer bins
+    reach to infinity, so the 256 probabilities sum to one. Written without the sigmoids' difference, which
+    cancels in float32: sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)).
     """
 
     name = "logistic"
@@ -152,7 +153,7 @@ class DiscretizedLogistic(Likelihood):
 
 
 def _floored(raw: Tensor, floor: float) -> Tensor:
-    """A smooth max(raw, floor): unlike a clamp it has a gradient everywhere, so a scale can come back from the floor."""
+    """A smooth max(raw, floor): with a gradient everywhere, a scale can come back from the floor."""
     return floor + functional.softplus(raw - floor)
 
 
@@ -169,5 +170,7 @@ def build_likelihood(name: str, *, sigma: float | None = None) -> Likelihood:
     if name == "gaussian":
         return Gaussian(sigma)
     if sigma is not None:
-        raise ConfigError(f"sigma: found {sigma} with likelihood {name!r}; only 'gaussian' has one, leave it out")
+        raise ConfigError(
+            f"sigma: found {sigma} with likelihood {name!r}; only 'gaussian' has one, leave it out"
+        )
     return Bernoulli() if name == "bernoulli" else DiscretizedLogistic()

@@ -1,5 +1,6 @@
 """Fully connected networks, as in Burda, Grosse, Salakhutdinov 2016: Glorot uniform weights, zero biases."""
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -10,7 +11,10 @@ from hvdvae.vae.activations import build_activation
 
 
 def init_glorot(linear: nn.Linear, parts: int = 1) -> nn.Linear:
-    """Glorot uniform weights and a zero bias, in place. parts: how many layers share this matrix, each with its own fan-out."""
+    """Glorot uniform weights and a zero bias, in place.
+
+    parts: how many layers share this matrix, each with a fan-out of its own.
+    """
     with torch.no_grad():
         for weight in linear.weight.chunk(parts):
             nn.init.xavier_uniform_(weight)
@@ -20,13 +24,13 @@ def init_glorot(linear: nn.Linear, parts: int = 1) -> nn.Linear:
 
 def stack(sizes: Sequence[int], activation: str) -> Iterable[nn.Module]:
     """Linear layers sizes[0] -> ... -> sizes[-1], each followed by the activation."""
-    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+    for inputs, outputs in itertools.pairwise(sizes):
         yield init_glorot(nn.Linear(inputs, outputs))
         yield build_activation(activation)
 
 
 class GaussianMLP(nn.Sequential):
-    """inputs -> hidden ... -> (mean, log sigma): (..., inputs) to (..., 2 * outputs). One matrix makes both halves."""
+    """inputs -> hidden ... -> (mean, log sigma): (..., inputs) to (..., 2 * outputs), both by one matrix."""
 
     def __init__(self, inputs: int, hidden: Sequence[int], outputs: int, activation: str) -> None:
         sizes = [inputs, *hidden]
@@ -61,7 +65,7 @@ class MLPDecoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """z: (N, latent)."""
         params: Tensor = self.output(self.network(z))
-        return params.unflatten(1, self.wide) if len(self.wide) > 1 else params
+        return params.view(-1, *self.wide)
 
     def set_location_bias(self, location: Tensor) -> None:
         """Writes the output bias of the location parameters, (*shape), in place."""

@@ -1,7 +1,7 @@
 """A variational autoencoder: q(z|x), p(x|z) and any number of stochastic layers above the first.
 
-Letters in shapes: B examples, K samples of each, L latent dimensions of one layer, N = K * B rows of a decoder pass.
-Everything in nats is float32, also under autocast.
+Letters in shapes: B examples, K samples of each, L latent dimensions of one layer, N = K * B rows of a
+decoder pass. Everything in nats is float32, also under autocast.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,9 @@ class Draw(NamedTuple):
     """Samples of all latent layers given x."""
 
     z: Tensor  # (K, B, L) of the first layer, for the decoder
-    kl: tuple[Tensor, ...]  # a layer: (1 or K, B, L) nats; exact where there is a closed form, else at the sample
+    kl: tuple[
+        Tensor, ...
+    ]  # a layer: (1 or K, B, L) nats; exact where there is a closed form, else at the sample
     log_ratio: Tensor | None  # (K, B) log q(z|x) - log p(z) at the samples, where it was asked for
     posteriors: tuple[DiagonalGaussian, ...]  # a layer: q given the layer below, (1 or K, B, L)
 
@@ -50,7 +52,12 @@ class UpperLayer(nn.Module):
 
 
 class VAE(nn.Module):
-    """encoder: (B, *shape) -> (B, 2 * latent[0]); decoder: (N, latent[0]) -> likelihood parameters; latent: sizes, bottom up."""
+    """Networks and a likelihood, put together.
+
+    encoder: (B, *shape) -> (B, 2 * latent[0]), means and log sigmas; decoder: (N, latent[0]) -> the
+    likelihood's parameters (N, *wide); latent: the sizes of the stochastic layers, bottom up; upper: one less
+    than those.
+    """
 
     def __init__(
         self,
@@ -69,7 +76,9 @@ class VAE(nn.Module):
         self.decoder = decoder
         self.upper = nn.ModuleList(upper)
         if len(self.latent) != 1 + len(self.upper):
-            raise ConfigError(f"latent: found {list(latent)} for a model of {1 + len(self.upper)} stochastic layers")
+            raise ConfigError(
+                f"latent: found {list(latent)} for a model of {1 + len(self.upper)} stochastic layers"
+            )
 
     def forward(
         self,
@@ -93,7 +102,7 @@ class VAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Likelihood parameters (..., *wide); z: (..., L) of the first layer."""
         params: Tensor = self.decoder(z.flatten(0, -2))
-        return params if z.dim() == 2 else params.unflatten(0, z.shape[:-1])
+        return params if z.dim() == 2 else params.view(*z.shape[:-1], *params.shape[1:])
 
     def log_px(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x|z), (K, B) nats; x: (B, *shape), z: (K, B, L)."""
@@ -109,13 +118,15 @@ class VAE(nn.Module):
     ) -> Draw:
         """Draws `samples` latents of each example, bottom up; q: what `encode` returned, (B, L).
 
-        noise: standard normal, (samples, B, L), one tensor a stochastic layer; else from `generator`, else from
-        torch's default generator. The KL of the top layer is in closed form given the layer below; of the layers
-        under it, log q - log p at the sample, since their prior depends on the layer above.
+        noise: standard normal, (samples, B, L), one tensor a stochastic layer; else from `generator`, else
+        from torch's default generator. The KL of the top layer is in closed form given the layer below; of
+        the layers under it, log q - log p at the sample, since their prior depends on the layer above.
         """
         given = [noise] if isinstance(noise, Tensor) else noise
         q = DiagonalGaussian(q.packed.unsqueeze(0))
-        layers: list[tuple[DiagonalGaussian, Tensor, Tensor]] = []  # q, its sample, the noise in it; bottom up
+        layers: list[
+            tuple[DiagonalGaussian, Tensor, Tensor]
+        ] = []  # q, its sample, the noise in it; bottom up
         for layer in range(len(self.latent)):
             if layer:
                 q = DiagonalGaussian(self._upper(layer).infer(layers[-1][1]))
@@ -139,7 +150,9 @@ class VAE(nn.Module):
         z = torch.randn(count, self.latent[-1], generator=generator, device=device)
         for layer in range(len(self.upper), 0, -1):
             prior = DiagonalGaussian(self._upper(layer).generate(z))
-            z, _ = prior.sample(torch.randn(count, self.latent[layer - 1], generator=generator, device=device))
+            z, _ = prior.sample(
+                torch.randn(count, self.latent[layer - 1], generator=generator, device=device)
+            )
         return z
 
     def set_location_bias(self, location: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""What training minimizes. Each objective is a callable (model, batch, epoch) -> {"loss", "rate", "distortion"}.
+"""What training minimizes: callables (model, batch, epoch) -> {"loss", "rate", "distortion"}.
 
-All are scalars in nats per example, means over this rank's batch, float32. rate is KL(q(z|x) || p(z)), in closed form
-where there is one (see VAE.draw), distortion is -log p(x|z), whatever weights the loss gives them.
-epoch counts the epochs done, with its fraction, and drives the warm-up of beta.
+All three are scalars in nats per example, means over this rank's batch, float32. rate is KL(q(z|x) || p(z)),
+in closed form where there is one (see VAE.draw), distortion is -log p(x|z), whatever weights the loss gives
+them. epoch counts the epochs done, with its fraction, and drives the warm-up of beta.
 """
 
 import math
@@ -55,16 +55,20 @@ class Elbo:
         terms: Terms = model(batch, self.samples)
         rate, distortion = _rate(terms), -terms.log_px.mean()
         beta = self.beta_at(epoch)
-        return {"loss": distortion + (rate if beta == 1 else beta * rate), "rate": rate, "distortion": distortion}
+        return {
+            "loss": distortion + (rate if beta == 1 else beta * rate),
+            "rate": rate,
+            "distortion": distortion,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class FreeBits:
-    """loss = distortion + sum over latent dimensions of max(nats, KL of the dimension) (Kingma et al. 2016, eq. 15).
+    """loss = distortion + sum over latent dimensions of max(nats, KL) (Kingma et al. 2016, eq. 15).
 
-    nats: lambda, for each latent dimension of each stochastic layer: the paper's groups are single dimensions here.
-    The KL is averaged over this rank's batch before the maximum, as in the paper's minibatch; so with more ranks the
-    maximum is taken over smaller batches. samples: latents an example, averaged.
+    nats: lambda, for each latent dimension of each stochastic layer: the paper's groups are single dimensions
+    here. The KL is averaged over this rank's batch before the maximum, as in the paper's minibatch; so with
+    more ranks the maximum is taken over smaller batches. samples: latents an example, averaged.
     """
 
     nats: float = 0.1
@@ -85,7 +89,7 @@ class FreeBits:
 
 @dataclass(frozen=True, kw_only=True)
 class Iwae:
-    """loss = -log (1/k) sum_i p(x, z_i) / q(z_i|x), the bound of Burda, Grosse, Salakhutdinov 2016. samples: its k."""
+    """loss = -log (1/k) sum_i p(x, z_i) / q(z_i|x) (Burda, Grosse, Salakhutdinov 2016). samples: its k."""
 
     samples: int = 50
 
@@ -100,7 +104,7 @@ class Iwae:
 
 
 def importance_bound(terms: Terms) -> Tensor:
-    """log (1/K) sum_k exp(log p(x, z_k) - log q(z_k|x)) of each example, (B,) nats; terms drawn with importance=True."""
+    """log (1/K) sum_k p(x, z_k) / q(z_k|x) of each example, (B,) nats; terms drawn with importance=True."""
     if terms.log_ratio is None:
         raise ValueError("terms: found no log_ratio, expected the result of model(x, k, importance=True)")
     log_weights = terms.log_px - terms.log_ratio
@@ -127,10 +131,13 @@ def build_objective(
         raise ConfigError(f"objective: found {name!r}, expected one of {', '.join(OBJECTIVES)}")
     if name != "beta" and (beta != 1.0 or warmup_epochs != 0.0):
         raise ConfigError(
-            f"objective {name!r} has no beta: found beta {beta}, warmup-epochs {warmup_epochs}; set objective to 'beta'"
+            f"objective {name!r} has no beta: found beta {beta}, warmup-epochs {warmup_epochs}; "
+            "set objective to 'beta'"
         )
     if name != "free-bits" and free_bits != 0.1:
-        raise ConfigError(f"objective {name!r} has no free bits: found free-bits {free_bits}; set objective to 'free-bits'")
+        raise ConfigError(
+            f"objective {name!r} has no free bits: found free-bits {free_bits}; set objective to 'free-bits'"
+        )
     if name == "iwae":
         return Iwae(samples=samples)
     if name == "free-bits":

@@ -88,24 +88,18 @@ def test_binary_values_stay_as_they_are():
         np.testing.assert_array_equal(binarize(values, 1, 7, ROWS[:50]), bits)
 
 
-@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", "discretized-logistic"])
-def test_scaling_without_binarization(likelihood):
+def test_scaling_without_binarization():
     values = np.arange(256, dtype=np.uint8).reshape(2, 128)
-    got = to_input(
-        values, peak=255, likelihood=likelihood, binarization="none", key=0, examples=ROWS[:2]
-    ).double()
+    got = to_input(values, peak=255, binarization="none", key=0, examples=ROWS[:2]).double()
     expected = torch.arange(256).reshape(2, 128).double() / 255
-    if likelihood == "discretized-logistic":
-        expected = 2 * expected - 1
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-7)
-    assert got.max() == 1
-    assert got.min() == (-1 if likelihood == "discretized-logistic" else 0)
+    assert (got.min(), got.max()) == (0, 1)
     np.testing.assert_array_equal(values, np.arange(256).reshape(2, 128))
 
 
-def test_floats_are_taken_as_they_are_by_gaussian():
+def test_floats_are_taken_as_they_are():
     values = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
-    got = to_input(values, peak=1, likelihood="gaussian", binarization="none", key=0, examples=ROWS[:3])
+    got = to_input(values, peak=1, binarization="none", key=0, examples=ROWS[:3])
     np.testing.assert_array_equal(got.numpy(), values)
 
 
@@ -116,7 +110,7 @@ def test_evaluation_is_the_same_however_it_is_cut(binarization):
 
     def batch(start, stop, seed=0):
         return evaluation_batch(
-            source, start, stop, likelihood="bernoulli", binarization=binarization, seed=seed
+            source, start, stop, binarization=binarization, seed=seed
         )
 
     whole = batch(0, 40)
@@ -133,33 +127,31 @@ def test_mean_example_is_in_units_of_the_model(monkeypatch):
     torch.testing.assert_close(mean_example(ArraySource(values / 255, "a")), expected)
 
 
-def feed_batches(monkeypatch, resident, values, binarization, likelihood="bernoulli", seed=0, epoch=0):
+def feed_batches(monkeypatch, resident, values, binarization, seed=0, epoch=0):
     monkeypatch.setattr("hvdvae.data.accelerator._free_bytes", lambda _: 10**9 if resident else 0)
     source = ArraySource(values, "a")
     feed = AcceleratorFeed(
-        source, likelihood=likelihood, binarization=binarization, seed=seed, device=torch.device("cpu")
+        source, binarization=binarization, seed=seed, device=torch.device("cpu")
     )
     cuts = [np.array([4, 1]), np.array([0, 3])]
     return torch.cat(list(feed.batches(iter(cuts), epoch)))
 
 
-@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", "discretized-logistic"])
 @pytest.mark.parametrize("resident", [True, False])
-def test_an_accelerator_gets_the_same_values_as_the_host(monkeypatch, resident, likelihood):
+def test_an_accelerator_gets_the_same_values_as_the_host(monkeypatch, resident):
     """The feed is exercised on the CPU as its device: pinning aside, the same code runs on a GPU."""
     values = np.random.default_rng(0).integers(0, 256, (5, 6), dtype=np.uint8)
     examples = np.array([4, 1, 0, 3])
     key = training_key("static", 0, 0)
-    for binarization in ("none", "static") if likelihood == "bernoulli" else ("none",):
+    for binarization in ("none", "static"):
         expected = to_input(
             values[examples],
             peak=255,
-            likelihood=likelihood,
             binarization=binarization,
             key=key,
             examples=examples,
         )
-        got = feed_batches(monkeypatch, resident, values, binarization, likelihood)
+        got = feed_batches(monkeypatch, resident, values, binarization)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-7)
 
 

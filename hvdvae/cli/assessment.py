@@ -1,0 +1,111 @@
+"""What a trained model is worth: evaluation over all ranks, and pictures on rank 0."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hvdvae.data import Source, evaluation_batch
+from hvdvae.errors import ConfigError
+from hvdvae.monitor.tensorboard import TensorBoard
+from hvdvae.vae import VAE
+from hvdvae.vae.evaluate import evaluate
+from hvdvae.vae.evaluation import Evaluation
+from hvdvae.vae.generate import reconstruct, sample_images
+from hvdvae.vae.pictures import image_grid, pair_grid, save_picture
+from hvdvae.world import World
+
+_PICTURE_SEED = 20131220  # The same draws in every grid of a run, so that grids show the model change.
+
+
+def assess(
+    model: VAE, source: Source, world: World, *, binarization: str, samples: int, seed: int = 0, title: str = ""
+) -> Evaluation:
+    """Evaluate a split over all ranks; the same numbers at every world size. Blocks; every rank must call it.
+
+    With a `title`, rank 0 shows progress.
+    """
+
+    def gather(start: int, stop: int) -> Tensor:
+        return evaluation_batch(source, start, stop, binarization=binarization)
+
+    with _bar(title if world.is_first else "") as show:
+        return evaluate(
+            model,
+            gather,
+            len(source),
+            samples=samples,
+            seed=seed,
+            rank=world.rank,
+            size=world.size,
+            gather_objects=world.gather_objects,
+            progress=show,
+        )
+
+
+class _bar:  # noqa: N801 - reads as a function where it is used
+    """A bar over chunks; nothing without a title, one line without a terminal."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._bar: tqdm[None] | None = None
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self._show
+
+    def _show(self, done: int, total: int) -> None:
+        if self._title and self._bar is None:
+            self._bar = tqdm(
+                total=total,
+                desc=self._title,
+                unit="chunk",
+                mininterval=0.2 if sys.stderr.isatty() else 20,
+                leave=False,
+            )
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Pictures:
+    """Grids of samples and reconstructions of one run, for TensorBoard and as files. Local: rank 0."""
+
+    def __init__(self, model: VAE, source: Source, *, binarization: str, count: int = 32) -> None:
+        """`source`: the split whose first `count` examples are reconstructed."""
+        self._model = model
+        self._originals = evaluation_batch(source, 0, min(count, len(source)), binarization=binarization)
+
+    def grids(self, samples: int = 64) -> dict[str, object]:
+        """`samples` and `reconstructions` as (H, W, C) uint8. Raises ConfigError for data that is no image."""
+        device = next(self._model.parameters()).device
+        generator = torch.Generator(device).manual_seed(_PICTURE_SEED)
+        originals = self._originals.to(device)
+        return {
+            "samples": image_grid(sample_images(self._model, samples, generator)),
+            "reconstructions": pair_grid(originals, reconstruct(self._model, originals, generator)),
+        }
+
+    def to_tensorboard(self, board: TensorBoard, step: int) -> None:
+        """Add both grids; nothing where the data is no image."""
+        for name, grid in self._grids_if_images().items():
+            board.images(name, grid, step)  # type: ignore[arg-type]
+
+    def to_files(self, folder: Path) -> list[Path]:
+        """Write samples.png and reconstructions.png; none where the data is no image. Returns what was written."""
+        written = []
+        for name, grid in self._grids_if_images().items():
+            written.append(folder / f"{name}.png")
+            save_picture(written[-1], grid)  # type: ignore[arg-type]
+        return written
+
+    def _grids_if_images(self) -> dict[str, object]:
+        try:
+            return self.grids()
+        except ConfigError:
+            return {}

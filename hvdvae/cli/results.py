@@ -1,0 +1,71 @@
+"""The folder of a run: who may write there, and its summary."""
+
+import json
+import platform
+import shutil
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hvdvae.config import TrainConfig
+from hvdvae.errors import ConfigError
+from hvdvae.world import World
+
+RESULTS = ("checkpoints", "tensorboard", "metrics.jsonl", "summary.json", "samples.png", "reconstructions.png")
+"""What a run leaves; --overwrite deletes these and nothing else."""
+
+
+def prepare_folder(config: TrainConfig, world: World) -> Path:
+    """The folder of this run, made by rank 0; the same path on all ranks. Blocks; every rank must call it.
+
+    Raises ConfigError where it holds an earlier run and neither --resume nor --overwrite says what to do with that.
+    """
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    data = Path(config.data).name if "/" in config.data else config.data
+    default = f"runs/{data}-{config.model}-{config.strategy}-{stamp}"
+    folder = Path(world.gather_objects(config.out or default, "agreement on --out")[0])
+    if world.is_first:
+        _claim(folder, config)
+    world.barrier("rank 0 makes the folder of results")
+    return folder
+
+
+def _claim(folder: Path, config: TrainConfig) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: cannot be made a folder ({error.strerror or error})") from error
+    earlier = [name for name in RESULTS if (folder / name).exists()]
+    if not earlier or config.resume:
+        return
+    if not config.overwrite:
+        raise ConfigError(
+            f"--out {folder} holds an earlier run ({', '.join(earlier)}): continue it with --resume, delete it with "
+            "--overwrite, or choose another folder"
+        )
+    for name in earlier:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write whole or not at all. Local. Raises ConfigError naming the file."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on; those that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in ("hvdvae", "torch", "numpy", "horovod", "mpi4py"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

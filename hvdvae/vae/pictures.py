@@ -1,0 +1,77 @@
+"""Batches of examples as one picture: a grid, and its PNG file."""
+
+import math
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hvdvae.errors import ConfigError
+
+Picture = np.ndarray[Any, np.dtype[np.uint8]]
+
+_GAP = 2  # pixels between images
+_SMALLEST = 28  # images smaller than this are enlarged, by whole factors, to be seen at all
+
+
+def image_grid(images: Tensor, *, columns: int | None = None) -> Picture:
+    """One picture (H, W, 1 or 3) uint8 of all images, row by row on a gray ground.
+
+    images: (N, C, H, W) with 1 or 3 channels, or (N, D) with a square D; values in [0, 1], clipped.
+    columns: as many as rows by default. Raises ConfigError for other shapes.
+    """
+    pixels = _as_pixels(images)
+    count, height, width, channels = pixels.shape
+    zoom = max(1, math.ceil(_SMALLEST / min(height, width)))
+    pixels = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    height, width = height * zoom, width * zoom
+    columns = columns if columns is not None else math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    grid = np.full((rows * (height + _GAP) + _GAP, columns * (width + _GAP) + _GAP, channels), 128, np.uint8)
+    for index, image in enumerate(pixels):
+        top = _GAP + index // columns * (height + _GAP)
+        left = _GAP + index % columns * (width + _GAP)
+        grid[top : top + height, left : left + width] = image
+    return grid
+
+
+def pair_grid(originals: Tensor, reconstructions: Tensor, *, columns: int = 8) -> Picture:
+    """Rows of originals, each with the row of its reconstructions below. Shapes as in image_grid, alike."""
+    rows: list[Tensor] = []
+    for start in range(0, len(originals), columns):
+        for images in (originals, reconstructions):
+            row = images[start : start + columns]
+            blank = row.new_full((columns - len(row), *row.shape[1:]), 0.5)
+            rows.extend((*row, *blank))
+    return image_grid(torch.stack(rows), columns=columns)
+
+
+def save_picture(path: str | os.PathLike[str], picture: Picture) -> None:
+    """Writes a picture of image_grid or pair_grid as PNG, replacing the file."""
+    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(path, format="PNG")
+
+
+def save_grid(path: str | os.PathLike[str], images: Tensor, *, columns: int | None = None) -> None:
+    """Writes the image_grid of these images as PNG, replacing the file."""
+    save_picture(path, image_grid(images, columns=columns))
+
+
+def _as_pixels(images: Tensor) -> Picture:
+    """(N, H, W, C) uint8."""
+    if images.dim() == 2:
+        side = math.isqrt(images.shape[1])
+        if side * side != images.shape[1]:
+            raise ConfigError(
+                f"pictures: found vectors of {images.shape[1]} numbers, expected a square number"
+            )
+        images = images.reshape(-1, 1, side, side)
+    if images.dim() != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
+        raise ConfigError(
+            f"pictures: found shape {tuple(images.shape)}, expected (N, 1 or 3, H, W) and N > 0"
+        )
+    levels = images.detach().float().clamp(0, 1).mul(255).round()
+    pixels: Picture = levels.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
+    return pixels
