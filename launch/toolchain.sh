@@ -32,7 +32,7 @@ find_python() {
         "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && return
     done
     candidate=${HVDVAE_PYTHON:-python3}
-    die "Python 3.11 or newer is needed, found $("$candidate" --version 2>&1 || echo "no $candidate")." \
+    die "Python 3.11 or newer is needed, found $({ "$candidate" --version || echo "no $candidate"; } 2>/dev/null | head -n 1)." \
         "Load a module that has it (module avail python), or set HVDVAE_PYTHON to the path of one."
 }
 

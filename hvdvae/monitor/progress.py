@@ -52,6 +52,7 @@ class Progress:
         known = {name: metrics[name] for name in names if name in metrics}
         if "elbo" in known:
             known.pop("loss", None)
+            known.pop("validation_loss", None)
         text = "  ".join(f"{name.replace('_', ' ')} {value:,.2f}" for name, value in known.items())
         self._print(f"epoch {epoch}/{self._epochs}  {text}")
 

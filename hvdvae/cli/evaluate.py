@@ -1,0 +1,72 @@
+"""`hvdvae evaluate DIR`: the likelihood of a trained model, over all ranks."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from hvdvae.cli import assemble
+from hvdvae.cli.assessment import assess
+from hvdvae.cli.options import EvaluateOptions
+from hvdvae.cli.results import versions, write_json
+from hvdvae.cli.saved_run import open_run
+from hvdvae.cores import threads_of_rank
+from hvdvae.errors import ConfigError
+from hvdvae.world import World
+
+
+def evaluate(options: EvaluateOptions) -> int:
+    """Evaluate, print, and write DIR/evaluation.json. Blocks; every rank must call it. Returns the exit status."""
+    if options.samples < 1:
+        raise ConfigError(f"--samples is {options.samples}, expected at least 1")
+    world = World.create(device=options.device)
+    torch.set_num_threads(options.threads or threads_of_rank(world))
+    run = open_run(options.folder, options.checkpoint, world, data=options.data)
+    started = time.perf_counter()
+    found = assess(
+        run.model,
+        run.split(options.split),
+        world,
+        binarization=assemble.binarization(run.config),
+        samples=options.samples,
+        seed=options.seed,
+        title=f"{options.split} NLL, k={options.samples}",
+    )
+    layers = [
+        {"active_units": active, "kl_per_dimension": kl.tolist(), "variance_of_means": variance.tolist()}
+        for active, kl, variance in zip(
+            found.active_units, found.kl_per_dimension, found.mean_variance, strict=True
+        )
+    ]
+    if world.is_first:
+        record = {
+            "checkpoint": run.checkpoint,
+            "data": run.dataset.name,
+            "split": options.split,
+            "examples": len(found.nll_per_example),
+            "nll": found.nll,
+            "nll_standard_error": found.nll_error,
+            "nll_samples": options.samples,
+            "elbo": found.elbo,
+            "rate": found.rate,
+            "distortion": found.distortion,
+            "layers": layers,
+            "world_size": world.size,
+            "seconds": time.perf_counter() - started,
+            "versions": versions(),
+        }
+        write_json(Path(options.folder) / "evaluation.json", record)
+        print(f"{options.split} of {run.dataset.name}, {record['examples']} examples, {run.checkpoint}")
+        print(f"  NLL         {found.nll:9.3f} +- {found.nll_error:.3f} nats (importance-weighted, k={options.samples})")
+        print(f"  ELBO        {found.elbo:9.3f} nats")
+        print(f"  rate        {found.rate:9.3f} nats")
+        print(f"  distortion  {found.distortion:9.3f} nats")
+        for number, layer in enumerate(layers, 1):
+            kl = sorted(layer["kl_per_dimension"], reverse=True)
+            print(
+                f"  layer {number}: {layer['active_units']} of {len(kl)} units active; KL per dimension "
+                f"{' '.join(f'{value:.2f}' for value in kl[:10])}{' ...' if len(kl) > 10 else ''}"
+            )
+        print(f"  {Path(options.folder) / 'evaluation.json'}")
+    world.close()
+    return 0

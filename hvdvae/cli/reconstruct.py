@@ -1,0 +1,33 @@
+"""`hvdvae reconstruct DIR`: images of a split, each row above the row of its reconstructions."""
+
+from pathlib import Path
+
+import torch
+
+from hvdvae.cli import assemble
+from hvdvae.cli.options import ReconstructOptions
+from hvdvae.cli.saved_run import open_run
+from hvdvae.data import evaluation_batch
+from hvdvae.errors import ConfigError
+from hvdvae.vae.generate import reconstruct as reconstructions_of
+from hvdvae.vae.pictures import pair_grid, save_picture
+from hvdvae.world import World
+
+
+def reconstruct(options: ReconstructOptions) -> int:
+    """Encode, decode and write a PNG. Under a launcher rank 0 does it. Returns the exit status."""
+    if options.count < 1:
+        raise ConfigError(f"--count is {options.count}, expected at least 1")
+    world = World.create()
+    run = open_run(options.folder, options.checkpoint, world, data=options.data)
+    if world.is_first:
+        source = run.split(options.split)
+        count = min(options.count, len(source))
+        binarization = assemble.binarization(run.config)
+        originals = evaluation_batch(source, 0, count, binarization=binarization, device=world.device)
+        generator = torch.Generator(world.device).manual_seed(0)
+        path = Path(options.output or Path(options.folder) / "reconstructions.png")
+        save_picture(path, pair_grid(originals, reconstructions_of(run.model, originals, generator)))
+        print(path)
+    world.close()
+    return 0
