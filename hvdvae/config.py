@@ -154,7 +154,13 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(
-    RunOptions, MachineOptions, StrategyOptions, OptimizationOptions, ObjectiveOptions, ModelOptions, DataOptions
+    RunOptions,
+    MachineOptions,
+    StrategyOptions,
+    OptimizationOptions,
+    ObjectiveOptions,
+    ModelOptions,
+    DataOptions,
 ):
     """One training run, resolved. Make it by the command line, or in Python with keywords."""
 

@@ -28,15 +28,13 @@ def threads_of_rank(world: World) -> int:
 
     Blocks; every rank must call it.
     """
-    mine = {"host": world.host, "cores": sorted(available_cores())}
-    everyone = world.gather_objects(mine, "gather of cores")
-    return fair_threads(world.rank, everyone, cgroup_cores())
+    everyone = world.gather_objects([world.host, sorted(available_cores())], "gather of cores")
+    return fair_threads(world.rank, [(host, set(cores)) for host, cores in everyone], cgroup_cores())
 
 
-def fair_threads(rank: int, everyone: Sequence[dict[str, object]], quota: float) -> int:
+def fair_threads(rank: int, everyone: Sequence[tuple[str, set[int]]], quota: float) -> int:
     """`everyone`: host and cores of each rank; `quota`: cores granted to the host's ranks together. Pure."""
-    host, cores = everyone[rank]["host"], set(everyone[rank]["cores"])  # type: ignore[call-overload]
-    neighbours = [other for other in everyone if other["host"] == host]
-    sharing = sum(1 for other in neighbours if cores & set(other["cores"]))  # type: ignore[call-overload]
-    by_quota = quota / len(neighbours)
-    return max(1, int(min(len(cores) / sharing, by_quota)))
+    host, cores = everyone[rank]
+    neighbours = [others for other, others in everyone if other == host]
+    sharing = sum(1 for others in neighbours if cores & others)
+    return max(1, int(min(len(cores) / sharing, quota / len(neighbours))))

@@ -86,7 +86,11 @@ class FlatModel:
 
     def digest(self) -> str:
         """SHA-256 of names, shapes and dtype: equal on all ranks that hold the same model."""
-        layout = [*zip(self.names, self.shapes, strict=True), str(self.parameters.dtype), self.buffers.numel()]
+        layout = [
+            *zip(self.names, self.shapes, strict=True),
+            str(self.parameters.dtype),
+            self.buffers.numel(),
+        ]
         return hashlib.sha256(repr(layout).encode()).hexdigest()
 
 

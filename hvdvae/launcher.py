@@ -56,9 +56,7 @@ def detect(environ: Mapping[str, str]) -> Launch:
 
 def _read(launcher: Launcher, names: tuple[str, str, str, str], environ: Mapping[str, str]) -> Launch:
     rank, size, local_rank, local_size = (_number(name, environ) for name in names)
-    return Launch(
-        launcher=launcher, rank=rank, size=max(size, 1), local_rank=local_rank, local_size=max(local_size, 1)
-    )
+    return Launch(launcher=launcher, rank=rank, size=max(size, 1), local_rank=local_rank, local_size=max(local_size, 1))
 
 
 def _number(name: str, environ: Mapping[str, str]) -> int:

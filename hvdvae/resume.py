@@ -91,7 +91,9 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
     if rows.shape[1] == optimizer.flat.buffers.numel():
         same = rows.shape[0] == world.size
         optimizer.flat.buffers.copy_(rows[world.rank] if same else rows.mean(0))
-    state: dict[int, dict[str, Any]] = {int(number): dict(entries) for number, entries in record["optimizer_scalars"].items()}
+    state: dict[int, dict[str, Any]] = {
+        int(number): dict(entries) for number, entries in record["optimizer_scalars"].items()
+    }
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
             _, number, key = name.split("/", 2)

@@ -9,7 +9,12 @@ Schedule = Callable[[float], float]
 
 
 def learning_rate(
-    kind: Literal["constant", "cosine", "step"], *, epochs: float, warmup: float, step_epochs: float, gamma: float
+    kind: Literal["constant", "cosine", "step"],
+    *,
+    epochs: float,
+    warmup: float,
+    step_epochs: float,
+    gamma: float,
 ) -> Schedule:
     """A linear warm-up over `warmup` epochs, then constant, a half cosine to 0 at `epochs`, or drops.
 

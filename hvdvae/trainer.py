@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from hvdvae.allocator import keep_freed_memory
 from hvdvae.checkpoint import Checkpoint, Folder
 from hvdvae.ema import MovingAverage
 from hvdvae.errors import NonFiniteError
@@ -34,8 +35,9 @@ Loss = Callable[[nn.Module, Tensor, float], Tensor | Mapping[str, Tensor]]
 class Batches(Protocol):
     """Where examples come from; `data.Loader` is one."""
 
-    examples: int
-    """Examples of an epoch, all ranks."""
+    @property
+    def examples(self) -> int:
+        """Examples of an epoch, all ranks."""
 
     def steps(self, start: int = 0) -> int:
         """Steps from position `start` (examples that all ranks together have seen in this epoch) to its end."""
@@ -87,6 +89,7 @@ class Trainer:
         `validate`: called by every rank after an epoch, returns numbers that are equal on all, `loss` (lower is better)
         among them. `config`: saved in checkpoints. Periods are in epochs.
         """
+        keep_freed_memory()
         self.model, self.optimizer, self.batches = model, optimizer, batches
         self.world = optimizer.world
         self.position = Position()
@@ -105,7 +108,7 @@ class Trainer:
     def fit(self, epochs: int) -> Outcome:
         """Train until `epochs` are done or a signal comes. Blocks; every rank must call it.
 
-        Mutates the model. On SIGINT or SIGTERM of any rank all ranks finish the same step, save, and return.
+        Mutates the model. On SIGINT, SIGTERM or SIGUSR1 of any rank all ranks finish the same step, save, and return.
         Raises NonFiniteError on all ranks once more than `skip_limit` steps were skipped.
         """
         examples, seconds = 0, 0.0
@@ -180,7 +183,9 @@ class Trainer:
             scaled = loss * (share * passes) if passes > 1 else loss
             (self.scaler.scale(scaled) if self.scaler else scaled).backward()  # type: ignore[no-untyped-call]
             optimizer.watch(loss)
-            kept = [values[name].detach() if name in values else terms[0] * 0 for name in ("loss", "rate", "distortion")]
+            kept = [
+                values[name].detach() if name in values else terms[0] * 0 for name in ("loss", "rate", "distortion")
+            ]
             terms = terms + share * torch.stack(kept).float()
         self._update()
         position.advance(len(batch) * self.world.size)
@@ -216,9 +221,7 @@ class Trainer:
             group["lr"] = base * factor
 
     def _report(self, beat: Beat) -> None:
-        self._epoch_sums += beat.examples * torch.tensor(
-            [beat.loss, beat.rate, beat.distortion], dtype=torch.float64
-        )
+        self._epoch_sums += beat.examples * torch.tensor([beat.loss, beat.rate, beat.distortion], dtype=torch.float64)
         epoch = self.position.epoch + self.position.examples / self.batches.examples
         lr = float(self.optimizer.param_groups[0]["lr"])
         for monitor in self._monitors:

@@ -26,7 +26,7 @@ export PATH=$root/.venv/bin:$PATH
 leave_launch
 ranks=${DEMO_RANKS:-2}
 mpirun_command "$ranks"
-train=(hvdvae train --data digits --model mlp --strategy allreduce --batch-size 50 --epochs 100 --lr 1e-3
+train=(hvdvae train --data digits --model mlp --strategy allreduce --batch-size 50 --epochs 60 --lr 1e-3
     --out runs/demo --overwrite)
 
 echo

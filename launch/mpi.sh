@@ -21,6 +21,7 @@ find_mpi() {
 # mpi_name MPIRUN: one line, as "Open MPI 5.0.11", "MPICH 5.0.2"; else what mpirun prints first, which no flag here fits.
 mpi_name() {
     local said
+    allow_root
     said=$("$1" --version 2>&1) || said="unknown MPI ($1 --version failed)"
     if [[ $said =~ \(Open\ MPI\)\ +([0-9][^[:space:]]*) ]]; then
         echo "Open MPI ${BASH_REMATCH[1]}"
@@ -42,9 +43,12 @@ mpirun_command() {
         MPICH*) MPIRUN_COMMAND+=(-bind-to none) ;;
         Intel*) export I_MPI_PIN=0 ;;
     esac
-    if [[ $(id -u) == 0 ]]; then
-        export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-    fi
+    allow_root
+}
+
+# allow_root: says to Open MPI that root means it.
+allow_root() {
+    if [[ $(id -u) == 0 ]]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
 }
 
 # leave_launch: forget an outer mpirun or srun, whose variables would make an inner mpirun believe to be one of its ranks

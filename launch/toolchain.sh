@@ -8,6 +8,7 @@ need_package() {
     shift 2
     if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
         echo "install: $what is missing: installing $packages with apt-get"
+        mkdir -p "$state"
         # shellcheck disable=SC2086  # several package names
         if { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages; } \
             >"$state/apt.log" 2>&1; then

@@ -48,7 +48,7 @@ def model(config: TrainConfig, shape: tuple[int, ...], device: torch.device) -> 
         latent=config.latent,
         activation=config.activation,
         batch_norm=config.batch_norm,
-        **sizes,  # type: ignore[arg-type]
+        **sizes,
     ).to(device)
     if config.channels_last:
         built = built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -74,9 +74,7 @@ def optimizer(config: TrainConfig, trained: nn.Module, world: World) -> Optimize
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr, momentum=config.momentum, weight_decay=decay)
     if config.optimizer == "rmsprop":
-        return torch.optim.RMSprop(
-            parameters, lr, momentum=config.momentum, eps=config.eps, weight_decay=decay
-        )
+        return torch.optim.RMSprop(parameters, lr, momentum=config.momentum, eps=config.eps, weight_decay=decay)
     if config.optimizer == "adagrad":
         return torch.optim.Adagrad(parameters, lr, eps=config.eps, weight_decay=decay)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Never
 
 import torch
 from torch import Tensor
@@ -22,7 +23,14 @@ _PICTURE_SEED = 20131220  # The same draws in every grid of a run, so that grids
 
 
 def assess(
-    model: VAE, source: Source, world: World, *, binarization: str, samples: int, seed: int = 0, title: str = ""
+    model: VAE,
+    source: Source,
+    world: World,
+    *,
+    binarization: str,
+    samples: int,
+    seed: int = 0,
+    title: str = "",
 ) -> Evaluation:
     """Evaluate a split over all ranks; the same numbers at every world size. Blocks; every rank must call it.
 
@@ -51,7 +59,7 @@ class _bar:  # noqa: N801 - reads as a function where it is used
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Never] | None = None
 
     def __enter__(self) -> Callable[[int, int], None]:
         return self._show

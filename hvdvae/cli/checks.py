@@ -53,10 +53,8 @@ def mpi(answer: Answer) -> Finding:
 
 
 def threads(answer: Answer) -> Finding:
-    """MPI's thread level."""
-    level = answer.facts.get("threads")
-    if level is None:
-        return Finding("threads", "unknown, as MPI does not start")
+    """MPI's thread level. For an MPI that starts."""
+    level = answer.facts["threads"]
     if level != "MULTIPLE":
         remedy = "ask for an MPI built with MPI_THREAD_MULTIPLE if Horovod hangs; --engine mpi needs less"
         return Finding("threads", f"MPI_THREAD_{level}", remedy)
@@ -105,10 +103,8 @@ _HOROVOD_PARTS = {"mpi": "MPI", "gloo": "Gloo", "nccl": "NCCL"}
 
 
 def built_for(answer: Answer, torch_answer: Answer, mpi_answer: Answer) -> Finding:
-    """Whether Horovod was built for the torch and the MPI that are here."""
+    """Whether Horovod was built for the torch and the MPI that are here. For a Horovod that imports."""
     topic = "Horovod for"
-    if answer.error:
-        return Finding(topic, "unknown, as Horovod does not import")
     then, now = answer.facts["torch"], torch_answer.facts.get("version")
     if then is not None and now is not None and then != now:
         return Finding(topic, f"torch {then}, but torch {now} is installed", INSTALL, "horovod")
@@ -125,9 +121,7 @@ def launcher(environ: Mapping[str, str]) -> Finding:
     """What started this process. Raises WorldError on a launcher's variable that is not a number."""
     launch = detect(environ)
     if launch.launcher != "none":
-        return Finding(
-            "launcher", f"{launch.launcher}, {launch.size} ranks, {launch.local_size} on this host"
-        )
+        return Finding("launcher", f"{launch.launcher}, {launch.size} ranks, {launch.local_size} on this host")
     job = environ.get("SLURM_JOB_ID")
     return Finding("launcher", f"none, in Slurm job {job}" if job else "none (mpirun -np N starts ranks)")
 

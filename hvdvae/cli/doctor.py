@@ -38,12 +38,14 @@ def examine() -> Iterator[Finding]:
     path = mpirun.find()
     maker = mpirun.name(path) if path else ""
     yield checks.launcher_program(path, shutil.which("mpirun"), maker, mpi)
-    yield checks.threads(mpi)
-    yield checks.ulfm(_launch(path, maker, probes.ULFM, fault_tolerant=True))
+    if not mpi.error:
+        yield checks.threads(mpi)
+        yield checks.ulfm(_launch(path, maker, probes.ULFM, fault_tolerant=True))
 
     horovod = probes.ask(probes.HOROVOD)
     yield checks.horovod(horovod)
-    yield checks.built_for(horovod, torch, mpi)
+    if not horovod.error:
+        yield checks.built_for(horovod, torch, mpi)
     yield checks.gpu(torch, _driver_answers(), horovod)
 
     yield checks.launcher(os.environ)

@@ -34,9 +34,7 @@ def evaluate(options: EvaluateOptions) -> int:
     )
     layers = [
         {"active_units": active, "kl_per_dimension": kl.tolist(), "variance_of_means": variance.tolist()}
-        for active, kl, variance in zip(
-            found.active_units, found.kl_per_dimension, found.mean_variance, strict=True
-        )
+        for active, kl, variance in zip(found.active_units, found.kl_per_dimension, found.mean_variance, strict=True)
     ]
     if world.is_first:
         record = {
@@ -57,7 +55,9 @@ def evaluate(options: EvaluateOptions) -> int:
         }
         write_json(Path(options.folder) / "evaluation.json", record)
         print(f"{options.split} of {run.dataset.name}, {record['examples']} examples, {run.checkpoint}")
-        print(f"  NLL         {found.nll:9.3f} +- {found.nll_error:.3f} nats (importance-weighted, k={options.samples})")
+        print(
+            f"  NLL         {found.nll:9.3f} +- {found.nll_error:.3f} nats (importance-weighted, k={options.samples})"
+        )
         print(f"  ELBO        {found.elbo:9.3f} nats")
         print(f"  rate        {found.rate:9.3f} nats")
         print(f"  distortion  {found.distortion:9.3f} nats")

@@ -4,13 +4,14 @@ import inspect
 import os
 from argparse import SUPPRESS, Action, ArgumentError, ArgumentTypeError
 from collections.abc import Callable
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_loader
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_loader  # type: ignore[attr-defined]
 
 from hvdvae import config as training
 from hvdvae.cli import options
@@ -62,7 +63,14 @@ set_loader("yaml_with_flags", _load_yaml, exceptions=(yaml.YAMLError,))
 
 def parse(argv: list[str]) -> tuple[Command, Any]:
     """The subcommand's function and its options object. Exits with status 2 and a message on a bad command line."""
-    parser = ArgumentParser(prog="hvdvae", description=DESCRIPTION, version=_version(), parser_mode="yaml_with_flags", formatter_class=Help, exit_on_error=False)
+    parser = ArgumentParser(
+        prog="hvdvae",
+        description=DESCRIPTION,
+        version=_version(),
+        parser_mode="yaml_with_flags",
+        formatter_class=Help,
+        exit_on_error=False,
+    )
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
     commands.add_subcommand("train", _train_parser(argv), help="train a model")
     for name, (kind, summary) in options.SUBCOMMANDS.items():
@@ -103,7 +111,9 @@ def _check_keys(argv: list[str]) -> None:
 
 
 def _deferred(kind: type, values: Namespace) -> Any:
-    return kind(**{key: value for key, value in values.as_dict().items() if key not in ("config", "__default_config__")})
+    return kind(
+        **{key: value for key, value in values.as_dict().items() if key not in ("config", "__default_config__")}
+    )
 
 
 def _version() -> str:
@@ -116,7 +126,9 @@ def _train_parser(argv: list[str]) -> ArgumentParser:
     parser = ArgumentParser(
         description="Train a model. Every flag is also a key of --config FILE.yaml; flags win.",
         default_config_files=_saved_config(argv),
-        parser_mode="yaml_with_flags", formatter_class=Help, exit_on_error=False,
+        parser_mode="yaml_with_flags",
+        formatter_class=Help,
+        exit_on_error=False,
         usage="[mpirun -np N | horovodrun -np N | srun] hvdvae train [--config FILE.yaml] [--FLAG VALUE ...]",
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the keys below")
@@ -126,7 +138,13 @@ def _train_parser(argv: list[str]) -> ArgumentParser:
 
 
 def _options_parser(kind: type, name: str) -> ArgumentParser:
-    parser = ArgumentParser(description=inspect.getdoc(kind), parser_mode="yaml_with_flags", formatter_class=Help, exit_on_error=False, usage=f"hvdvae {name} ...")
+    parser = ArgumentParser(
+        description=inspect.getdoc(kind),
+        parser_mode="yaml_with_flags",
+        formatter_class=Help,
+        exit_on_error=False,
+        usage=f"hvdvae {name} ...",
+    )
     parser.usage = None
     _add_options(parser, kind)
     return parser
@@ -136,7 +154,8 @@ def _add_options(target: Any, kind: type) -> None:
     """One argument a field of a dataclass: `folder` fields are positional, False switches are plain flags."""
     helps = {item.arg_name: item.description for item in docstring_parser.parse_from_object(kind).params}
     hints = get_type_hints(kind)
-    for name, field in kind.__dataclass_fields__.items():
+    for field in fields(kind):
+        name = field.name
         text = " ".join((helps.get(name) or "").split())
         if name == "folder":
             target.add_argument(name, type=str, help=text, metavar="DIR")
@@ -148,7 +167,7 @@ def _add_options(target: Any, kind: type) -> None:
             target.add_argument(flag(name), type=hints[name], default=field.default, help=text)
 
 
-def _saved_config(argv: list[str]) -> list[str]:
+def _saved_config(argv: list[str]) -> list[str | os.PathLike[Any]]:
     """With --resume, the configuration saved in --out is the default, so that a resumed run is the same run."""
     if "--resume" not in argv:
         return []
@@ -179,9 +198,10 @@ def read_config(path: Path) -> TrainConfig:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         known = {key: value for key, value in values.items() if key in TrainConfig.__dataclass_fields__}
     except (OSError, yaml.YAMLError, AttributeError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error}: is {path.parent} the --out of a run?") from error
+        raise ConfigError(
+            f"cannot read the configuration {path}: {error}: is {path.parent} the --out of a run?"
+        ) from error
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ConfigError(f"{path} has the unknown key {unknown[0]!r}: it was written by another version")
     return TrainConfig(**known)
-

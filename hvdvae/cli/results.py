@@ -12,7 +12,14 @@ from hvdvae.config import TrainConfig
 from hvdvae.errors import ConfigError
 from hvdvae.world import World
 
-RESULTS = ("checkpoints", "tensorboard", "metrics.jsonl", "summary.json", "samples.png", "reconstructions.png")
+RESULTS = (
+    "checkpoints",
+    "tensorboard",
+    "metrics.jsonl",
+    "summary.json",
+    "samples.png",
+    "reconstructions.png",
+)
 """What a run leaves; --overwrite deletes these and nothing else."""
 
 

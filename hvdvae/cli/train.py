@@ -36,7 +36,11 @@ def train(config: TrainConfig) -> int:
     dataset = assemble.data(config.data, world, validation=config.validation)
     binarization = assemble.binarization(config)
     check_dataset(
-        dataset, likelihood=config.likelihood, binarization=binarization, batch=config.batch_size, size=world.size
+        dataset,
+        likelihood=config.likelihood,
+        binarization=binarization,
+        batch=config.batch_size,
+        size=world.size,
     )
     model = assemble.model(config, dataset.shape, world.device)
     folder = prepare_folder(config, world)
@@ -49,7 +53,9 @@ def train(config: TrainConfig) -> int:
     if outcome.signal:
         if world.is_first:
             name = signal.Signals(outcome.signal).name
-            _say(f"{name}: saved at step {outcome.step} in {folder / 'checkpoints'}; continue with --resume --out {folder}")
+            _say(
+                f"{name}: saved at step {outcome.step} in {folder / 'checkpoints'}; continue with --resume --out {folder}"
+            )
         world.close()
         return exit_status(outcome)
     _conclude(config, trainer, model, dataset, pictures, folder, outcome, started)
@@ -151,9 +157,7 @@ def _conclude(
 ) -> None:
     """Test the best weights, write pictures and the summary, and say where everything is."""
     world, samples = trainer.world, assemble.nll_samples(config)
-    best = checkpoints.spread(
-        assemble.checkpoint_file(folder, "best") if world.is_first else None, world
-    )
+    best = checkpoints.spread(assemble.checkpoint_file(folder, "best") if world.is_first else None, world)
     if best is not None:
         load_weights(model, best, ema=True)
     summary = {
@@ -170,7 +174,12 @@ def _conclude(
     if samples:
         binarization = assemble.binarization(config)
         found = assess(
-            model, dataset.test, world, binarization=binarization, samples=samples, title=f"test NLL, k={samples}"
+            model,
+            dataset.test,
+            world,
+            binarization=binarization,
+            samples=samples,
+            title=f"test NLL, k={samples}",
         )
         summary |= {
             "elbo": found.elbo,

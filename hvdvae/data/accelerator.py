@@ -21,9 +21,7 @@ RESIDENT_FRACTION = 10
 class AcceleratorFeed:
     """Turns cuts of indices into batches on `device`. Uploads a small source once, in the constructor."""
 
-    def __init__(
-        self, source: Source, *, binarization: str, seed: int, device: torch.device
-    ) -> None:
+    def __init__(self, source: Source, *, binarization: str, seed: int, device: torch.device) -> None:
         self._source, self._device, self._seed = source, device, seed
         self._static = binarization == "static"
         # Static noise belongs to the example, so it is drawn where examples have addresses, on the host.
@@ -40,9 +38,7 @@ class AcceleratorFeed:
         example of the cut): each rank has its own.
         """
         if self._resident is not None:
-            stored = (
-                (cut, self._resident.index_select(0, self._send(torch.from_numpy(cut)))) for cut in cuts
-            )
+            stored = ((cut, self._resident.index_select(0, self._send(torch.from_numpy(cut)))) for cut in cuts)
         else:
             pinned = prefetched((cut, self._pin(self._host(cut))) for cut in cuts)
             stored = ((cut, self._send(values)) for cut, values in pinned)

@@ -29,9 +29,7 @@ def check_choice(likelihood: str, binarization: str) -> None:
     if likelihood not in LIKELIHOODS:
         raise ConfigError(f"--likelihood: found {likelihood!r}; expected one of {', '.join(LIKELIHOODS)}")
     if binarization not in BINARIZATIONS:
-        raise ConfigError(
-            f"--binarization: found {binarization!r}; expected one of {', '.join(BINARIZATIONS)}"
-        )
+        raise ConfigError(f"--binarization: found {binarization!r}; expected one of {', '.join(BINARIZATIONS)}")
     if binarization != "none" and likelihood != "bernoulli":
         raise ConfigError(
             f"--binarization: found {binarization!r} with --likelihood {likelihood}, a density that grows "

@@ -28,9 +28,7 @@ def open_hdf5(path: Path, *, in_memory_bytes: int = IN_MEMORY_BYTES) -> dict[str
             for split, key in pick_splits(list(datasets), str(path)).items()
         }
     except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"{path}: found a truncated or corrupt file ({error}); expected HDF5: save it again"
-        ) from error
+        raise DataError(f"{path}: found a truncated or corrupt file ({error}); expected HDF5: save it again") from error
 
 
 def _source(dataset: Any, path: Path, label: str, in_memory_bytes: int) -> Source:
@@ -41,9 +39,7 @@ def _source(dataset: Any, path: Path, label: str, in_memory_bytes: int) -> Sourc
     offset = dataset.id.get_offset()
     # None: chunked, compact, or in another file. An enum, as HDF5 stores bool, is one byte, as numpy's.
     if offset is not None and not dataset.external:
-        return ArraySource(
-            np.memmap(path, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape), label
-        )
+        return ArraySource(np.memmap(path, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape), label)
     if dataset.nbytes <= in_memory_bytes:
         return ArraySource(dataset[()], label)
     return HDF5Source(dataset, label)

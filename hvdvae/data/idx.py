@@ -35,9 +35,7 @@ def open_idx(path: Path) -> ArraySource:
         with cast(BinaryIO, gzip.open(path, "rb")) if packed else path.open("rb") as stream:
             return ArraySource(_read(stream, path, packed), str(path))
     except (EOFError, OSError, zlib.error) as error:
-        raise DataError(
-            f"{path}: found a truncated or corrupt file ({error}); expected IDX: fetch it again"
-        ) from error
+        raise DataError(f"{path}: found a truncated or corrupt file ({error}); expected IDX: fetch it again") from error
 
 
 def _read(stream: BinaryIO, path: Path, packed: bool) -> np.ndarray:
@@ -49,17 +47,14 @@ def _read(stream: BinaryIO, path: Path, packed: bool) -> np.ndarray:
     stored = path.stat().st_size
     if (packed and expected > MAX_DEFLATE * stored) or (not packed and expected + offset != stored):
         raise DataError(
-            f"{path}: found {stored} bytes; expected {expected} bytes of data by its header "
-            f"{shape}: fetch it again"
+            f"{path}: found {stored} bytes; expected {expected} bytes of data by its header {shape}: fetch it again"
         )
     if not packed and expected > MAP_ABOVE:
         return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
     array = np.empty(shape, dtype)
     _fill(stream, array.reshape(-1).view(np.uint8).data, path)
     if stream.read(1):  # also makes gzip compare its checksum
-        raise DataError(
-            f"{path}: found more data than its header {shape} says; expected none: fetch it again"
-        )
+        raise DataError(f"{path}: found more data than its header {shape} says; expected none: fetch it again")
     return array
 
 

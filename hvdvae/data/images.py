@@ -74,9 +74,7 @@ class ImageSource(Source):
             with Image.open(file) as image:
                 return np.asarray(image.convert(self._mode), np.uint8)
         except _BROKEN as error:
-            raise DataError(
-                f"{file}: found a truncated or corrupt image ({error}); expected a whole one"
-            ) from error
+            raise DataError(f"{file}: found a truncated or corrupt image ({error}); expected a whole one") from error
 
 
 def _checked_headers(files: Iterable[Path]) -> tuple[tuple[int, int], bool]:
@@ -87,13 +85,9 @@ def _checked_headers(files: Iterable[Path]) -> tuple[tuple[int, int], bool]:
             with Image.open(file) as image:
                 size, mode = image.size, image.mode
         except _BROKEN as error:
-            raise DataError(
-                f"{file}: found no readable image ({error}); expected one: remove the file"
-            ) from error
+            raise DataError(f"{file}: found no readable image ({error}); expected one: remove the file") from error
         if mode not in _GREY | _COLOUR:
-            raise DataError(
-                f"{file}: found pixels of mode {mode}; expected 8 bits a channel: convert the image"
-            )
+            raise DataError(f"{file}: found pixels of mode {mode}; expected 8 bits a channel: convert the image")
         first = first or (file, size)
         if size != first[1]:
             raise DataError(

@@ -7,9 +7,7 @@ from hvdvae.data.binarize import EVALUATION_SEED, binarize, binarize_on_device, 
 from hvdvae.data.source import Indices, Source, Values
 
 
-def to_input(
-    values: Values, *, peak: int, binarization: str, key: int, examples: Indices
-) -> torch.Tensor:
+def to_input(values: Values, *, peak: int, binarization: str, key: int, examples: Indices) -> torch.Tensor:
     """Values (B, *shape) as a float32 tensor of that shape; values are not changed.
 
     0 or 1 where binarized; otherwise uint8 becomes [0, 1] and floats stay as they are. `peak` is the source's; key and

@@ -48,9 +48,7 @@ class Loader:
         self._binarization = binarization
         device = torch.device(device)
         self._accelerator = (
-            AcceleratorFeed(
-                source, binarization=binarization, seed=seed, device=device
-            )
+            AcceleratorFeed(source, binarization=binarization, seed=seed, device=device)
             if device.type != "cpu"
             else None
         )

@@ -21,9 +21,7 @@ def stream_key(*parts: int) -> int:
     return key
 
 
-def uniform_bytes(
-    key: int, examples: NDArray[np.int64], width: int
-) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
+def uniform_bytes(key: int, examples: NDArray[np.int64], width: int) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
     """Noise (B, width), uniform on 0..255, for the examples (B,), and one more uniform word (B,) for each."""
     words = _words(key, examples, 1 - (-width // 8))
     return words.view(np.uint8)[:, :width], words[:, -1]

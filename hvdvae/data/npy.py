@@ -17,9 +17,7 @@ from hvdvae.data.source import ArraySource, Source
 from hvdvae.data.split import pick_splits
 from hvdvae.errors import DataError
 
-_LOCAL_HEADER = struct.Struct(
-    "<26xHH"
-)  # of a zip member: what precedes the lengths of its name and extra field
+_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: what precedes the lengths of its name and extra field
 
 
 def open_npy(path: Path) -> ArraySource:
@@ -30,9 +28,7 @@ def open_npy(path: Path) -> ArraySource:
     label = str(path)
     with path.open("rb") as stream:
         shape, fortran, dtype = _read_header(stream, label)
-        return ArraySource(
-            _map(path, stream.tell(), shape, fortran, dtype, path.stat().st_size, label), label
-        )
+        return ArraySource(_map(path, stream.tell(), shape, fortran, dtype, path.stat().st_size, label), label)
 
 
 def open_npz(path: Path) -> dict[str, Source]:
@@ -49,9 +45,7 @@ def open_npz(path: Path) -> dict[str, Source]:
                 for split, key in chosen.items()
             }
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
-        raise DataError(
-            f"{path}: found a truncated or corrupt archive ({error}); expected .npz: save again"
-        ) from error
+        raise DataError(f"{path}: found a truncated or corrupt archive ({error}); expected .npz: save again") from error
 
 
 def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, label: str) -> np.ndarray:
@@ -70,14 +64,10 @@ def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, label: 
 def _read_header(stream: IO[bytes], label: str) -> tuple[tuple[int, ...], bool, np.dtype]:
     try:
         version = np.lib.format.read_magic(stream)
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
     except (ValueError, EOFError) as error:
-        raise DataError(
-            f"{label}: found no readable .npy header ({error}); expected a plain numeric array"
-        ) from error
+        raise DataError(f"{label}: found no readable .npy header ({error}); expected a plain numeric array") from error
     checked_layout(shape, label)
     checked_dtype(dtype, label)
     return shape, fortran, dtype
@@ -86,9 +76,7 @@ def _read_header(stream: IO[bytes], label: str) -> tuple[tuple[int, ...], bool, 
 def _check_length(shape: tuple[int, ...], dtype: np.dtype, found: int, label: str) -> None:
     expected = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if found < expected:
-        raise DataError(
-            f"{label}: found {found} bytes of data; expected {expected} for shape {shape}: save it again"
-        )
+        raise DataError(f"{label}: found {found} bytes of data; expected {expected} for shape {shape}: save it again")
 
 
 def _map(

@@ -112,14 +112,10 @@ def _idx_splits(folder: Path, files: list[Path]) -> dict[str, Path]:
         other = chosen.setdefault(split, file)
         # The plain file sorts before its .gz, and saves decompressing.
         if other != file and other.name != file.name.removesuffix(".gz"):
-            raise DataError(
-                f"{folder}: found both {other.name} and {file.name} for {split}; expected one: move one"
-            )
+            raise DataError(f"{folder}: found both {other.name} and {file.name} for {split}; expected one: move one")
     if not chosen and len(files) == 1:
         return {"train": files[0]}
     if "train" not in chosen:
         found = ", ".join(file.name for file in files)
-        raise DataError(
-            f"{folder}: found {found}; expected a train-images IDX file: name that file or rename it"
-        )
+        raise DataError(f"{folder}: found {found}; expected a train-images IDX file: name that file or rename it")
     return chosen

@@ -14,9 +14,7 @@ def read(source: Source, examples: Indices) -> Values:
     except DataError:
         raise
     except OSError as error:
-        raise DataError(
-            f"{source.path}: reading failed ({error}); expected {len(examples)} examples"
-        ) from error
+        raise DataError(f"{source.path}: reading failed ({error}); expected {len(examples)} examples") from error
     except Exception as error:
         error.add_note(f"while examples were read from {source.path}")
         raise

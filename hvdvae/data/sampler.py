@@ -43,9 +43,7 @@ def local_batch(n: int, batch: int, size: int) -> int:
     Raises DataError if there are fewer examples than ranks.
     """
     if n < size:
-        raise DataError(
-            f"found {n} training examples; expected at least one for each of {size} ranks: start fewer"
-        )
+        raise DataError(f"found {n} training examples; expected at least one for each of {size} ranks: start fewer")
     return min(batch, n // size)
 
 

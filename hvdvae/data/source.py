@@ -140,9 +140,7 @@ class Subset(Source):
 
     def __init__(self, base: Source, rows: Indices) -> None:
         if len(rows) == 0:
-            raise DataError(
-                f"{base.path}: found no example left for a split; expected at least one: add examples"
-            )
+            raise DataError(f"{base.path}: found no example left for a split; expected at least one: add examples")
         self._base, self._base_rows = base, np.asarray(rows, dtype=np.int64)
         self.path, self.shape, self.dtype, self.in_memory = base.path, base.shape, base.dtype, base.in_memory
 

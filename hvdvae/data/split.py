@@ -37,9 +37,7 @@ def pick_splits(keys: Sequence[str], path: str) -> dict[str, str]:
     for key in keys:
         split = split_called(key)
         if split in chosen:
-            raise DataError(
-                f"{path}: found both {chosen[split]!r} and {key!r} for {split}; expected one: rename one"
-            )
+            raise DataError(f"{path}: found both {chosen[split]!r} and {key!r} for {split}; expected one: rename one")
         if split is not None:
             chosen[split] = key
     if not chosen and len(keys) == 1:
@@ -47,15 +45,12 @@ def pick_splits(keys: Sequence[str], path: str) -> dict[str, str]:
     if "train" not in chosen:
         found = ", ".join(sorted(keys)) or "nothing"
         raise DataError(
-            f"{path}: found the keys {found}; expected train (and validation, test), or a single array: "
-            "rename them"
+            f"{path}: found the keys {found}; expected train (and validation, test), or a single array: rename them"
         )
     return chosen
 
 
-def complete_splits(
-    splits: dict[str, Source], validation: int | None = None
-) -> tuple[Source, Source, Source]:
+def complete_splits(splits: dict[str, Source], validation: int | None = None) -> tuple[Source, Source, Source]:
     """Train, validation and test, where a missing one is cut from train by a fixed permutation.
 
     A missing test takes one in HELD_OUT of train; a missing validation then takes `validation` examples, or
@@ -66,9 +61,7 @@ def complete_splits(
     test, held = splits.get("test"), splits.get("validation")
     count, missing = len(train), (test is None) + (held is None)
     if count <= missing:
-        raise DataError(
-            f"{train.path}: found {count} examples; expected more than {missing}, to hold some out"
-        )
+        raise DataError(f"{train.path}: found {count} examples; expected more than {missing}, to hold some out")
     rows = _fixed_permutation(count)
     if test is None:
         cut = max(1, count // HELD_OUT)

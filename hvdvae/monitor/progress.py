@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import TextIO
+from typing import Never, TextIO
 
 from tqdm import tqdm
 
@@ -20,7 +20,7 @@ class Progress:
         self._epochs, self._total = epochs, epochs * steps_per_epoch
         self._start, self._first = time.monotonic(), done
         self._last_line = self._start
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Never] | None = None
         if self._stream.isatty():
             self._bar = tqdm(
                 total=self._total,

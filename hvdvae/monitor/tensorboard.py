@@ -17,7 +17,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path, *, first_step: int = 0) -> None:
         """Open a writer; points of an earlier run at or after `first_step` are hidden by TensorBoard."""
-        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
         self._last = 0.0
 
     def on_beat(self, beat: Beat, *, step: int, epoch: float, lr: float) -> None:
@@ -44,16 +44,16 @@ class TensorBoard:
     def on_epoch(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         """Points of the epoch's means and of the validation."""
         self._points(step, {f"epoch/{name}": value for name, value in metrics.items()})
-        self._writer.flush()  # type: ignore[no-untyped-call]
+        self._writer.flush()
 
     def images(self, name: str, grid: NDArray[np.uint8], step: int) -> None:
         """A grid of images, (H, W, C) uint8."""
-        self._writer.add_image(name, grid, step, dataformats="HWC")  # type: ignore[no-untyped-call]
+        self._writer.add_image(name, grid, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
     def _points(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)

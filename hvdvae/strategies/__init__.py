@@ -78,9 +78,7 @@ def _wrap(
 
     if reduce_op == "adasum":
         return HorovodAdasum(optimizer, model, world, **options)
-    return HorovodAllreduce(
-        optimizer, model, world, compression=compression, process_set=process_set, **options
-    )
+    return HorovodAllreduce(optimizer, model, world, compression=compression, process_set=process_set, **options)
 
 
 __all__ = ["STRATEGIES", "DistributedOptimizer", "Strategy"]

@@ -63,17 +63,13 @@ class HorovodAllreduce(Strategy):
         with self.world.watchdog.waiting("horovod broadcast of parameters"):
             for name, vector in (("parameters", self.flat.parameters), ("buffers", self.flat.buffers)):
                 if vector.numel():
-                    self._hvd.broadcast_(
-                        vector, root, name=f"hvdvae.broadcast.{name}", process_set=self._process_set
-                    )
+                    self._hvd.broadcast_(vector, root, name=f"hvdvae.broadcast.{name}", process_set=self._process_set)
 
     def average_(self, vector: Tensor) -> None:
         """The mean over the process set."""
         if vector.numel():
             with self.world.watchdog.waiting("horovod average of buffers"):
-                self._hvd.allreduce_(
-                    vector, name="hvdvae.average", op=self._hvd.Average, process_set=self._process_set
-                )
+                self._hvd.allreduce_(vector, name="hvdvae.average", op=self._hvd.Average, process_set=self._process_set)
 
     def _first_rank(self) -> int:
         ranks = self._process_set.ranks

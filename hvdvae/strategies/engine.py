@@ -57,4 +57,7 @@ def _choose(world: World, only_horovod: bool) -> Engine:
         return Engine("horovod", "horovodrun --gloo has no MPI")
     if world.device.type == "cuda":
         return Engine("horovod", "on GPUs NCCL moves gradients without passing through host memory")
-    return Engine("mpi", "on CPU ranks one MPI allreduce leaves the core to the computation; Horovod's thread takes part of it")
+    return Engine(
+        "mpi",
+        "on CPU ranks one MPI allreduce leaves the core to the computation; Horovod's thread takes part of it",
+    )

@@ -94,7 +94,7 @@ def load_per_tensor(inner: Optimizer, flat: FlatModel, state: dict[int, dict[str
         number += len(shapes)
         for key in next((entries for entries in mine if entries), {}):
             present = next(entries[key] for entries in mine if key in entries)
-            if isinstance(present, Tensor) and present.dim() > 0 or _all_shaped(mine, key, shapes):
+            if (isinstance(present, Tensor) and present.dim() > 0) or _all_shaped(mine, key, shapes):
                 whole = torch.zeros_like(vector, requires_grad=False)
                 for piece, entries in zip(flat.split(whole, index), mine, strict=True):
                     if key in entries:

@@ -192,7 +192,10 @@ class Strategy(Optimizer):
         for group in self.param_groups:
             count = len(group["params"])
             packed.append(
-                {**{k: v for k, v in group.items() if k != "params"}, "params": [*range(number, number + count)]}
+                {
+                    **{k: v for k, v in group.items() if k != "params"},
+                    "params": [*range(number, number + count)],
+                }
             )
             number += count
         return packed

@@ -22,9 +22,7 @@ def bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
     logits: (..., B, D) of any float dtype; x: (B, D) in [0, 1], may be fractional. Returns (..., B), nats, in
     float32 whatever the logits are (float64 stays). No gradient flows to x.
     """
-    if (
-        torch.compiler.is_compiling()
-    ):  # the compiler fuses the plain formula and cannot see through the fast one
+    if torch.compiler.is_compiling():  # the compiler fuses the plain formula and cannot see through the fast one
         wide = logits.float()
         return (x * wide - functional.softplus(wide)).sum(-1)
     result: Tensor = _BernoulliLogProb.apply(logits, x)  # type: ignore[no-untyped-call]
@@ -36,9 +34,7 @@ def _log_product(factors: Tensor) -> Tensor:
     for fold in range(_FOLDS):
         width = factors.shape[-1]
         half = width // 2
-        if half == 0 or (
-            width % 2 and fold > 2
-        ):  # an odd width costs a strided pass: not worth it near the end
+        if half == 0 or (width % 2 and fold > 2):  # an odd width costs a strided pass: not worth it near the end
             break
         folded = factors[..., :half] * factors[..., half : 2 * half]
         if width % 2:

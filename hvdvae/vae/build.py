@@ -42,17 +42,13 @@ def build_model(
     sizes = tuple(latent) if latent is not None else _LATENT[name]
     expected = 2 if name == "mlp2" else 1
     if len(sizes) != expected or min(sizes) < 1:
-        raise ConfigError(
-            f"latent: found {list(sizes)}, expected {expected} positive size(s) for model {name!r}"
-        )
+        raise ConfigError(f"latent: found {list(sizes)}, expected {expected} positive size(s) for model {name!r}")
     if batch_norm and name != "conv":
         raise ConfigError(f"batch-norm: model {name!r} has none; use it with model 'conv'")
     family = build_likelihood(likelihood, sigma=sigma)
     if name == "conv":
         if hidden is not None:
-            raise ConfigError(
-                f"hidden: found {list(hidden)}, but model 'conv' has channels instead: set channels"
-            )
+            raise ConfigError(f"hidden: found {list(hidden)}, but model 'conv' has channels instead: set channels")
         return _conv(shape, family, sizes[0], channels, activation or "relu", batch_norm)
     widths = tuple(hidden) if hidden is not None else _HIDDEN[name]
     if any(width < 1 for width in widths):
@@ -109,9 +105,7 @@ def set_output_bias(model: VAE, mean_image: Tensor) -> None:
     shape is another.
     """
     if mean_image.numel() != math.prod(model.shape):
-        raise ConfigError(
-            f"mean image: found shape {tuple(mean_image.shape)}, expected the model's {model.shape}"
-        )
+        raise ConfigError(f"mean image: found shape {tuple(mean_image.shape)}, expected the model's {model.shape}")
     bias = next(model.parameters())
     image = mean_image.to(bias.device, bias.dtype).reshape(model.shape)
     model.set_location_bias(model.likelihood.location(image))

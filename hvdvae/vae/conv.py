@@ -15,13 +15,9 @@ from hvdvae.vae.upsample import Upsample
 def check_image(shape: Sequence[int], channels: Sequence[int]) -> None:
     """Raises ConfigError unless shape is (C, H, W) with H and W divisible by 2**len(channels)."""
     if not channels or min(channels) < 1:
-        raise ConfigError(
-            f"channels: found {list(channels)}, expected one or more positive counts, such as 32,64"
-        )
+        raise ConfigError(f"channels: found {list(channels)}, expected one or more positive counts, such as 32,64")
     if len(shape) != 3:
-        raise ConfigError(
-            f"model conv: found data of shape {tuple(shape)}, expected images (C, H, W); try --model mlp"
-        )
+        raise ConfigError(f"model conv: found data of shape {tuple(shape)}, expected images (C, H, W); try --model mlp")
     step = 2 ** len(channels)
     for axis, size in (("height", shape[1]), ("width", shape[2])):
         if size % step or size == 0:

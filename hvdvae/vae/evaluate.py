@@ -51,9 +51,7 @@ def evaluate(
     progress: called with (chunks done, chunks of this rank). Memory: one decoder pass and 24 bytes an
     example. Raises ConfigError for no examples or samples.
     """
-    part = evaluate_part(
-        model, gather, count, samples=samples, seed=seed, rank=rank, size=size, progress=progress
-    )
+    part = evaluate_part(model, gather, count, samples=samples, seed=seed, rank=rank, size=size, progress=progress)
     return combine([Part.from_json(other) for other in gather_objects(part.to_json())])
 
 

@@ -97,9 +97,7 @@ class Part:
             "kl": np.array(self.kl).reshape(-1, width),
             "moments": np.array(self.moments).reshape(-1, 2, width),
         }
-        packed = {
-            name: base64.b64encode(array.astype("<f8").tobytes()).decode() for name, array in arrays.items()
-        }
+        packed = {name: base64.b64encode(array.astype("<f8").tobytes()).decode() for name, array in arrays.items()}
         sizes = {"count": self.count, "samples": self.samples, "chunk_examples": self.chunk_examples}
         return {**sizes, "latent": list(self.latent), "chunks": self.chunks, **packed}
 
@@ -127,17 +125,12 @@ def combine(parts: Sequence[Part]) -> Evaluation:
     Raises ValueError if a chunk is missing or there twice.
     """
     first = parts[0]
-    rows = [
-        row
-        for part in parts
-        for row in zip(part.chunks, part.per_example, part.kl, part.moments, strict=True)
-    ]
+    rows = [row for part in parts for row in zip(part.chunks, part.per_example, part.kl, part.moments, strict=True)]
     rows.sort(key=lambda row: row[0])
     expected = -(-first.count // first.chunk_examples)
     if [row[0] for row in rows] != list(range(expected)):
         raise ValueError(
-            f"evaluation parts: found chunks {[row[0] for row in rows]}, "
-            f"expected each of 0..{expected - 1} once"
+            f"evaluation parts: found chunks {[row[0] for row in rows]}, expected each of 0..{expected - 1} once"
         )
     nll, rate, distortion = np.concatenate([row[1] for row in rows], axis=1)
     splits = np.cumsum(first.latent)[:-1]

@@ -170,7 +170,5 @@ def build_likelihood(name: str, *, sigma: float | None = None) -> Likelihood:
     if name == "gaussian":
         return Gaussian(sigma)
     if sigma is not None:
-        raise ConfigError(
-            f"sigma: found {sigma} with likelihood {name!r}; only 'gaussian' has one, leave it out"
-        )
+        raise ConfigError(f"sigma: found {sigma} with likelihood {name!r}; only 'gaussian' has one, leave it out")
     return Bernoulli() if name == "bernoulli" else DiscretizedLogistic()

@@ -21,9 +21,7 @@ class Draw(NamedTuple):
     """Samples of all latent layers given x."""
 
     z: Tensor  # (K, B, L) of the first layer, for the decoder
-    kl: tuple[
-        Tensor, ...
-    ]  # a layer: (1 or K, B, L) nats; exact where there is a closed form, else at the sample
+    kl: tuple[Tensor, ...]  # a layer: (1 or K, B, L) nats; exact where there is a closed form, else at the sample
     log_ratio: Tensor | None  # (K, B) log q(z|x) - log p(z) at the samples, where it was asked for
     posteriors: tuple[DiagonalGaussian, ...]  # a layer: q given the layer below, (1 or K, B, L)
 
@@ -76,9 +74,7 @@ class VAE(nn.Module):
         self.decoder = decoder
         self.upper = nn.ModuleList(upper)
         if len(self.latent) != 1 + len(self.upper):
-            raise ConfigError(
-                f"latent: found {list(latent)} for a model of {1 + len(self.upper)} stochastic layers"
-            )
+            raise ConfigError(f"latent: found {list(latent)} for a model of {1 + len(self.upper)} stochastic layers")
 
     def forward(
         self,
@@ -124,9 +120,7 @@ class VAE(nn.Module):
         """
         given = [noise] if isinstance(noise, Tensor) else noise
         q = DiagonalGaussian(q.packed.unsqueeze(0))
-        layers: list[
-            tuple[DiagonalGaussian, Tensor, Tensor]
-        ] = []  # q, its sample, the noise in it; bottom up
+        layers: list[tuple[DiagonalGaussian, Tensor, Tensor]] = []  # q, its sample, the noise in it; bottom up
         for layer in range(len(self.latent)):
             if layer:
                 q = DiagonalGaussian(self._upper(layer).infer(layers[-1][1]))
@@ -150,9 +144,7 @@ class VAE(nn.Module):
         z = torch.randn(count, self.latent[-1], generator=generator, device=device)
         for layer in range(len(self.upper), 0, -1):
             prior = DiagonalGaussian(self._upper(layer).generate(z))
-            z, _ = prior.sample(
-                torch.randn(count, self.latent[layer - 1], generator=generator, device=device)
-            )
+            z, _ = prior.sample(torch.randn(count, self.latent[layer - 1], generator=generator, device=device))
         return z
 
     def set_location_bias(self, location: Tensor) -> None:

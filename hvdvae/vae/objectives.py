@@ -131,8 +131,7 @@ def build_objective(
         raise ConfigError(f"objective: found {name!r}, expected one of {', '.join(OBJECTIVES)}")
     if name != "beta" and (beta != 1.0 or warmup_epochs != 0.0):
         raise ConfigError(
-            f"objective {name!r} has no beta: found beta {beta}, warmup-epochs {warmup_epochs}; "
-            "set objective to 'beta'"
+            f"objective {name!r} has no beta: found beta {beta}, warmup-epochs {warmup_epochs}; set objective to 'beta'"
         )
     if name != "free-bits" and free_bits != 0.1:
         raise ConfigError(

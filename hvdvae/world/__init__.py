@@ -21,8 +21,8 @@ import torch
 from hvdvae.abort import abort_job
 from hvdvae.deadline import Watchdog
 from hvdvae.errors import WorldError
-from hvdvae.world.collectives import Alone, Collectives
 from hvdvae.launcher import Launch, Launcher, detect
+from hvdvae.world.collectives import Alone, Collectives
 
 DEFAULT_DEADLINE = 300.0
 """Seconds that a rank waits for others before it ends the job."""

@@ -7,10 +7,10 @@ cxx_standard() {
     local include said
     include=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/torch/include
     said=$(sed -n 's/^#error C++\([0-9][0-9]\) or later.*/\1/p' \
-        "$include/ATen/ATen.h" "$include/torch/csrc/api/include/torch/all.h" 2>/dev/null | sort -n | tail -n 1)
+        "$include/ATen/ATen.h" "$include/torch/csrc/api/include/torch/all.h" 2>/dev/null | sort -n | tail -n 1) || true
     if [[ -z $said ]]; then
         said=17
-        [[ $(printf '%s\n' "$1" 2.14 | sort -V | head -n 1) == 2.14 ]] && said=20
+        if [[ $(printf '%s\n' "$1" 2.14 | sort -V | head -n 1) == 2.14 ]]; then said=20; fi
     fi
     echo "$said"
 }
@@ -71,7 +71,7 @@ build_native() {
     echo "install: building Horovod (about 3 minutes on 2 cores); log: $log"
     (
         PATH=$venv/bin:$(dirname "$MPICC"):$PATH
-        export PATH MAKEFLAGS="${MAKEFLAGS:--j$(nproc)}"
+        export PATH MAKEFLAGS="${MAKEFLAGS:--j$(($(nproc) < 16 ? $(nproc) : 16))}" # up to 2 GB a job
         export HVDVAE_CXX_STANDARD=$CXX_STANDARD CMAKE_TOOLCHAIN_FILE=$launch/horovod/toolchain.cmake
         export CMAKE_POLICY_VERSION_MINIMUM=3.5
         export HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITH_PYTORCH=1
@@ -88,7 +88,7 @@ build_native() {
             -w "$1" -r "$launch/horovod/requirement.txt" || exit
         if [[ $MPI_KIND == site ]]; then
             # Its wheel finds libmpi at run time, which need not be the one of this mpicc.
-            export MPICC PIP_CONSTRAINT=$requirements/native.txt
+            export MPICC PIP_CONSTRAINT=$requirements/optional.txt
             "$venv/bin/pip" wheel --no-cache-dir --no-deps --no-binary mpi4py -w "$1" "$(pin_of mpi4py)" || exit
         fi
     ) >"$log" 2>&1 || {

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from tests.parallel.regression import examples, loss_of, network, share, weights
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdvae.errors import ConfigError, WorldError
 from hvdvae.strategies import DistributedOptimizer
 from hvdvae.world import World
+from tests.parallel.regression import examples, loss_of, network, share, weights
 
 STEPS = 6
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
@@ -61,9 +61,7 @@ def parallel(
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equals_one_process_with_the_whole_batch(world: World, engine: str, name: str) -> None:
-    torch.testing.assert_close(
-        parallel(world, engine, OPTIMIZERS[name]), plain(OPTIMIZERS[name]), atol=2e-6, rtol=2e-5
-    )
+    torch.testing.assert_close(parallel(world, engine, OPTIMIZERS[name]), plain(OPTIMIZERS[name]), atol=2e-6, rtol=2e-5)
 
 
 def test_ranks_hold_the_same_bits(world: World, engine: str) -> None:

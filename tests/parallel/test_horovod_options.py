@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.parallel.regression import examples, loss_of, network, share, weights
 
 from hvdvae.strategies import DistributedOptimizer
 from hvdvae.world import World
+from tests.parallel.regression import examples, loss_of, network, share, weights
 
 pytest.importorskip("horovod.torch")
 
@@ -68,7 +68,11 @@ def test_process_sets_train_replicas_side_by_side(world: World) -> None:
     model = network(seed=world.rank)
     expected = weights(model) - 0.1 * gradient_of(model, share(world))
     optimizer = DistributedOptimizer(
-        torch.optim.SGD(model.parameters(), 0.1), model, world=world, engine="horovod", process_set=sets[world.rank]
+        torch.optim.SGD(model.parameters(), 0.1),
+        model,
+        world=world,
+        engine="horovod",
+        process_set=sets[world.rank],
     )
     gradient_of(model, share(world))
     optimizer.step()

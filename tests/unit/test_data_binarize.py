@@ -109,9 +109,7 @@ def test_evaluation_is_the_same_however_it_is_cut(binarization):
     source = Subset(ArraySource(values, "a"), np.arange(39, -1, -1))
 
     def batch(start, stop, seed=0):
-        return evaluation_batch(
-            source, start, stop, binarization=binarization, seed=seed
-        )
+        return evaluation_batch(source, start, stop, binarization=binarization, seed=seed)
 
     whole = batch(0, 40)
     assert (whole.shape, whole.dtype) == ((40, 1, 3, 3), torch.float32)
@@ -130,9 +128,7 @@ def test_mean_example_is_in_units_of_the_model(monkeypatch):
 def feed_batches(monkeypatch, resident, values, binarization, seed=0, epoch=0):
     monkeypatch.setattr("hvdvae.data.accelerator._free_bytes", lambda _: 10**9 if resident else 0)
     source = ArraySource(values, "a")
-    feed = AcceleratorFeed(
-        source, binarization=binarization, seed=seed, device=torch.device("cpu")
-    )
+    feed = AcceleratorFeed(source, binarization=binarization, seed=seed, device=torch.device("cpu"))
     cuts = [np.array([4, 1]), np.array([0, 3])]
     return torch.cat(list(feed.batches(iter(cuts), epoch)))
 

@@ -136,9 +136,7 @@ def test_torn_npy_and_npz_are_refused(tmp_path):
         with pytest.raises(DataError, match=r"a\.npz.*truncated or corrupt"):
             open_npz(tmp_path / "a.npz")
     middle = len(content) // 2
-    (tmp_path / "a.npz").write_bytes(
-        content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
-    )
+    (tmp_path / "a.npz").write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
     with pytest.raises(DataError, match=r"a\.npz.*truncated or corrupt"):
         open_npz(tmp_path / "a.npz")
     with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
@@ -147,9 +145,7 @@ def test_torn_npy_and_npz_are_refused(tmp_path):
         open_npz(tmp_path / "b.npz")
 
 
-@pytest.mark.parametrize(
-    ("options", "limit"), [({}, 0), ({"chunks": (2, 5, 4), "compression": "gzip"}, 1 << 20)]
-)
+@pytest.mark.parametrize(("options", "limit"), [({}, 0), ({"chunks": (2, 5, 4), "compression": "gzip"}, 1 << 20)])
 def test_hdf5_is_mapped_or_read_once(tmp_path, options, limit):
     with h5py.File(tmp_path / "a.h5", "w", userblock_size=512) as file:
         file.create_dataset("train", data=GREY, **options)

@@ -281,9 +281,7 @@ def test_named_sets_are_downloaded_from_the_next_mirror_and_cached(mirror):
 def test_a_download_with_a_wrong_checksum_is_refused_and_not_kept(mirror):
     served, _ = mirror
     write_idx(served / "train-images-idx3-ubyte.gz", GREY[:20])
-    with pytest.raises(
-        DataError, match=r"train-images-idx3-ubyte\.gz: found neither.*expected md5.*HVDVAE_DATA"
-    ):
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz: found neither.*expected md5.*HVDVAE_DATA"):
         fetch("mnist")
     with pytest.raises(DataError, match="found neither"):
         open_dataset("mnist")

@@ -73,9 +73,7 @@ def test_a_remainder_up_to_a_quarter_leaves_nobody_out_twice_in_four_epochs(seed
     if n < size or n % (local_batch(n, batch, size) * size) > n // 4:
         return
     left_out = [
-        example
-        for e in range(epoch, epoch + 4)
-        for example in set(range(n)) - set(seen_in(seed, e, n, batch, size))
+        example for e in range(epoch, epoch + 4) for example in set(range(n)) - set(seen_in(seed, e, n, batch, size))
     ]
     assert len(left_out) == len(set(left_out))
 

@@ -62,9 +62,7 @@ def test_rate_kl_and_active_units_are_those_of_the_posterior() -> None:
     kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).detach()
     np.testing.assert_allclose(result.kl_per_dimension[0], kl.mean(0), rtol=1e-4)
     np.testing.assert_allclose(result.rate_per_example, kl.sum(1), rtol=1e-4)
-    np.testing.assert_allclose(
-        result.mean_variance[0], q.mean.detach().var(0, correction=0), rtol=1e-4, atol=1e-9
-    )
+    np.testing.assert_allclose(result.mean_variance[0], q.mean.detach().var(0, correction=0), rtol=1e-4, atol=1e-9)
     assert result.active_units == (1,)
     assert result.samples == 3
 
@@ -105,14 +103,10 @@ def test_the_same_numbers_bit_for_bit_at_every_world_size(name: str) -> None:
 
     alone = evaluate(model, gather, 150, samples=20, seed=1)
     for size in (2, 3, 7):  # with 7 ranks two have nothing to do
-        parts = [
-            evaluate_part(model, gather, 150, samples=20, seed=1, rank=r, size=size) for r in range(size)
-        ]
+        parts = [evaluate_part(model, gather, 150, samples=20, seed=1, rank=r, size=size) for r in range(size)]
         sent = [json.loads(json.dumps(part.to_json())) for part in parts]
         assert same(combine(parts[::-1]), alone)
-        last = evaluate(
-            model, gather, 150, samples=20, seed=1, rank=size - 1, size=size, gather_objects=deal(sent)
-        )
+        last = evaluate(model, gather, 150, samples=20, seed=1, rank=size - 1, size=size, gather_objects=deal(sent))
         assert same(last, alone)
     assert not same(evaluate(model, gather, 150, samples=20, seed=2), alone)
 
@@ -153,10 +147,7 @@ def test_bound_of_mlp2_is_at_least_its_elbo() -> None:
 
 def test_missing_and_doubled_chunks_are_refused() -> None:
     model, _ = linear_gaussian()
-    parts = [
-        evaluate_part(model, lambda a, b: torch.zeros(b - a, 6), 70, samples=2, rank=r, size=2)
-        for r in (0, 1)
-    ]
+    parts = [evaluate_part(model, lambda a, b: torch.zeros(b - a, 6), 70, samples=2, rank=r, size=2) for r in (0, 1)]
     with pytest.raises(ValueError, match=r"found chunks \[0, 2\]"):
         combine(parts[:1])
     with pytest.raises(ValueError, match="once"):

@@ -52,9 +52,7 @@ def test_bernoulli_gradient_keeps_the_logits_dtype() -> None:
     logits = torch.randn(2, 8, dtype=torch.bfloat16, requires_grad=True)
     bernoulli_log_prob(logits, torch.ones(2, 8)).sum().backward()
     assert logits.grad is not None
-    torch.testing.assert_close(
-        logits.grad, 1 - torch.sigmoid(logits.detach().float()).bfloat16(), atol=1e-2, rtol=0
-    )
+    torch.testing.assert_close(logits.grad, 1 - torch.sigmoid(logits.detach().float()).bfloat16(), atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("sigma", [None, 0.3])
@@ -65,9 +63,7 @@ def test_gaussian_equals_torch_distributions(sigma: float | None) -> None:
     params = torch.randn(5, 4, 2 * likelihood.parameters_per_dimension, 3, 3)
     mean = params[:, :, :2]
     deviation = (
-        torch.tensor(0.3)
-        if sigma
-        else torch.exp(functional.softplus(params[:, :, 2:] + math.log(256)) - math.log(256))
+        torch.tensor(0.3) if sigma else torch.exp(functional.softplus(params[:, :, 2:] + math.log(256)) - math.log(256))
     )
     expected = torch.distributions.Normal(mean, deviation).log_prob(x).sum((2, 3, 4))
     torch.testing.assert_close(likelihood.log_prob(params, x), expected)
@@ -117,9 +113,7 @@ def test_samples_have_the_mean_and_the_support(name: str) -> None:
     low, high = likelihood.support
     assert samples.shape == (4000, 3)
     assert ((samples >= low) & (samples <= high)).all()
-    torch.testing.assert_close(
-        samples.mean(0), image, atol=0.04, rtol=0
-    )  # five standard errors of the widest
+    torch.testing.assert_close(samples.mean(0), image, atol=0.04, rtol=0)  # five standard errors of the widest
     again = likelihood.sample(params, torch.Generator().manual_seed(0))
     assert torch.equal(samples, again)
 

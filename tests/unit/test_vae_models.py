@@ -17,14 +17,10 @@ from hvdvae.vae.upsample import Upsample
 SHAPES = [(64,), (1, 8, 8), (3, 8, 12)]
 
 
-def build(
-    name: str, shape: tuple[int, ...], likelihood: str = "bernoulli", *, batch_norm: bool = False
-) -> VAE:
+def build(name: str, shape: tuple[int, ...], likelihood: str = "bernoulli", *, batch_norm: bool = False) -> VAE:
     torch.manual_seed(0)
     if name == "conv":
-        return build_model(
-            name, shape, likelihood=likelihood, channels=(4, 8), latent=(3,), batch_norm=batch_norm
-        )
+        return build_model(name, shape, likelihood=likelihood, channels=(4, 8), latent=(3,), batch_norm=batch_norm)
     hidden, latent = ((16, 8), (5,)) if name == "mlp" else ((16, 8), (5, 3))
     return build_model(name, shape, likelihood=likelihood, hidden=hidden, latent=latent)
 
@@ -32,9 +28,7 @@ def build(
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", "logistic"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["mlp", "mlp2", "conv"])
-def test_every_model_takes_every_shape_and_likelihood(
-    name: str, shape: tuple[int, ...], likelihood: str
-) -> None:
+def test_every_model_takes_every_shape_and_likelihood(name: str, shape: tuple[int, ...], likelihood: str) -> None:
     if name == "conv" and len(shape) == 1:
         with pytest.raises(ConfigError, match=re.escape("(64,)")):
             build(name, shape, likelihood)
@@ -87,9 +81,7 @@ def test_state_names_are_stable() -> None:
     assert list(build("mlp2", (64,)).state_dict()) == [f"{name}.{kind}" for name in both for kind in layers]
     conv = ["encoder.network.0", "encoder.network.2", "encoder.output"]
     conv += ["decoder.input", "decoder.network.1", "decoder.output"]
-    assert list(build("conv", (1, 8, 8)).state_dict()) == [
-        f"{name}.{kind}" for name in conv for kind in layers
-    ]
+    assert list(build("conv", (1, 8, 8)).state_dict()) == [f"{name}.{kind}" for name in conv for kind in layers]
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(5, 1), (4, 3), (3, 16)])
@@ -162,9 +154,7 @@ def test_output_bias_shows_the_mean_image(name: str, likelihood: str) -> None:
 def test_output_bias_of_convolutions_is_one_a_channel() -> None:
     model = build("conv", (3, 8, 8), "bernoulli")
     set_output_bias(model, torch.tensor([0.1, 0.5, 0.9])[:, None, None].expand(3, 8, 8))
-    torch.testing.assert_close(
-        model.get_parameter("decoder.output.bias"), torch.logit(torch.tensor([0.1, 0.5, 0.9]))
-    )
+    torch.testing.assert_close(model.get_parameter("decoder.output.bias"), torch.logit(torch.tensor([0.1, 0.5, 0.9])))
     with pytest.raises(ConfigError, match=r"mean image: found shape \(1, 8, 8\)"):
         set_output_bias(model, torch.zeros(1, 8, 8))
 
@@ -219,9 +209,7 @@ def test_channels_last_changes_nothing(shape: tuple[int, int, int]) -> None:
         torch.manual_seed(0)
         loss = Elbo()(network, batch, 1.0)["loss"]
         loss.backward()
-        results.append(
-            (loss, torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
-        )
+        results.append((loss, torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])))
     torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
 
 
@@ -243,3 +231,18 @@ def test_noise_is_the_default_generators_or_the_given_ones() -> None:
     mine = [model(x, 2, generator=torch.Generator().manual_seed(5)).log_px for _ in range(2)]
     assert torch.equal(mine[0], mine[1])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp2", "conv"])
+def test_compiled_is_the_same_function(name: str) -> None:
+    """Compilation traces other formulas than eager mode runs; without code generation, which is slow."""
+    model, x = build(name, (1, 8, 8)), torch.rand(4, 1, 8, 8).round()
+    noise = [torch.randn(2, 4, size) for size in model.latent]
+    results = []
+    for network in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        terms = network(x, 2, importance=True, noise=noise)
+        (terms.log_px.sum() - terms.log_ratio.sum() - terms.kl[-1].sum()).backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results.append((terms.log_px, terms.log_ratio, gradient))
+    torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)

@@ -1,0 +1,142 @@
+"""What each rank does: rounds of blocks, in an order that turns from round to round. Started by throughput.py.
+
+Rank 0 writes what is known after every block, so that a crash costs one block and names its side.
+"""
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mpi4py import MPI  # before Horovod, which can be started anew only then
+
+from benchmarks.blocks import Block, in_turns, together
+from benchmarks.machine import machine
+from benchmarks.sides import Unit, names, units
+from benchmarks.statistics_of_rounds import rotated
+from benchmarks.task import Task, open_splits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure."""
+
+    models: list[str]
+    rounds: int
+    seconds: float
+    """Of a block."""
+    batch: int
+    """Examples a rank and step."""
+    data: str | None
+    result: str
+    """JSON file that rank 0 writes."""
+
+
+class Record:
+    """The JSON file."""
+
+    def __init__(self, plan: Plan, data: str) -> None:
+        self._path = Path(plan.result)
+        self.content: dict[str, Any] = {
+            "config": {key: value for key, value in asdict(plan).items() if key != "result"},
+            "data": data,
+            **machine(),
+            "running": "",
+            "models": {
+                model: {
+                    "sides": {key: _empty(what, plan.rounds) for key, what in names(model).items()},
+                    "order": [],
+                }
+                for model in plan.models
+            },
+        }
+
+    def write(self) -> None:
+        """Replace the file."""
+        part = self._path.with_suffix(".part")
+        part.write_text(json.dumps(self.content, indent=1))
+        part.replace(self._path)
+
+    def note(self, model: str, round_number: int, key: str, result: Block | Exception) -> None:
+        """One block, or why there is none."""
+        side = self.content["models"][model]["sides"][key]
+        if isinstance(result, Exception):
+            side["failed"] = f"{type(result).__name__}: {result}"
+            said = f"failed: {side['failed']}"
+        else:
+            side["examples_per_second"][round_number] = result.examples_per_second
+            side["milliseconds_per_step"][round_number] = 1e3 * result.seconds / result.steps
+            side["steps"][round_number] = result.steps
+            said = (
+                f"{result.examples_per_second:9,.0f} examples/s, {1e3 * result.seconds / result.steps:6.2f} ms a step"
+            )
+        print(f"{model} round {round_number + 1}: {side['what']:<46} {said}", flush=True)
+
+
+def _empty(what: str, rounds: int) -> dict[str, Any]:
+    missing: list[None] = [None] * rounds
+    return {
+        "what": what,
+        "examples_per_second": [*missing],
+        "milliseconds_per_step": [*missing],
+        "steps": [*missing],
+        "failed": "",
+    }
+
+
+@contextmanager
+def others_asleep(world: MPI.Comm) -> Iterator[None]:
+    """Rank 0 has the machine inside, while the other ranks sleep at the end of the body. Every rank must enter it.
+
+    MPI's own barrier would keep their cores busy.
+    """
+    yield
+    everyone = world.Ibarrier()
+    while not everyone.Test():
+        time.sleep(0.005)
+
+
+def measure(unit: Unit, task: Task, plan: Plan, world: MPI.Comm, round_number: int) -> dict[str, Block | Exception]:
+    """The blocks of one unit. Every rank must call it; results are rank 0's."""
+    gc.collect()  # What the last side left behind is not to be freed on this one's time.
+    if unit[0].ranks > 1:
+        try:
+            return {unit[0].key: together(unit[0], task, plan.seconds, world)}
+        except Exception as error:
+            return {unit[0].key: error}
+    results: dict[str, Block | Exception] = {}
+    with others_asleep(world):
+        if world.rank == 0:
+            results = in_turns(unit, task, plan.seconds, round_number)
+    return results
+
+
+def main(plan: Plan) -> None:
+    """All rounds of all models. Every rank must call it."""
+    torch.set_num_threads(1)
+    world = MPI.COMM_WORLD.Dup()
+    splits, description = open_splits(plan.data)
+    record = Record(plan, description) if world.rank == 0 else None
+    for model in plan.models:
+        task = Task(model, splits[0], plan.batch)
+        for round_number in range(plan.rounds):
+            for unit in rotated(units(model), round_number):
+                if record is not None:
+                    record.content["running"] = f"{model}, {unit[0].what}"
+                    record.write()
+                results = measure(unit, task, plan, world, round_number)
+                for key, result in results.items() if record is not None else ():
+                    record.note(model, round_number, key, result)
+    if record is not None:
+        record.content["running"] = ""
+        record.write()
+
+
+if __name__ == "__main__":
+    main(Plan(**json.loads(sys.argv[1])))

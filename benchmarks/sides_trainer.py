@@ -1,0 +1,97 @@
+"""Sides that are ours: the Trainer, as a user builds it, with two ranks or with one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.horovod_environment import horovod_environment
+from benchmarks.side import Run, Side
+from benchmarks.task import LEARNING_RATE, SEED, Task, endless
+from hvdvae import DistributedOptimizer, Trainer, World
+from hvdvae.data import Loader
+
+DEADLINE = 60.0
+"""Seconds that a rank waits for the other before the job is ended with a report."""
+
+
+class Stretch:
+    """So many batches at a time as one epoch of the Trainer, each stretch going on where the last one ended."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.length = 1
+        self._global_batch = loader.global_batch
+        self._batches = endless(loader)
+
+    @property
+    def examples(self) -> int:
+        """Of all ranks, in one stretch."""
+        return self.length * self._global_batch
+
+    def steps(self, start: int = 0) -> int:
+        """Steps left from position `start`."""
+        return self.length - start // self._global_batch
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
+        """The next batches."""
+        for _ in range(self.steps(start)):
+            yield next(self._batches)
+
+
+def _trainer(task: Task, world: World, *, precision: str = "fp32", channels_last: bool = False, **strategy: str) -> Run:
+    model = task.network()
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    adam = torch.optim.Adam(model.parameters(), LEARNING_RATE)
+    optimizer = DistributedOptimizer(adam, model, world=world, **strategy)
+    stretch = Stretch(task.loader(world.rank, world.size))
+    trainer = Trainer(model, optimizer, task.objective, stretch, seed=SEED, precision=precision)
+
+    def run(steps: int) -> None:
+        stretch.length = steps
+        trainer.fit(trainer.position.epoch + 1)
+
+    return run
+
+
+@contextmanager
+def _two_ranks(task: Task, *, engine: str) -> Iterator[Run]:
+    # A world of its own, because closing it is what stops Horovod's thread.
+    with horovod_environment():
+        world = World.create(device="cpu", deadline=DEADLINE)
+        try:
+            yield train(task, world, strategy="allreduce", engine=engine)
+        finally:
+            world.close()
+
+
+@contextmanager
+def _one_process(task: Task, *, precision: str = "fp32", channels_last: bool = False) -> Iterator[Run]:
+    world = World.alone(device="cpu")
+    yield train(task, world, strategy="local", precision=precision, channels_last=channels_last)
+
+
+TWO_RANKS = (
+    Side("mpi", "our Trainer, engine mpi", partial(_two_ranks, engine="mpi")),
+    Side("horovod", "our Trainer, engine horovod", partial(_two_ranks, engine="horovod")),
+)
+ONE_PROCESS = (
+    Side("local", "our Trainer, one process", _one_process, ranks=1),
+    Side("bf16", "our Trainer, bf16", partial(_one_process, precision="bf16"), ranks=1),
+    Side(
+        "local_cl",
+        "our Trainer, channels last",
+        partial(_one_process, channels_last=True),
+        ranks=1,
+        models=("conv",),
+    ),
+    Side(
+        "bf16_cl",
+        "our Trainer, bf16, channels last",
+        partial(_one_process, precision="bf16", channels_last=True),
+        ranks=1,
+        models=("conv",),
+    ),
+)

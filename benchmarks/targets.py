@@ -1,0 +1,148 @@
+"""What the numbers are held against: each ratio with its target, and whether its median reached it. Pure.
+
+Keys are those of the sides (sides.py). Ratios compare blocks of the same round.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.statistics_of_rounds import Rounds, Spread, paired_ratios, spread
+
+EFFICIENCY = 0.95
+DDP = {"mlp": 1.7, "conv": 1.0}
+RAW_HOROVOD = 1.0
+PYTHAE = 1.25
+OVERHEAD = 0.03
+BF16 = 1.7
+DATA_COPIES = 1.1
+"""Of the uint8 bytes; the rest allows for the pages of the libraries that read them."""
+
+OURS = {"mpi": "engine mpi", "horovod": "engine horovod"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of the report."""
+
+    model: str
+    what: str
+    found: Spread | None
+    """None where it was not measured."""
+    target: float | None = None
+    """None: for information."""
+    at_most: bool = False
+    """Whether smaller is better."""
+    note: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """reached, missed, not measured, or nothing where there is no target."""
+        if self.found is None:
+            return "not measured"
+        if self.target is None:
+            return ""
+        reached = self.found.median <= self.target if self.at_most else self.found.median >= self.target
+        return "reached" if reached else "missed"
+
+
+def verdicts(content: Mapping[str, Any]) -> list[Verdict]:
+    """All ratios of a result file (ranks.Record), model by model, then memory."""
+    bf16 = bool(content["hardware"]["avx512_bf16"])
+    found = []
+    for model, measured in content["models"].items():
+        sides = {key: side["examples_per_second"] for key, side in measured["sides"].items()}
+        found += [*_scaling(model, sides), *_peers(model, sides), *_one_process(model, sides, bf16)]
+    return [*found, *_memory(content.get("memory", {}))]
+
+
+def _scaling(model: str, sides: Mapping[str, Rounds]) -> list[Verdict]:
+    best = best_engine(sides)
+    rows = [
+        Verdict(
+            model,
+            f"scaling efficiency, {what}" + (" (the best engine)" if key == best else ""),
+            spread(paired_ratios(sides[key], sides["local"], 0.5)),
+            EFFICIENCY if key == best else None,
+        )
+        for key, what in (*OURS.items(), ("raw_horovod", "raw Horovod"), ("ddp", "DDP"))
+    ]
+    return rows
+
+
+def _peers(model: str, sides: Mapping[str, Rounds]) -> list[Verdict]:
+    best = best_engine(sides)
+    return [
+        Verdict(model, f"{OURS[best]} / DDP", spread(paired_ratios(sides[best], sides["ddp"])), DDP[model]),
+        *(
+            Verdict(
+                model,
+                f"{what} / raw Horovod",
+                spread(paired_ratios(sides[key], sides["raw_horovod"])),
+                RAW_HOROVOD if key == "horovod" else None,
+            )
+            for key, what in OURS.items()
+        ),
+        Verdict(model, "engine horovod / DDP", spread(paired_ratios(sides["horovod"], sides["ddp"]))),
+        Verdict(
+            model,
+            "one process / pythae's BaseTrainer",
+            spread(paired_ratios(sides["local"], sides["pythae"])),
+            PYTHAE,
+        ),
+    ]
+
+
+def _one_process(model: str, sides: Mapping[str, Rounds], has_bf16: bool) -> list[Verdict]:
+    # A side's own share: 1 - t(bare) / t(trainer), and throughput is the inverse of t.
+    overhead = [None if ratio is None else 1 - ratio for ratio in paired_ratios(sides["local"], sides["bare"])]
+    plain, half = (fastest(sides, *keys) for keys in (("local", "local_cl"), ("bf16", "bf16_cl")))
+    formats = [f"{key} {'channels last' if key.endswith('_cl') else 'contiguous'}" for key in (half, plain)]
+    rows = [
+        Verdict(model, "share of a step that the loop adds", spread(overhead), OVERHEAD, at_most=True),
+        Verdict(
+            model,
+            "bf16 / fp32, the faster memory format of each" if model == "conv" else "bf16 / fp32",
+            spread(paired_ratios(sides[half], sides[plain])),
+            BF16 if has_bf16 else None,
+            note=(" / ".join(formats).replace("local", "fp32").replace("_cl", "") if model == "conv" else "")
+            + ("" if has_bf16 else " no avx512_bf16 here: no target"),
+        ),
+    ]
+    if model == "conv":
+        for key, what in (("local", "fp32"), ("bf16", "bf16")):
+            ratio = spread(paired_ratios(sides[f"{key}_cl"], sides[key]))
+            rows.append(Verdict(model, f"{what}, channels last / contiguous", ratio))
+    return rows
+
+
+def _memory(memory: Mapping[str, list[dict[str, int]]]) -> list[Verdict]:
+    rows = []
+    for engine, ranks in memory.items():
+        growth = spread([(rank["with_data"] - rank["before_data"]) / rank["data"] for rank in ranks])
+        peak = spread([rank["peak"] / 2**20 for rank in ranks])
+        megabytes = ranks[0]["data"] / 2**20
+        note = f"of {megabytes:.1f} MiB, a rank"
+        rows += [
+            Verdict(
+                "memory",
+                f"{OURS[engine]}: growth by the data / uint8",
+                growth,
+                DATA_COPIES,
+                at_most=True,
+                note=note,
+            ),
+            Verdict("memory", f"{OURS[engine]}: peak resident, MiB a rank", peak),
+        ]
+    return rows
+
+
+def best_engine(sides: Mapping[str, Rounds]) -> str:
+    """The engine of ours with the greater median."""
+    return fastest(sides, *OURS)
+
+
+def fastest(sides: Mapping[str, Rounds], *keys: str) -> str:
+    """The key with the greatest median; the first of them where nothing was measured."""
+    medians = {key: found.median for key in keys if key in sides and (found := spread(sides[key])) is not None}
+    return max(medians, key=lambda key: medians[key]) if medians else keys[0]
