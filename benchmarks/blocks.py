@@ -36,6 +36,11 @@ class Block(NamedTuple):
         """Of all ranks together."""
         return self.examples / self.seconds
 
+    @property
+    def milliseconds_per_step(self) -> float:
+        """Of the rank that took longest."""
+        return 1e3 * self.seconds / self.steps
+
 
 def _timed(run: Run, steps: int) -> float:
     start = time.perf_counter()
@@ -54,8 +59,8 @@ def _pace(run: Run, seconds: float) -> float:
 def together(side: Side, task: Task, seconds: float, world: MPI.Comm) -> Block:
     """A block of a side on all ranks of `world`. Blocks; every rank must call it.
 
-    The clock runs from a barrier until the last rank is through. What goes wrong on all ranks is raised on all of
-    them; what goes wrong on one ends the job by the deadline of what the others wait in.
+    The clock runs from a barrier until the last rank is through. What goes wrong on all ranks is raised on
+    all of them; what goes wrong on one ends the job by the deadline of what the others wait in.
     """
     with side.open(task) as run:
         run(FIRST_STEPS)
@@ -72,8 +77,8 @@ def together(side: Side, task: Task, seconds: float, world: MPI.Comm) -> Block:
 def in_turns(sides: Sequence[Side], task: Task, seconds: float, first: int) -> dict[str, Block | Exception]:
     """Blocks of several sides in this process, in PIECES pieces each, one side's piece after the other's.
 
-    So a difference of some percent between them is not the machine's mood. `first`: which side begins. A side that
-    raises has its exception for a result.
+    So a difference of some percent between them is not the machine's mood. `first`: which side begins. A
+    side that raises has its exception for a result.
     """
     failed: dict[str, Exception] = {}
     runs: dict[str, Run] = {}

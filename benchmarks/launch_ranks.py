@@ -18,8 +18,8 @@ TIMED_OUT = 124
 def launch_ranks(module: str, argument: Mapping[str, Any], *, ranks: int, seconds: float) -> int:
     """Run `python -m MODULE ARGUMENT` on so many ranks, with one thread each; their output goes to ours.
 
-    `argument` goes over as JSON. Blocks. Returns the exit status, TIMED_OUT if they were ended after `seconds`. Raises
-    FileNotFoundError where there is no mpirun.
+    `argument` goes over as JSON. Blocks. Returns the exit status, TIMED_OUT if they were ended after
+    `seconds`. Raises FileNotFoundError where there is no mpirun.
     """
     program = mpirun.find()
     if program is None:

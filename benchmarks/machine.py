@@ -1,4 +1,4 @@
-"""What the numbers were measured on: processor, cores, memory, load, and versions of everything that has a say."""
+"""What the numbers were measured on: processor, cores, memory, load, and versions."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from mpi4py import MPI
 

@@ -31,7 +31,7 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
         _panel(axes, model, measured["sides"])
     hardware, config = content["hardware"], content["config"]
     figure.suptitle(
-        f"{hardware['processor']}, {hardware['cores']} cores, one thread a rank, batch {config['batch']} a rank; "
+        f"{hardware['processor']}, {hardware['cores']} cores, one thread and batch {config['batch']} a rank; "
         f"median and all of {config['rounds']} rounds",
         fontsize=10,
     )

@@ -1,5 +1,6 @@
-"""What each rank does: rounds of blocks, in an order that turns from round to round. Started by throughput.py.
+"""What each rank does: rounds of blocks, in an order that turns from round to round.
 
+Started by throughput.py.
 Rank 0 writes what is known after every block, so that a crash costs one block and names its side.
 """
 
@@ -21,6 +22,7 @@ from benchmarks.machine import machine
 from benchmarks.sides import Unit, names, units
 from benchmarks.statistics_of_rounds import rotated
 from benchmarks.task import Task, open_splits
+from hvdvae.allocator import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,9 @@ class Record:
             said = f"failed: {side['failed']}"
         else:
             side["examples_per_second"][round_number] = result.examples_per_second
-            side["milliseconds_per_step"][round_number] = 1e3 * result.seconds / result.steps
+            side["milliseconds_per_step"][round_number] = result.milliseconds_per_step
             side["steps"][round_number] = result.steps
-            said = (
-                f"{result.examples_per_second:9,.0f} examples/s, {1e3 * result.seconds / result.steps:6.2f} ms a step"
-            )
+            said = f"{result.examples_per_second:9,.0f} examples/s, {result.milliseconds_per_step:6.2f} ms a step"
         print(f"{model} round {round_number + 1}: {side['what']:<46} {said}", flush=True)
 
 
@@ -92,7 +92,7 @@ def _empty(what: str, rounds: int) -> dict[str, Any]:
 
 @contextmanager
 def others_asleep(world: MPI.Comm) -> Iterator[None]:
-    """Rank 0 has the machine inside, while the other ranks sleep at the end of the body. Every rank must enter it.
+    """Rank 0 has the machine inside, while other ranks sleep at the end of the body. Every rank must enter it.
 
     MPI's own barrier would keep their cores busy.
     """
@@ -120,6 +120,8 @@ def measure(unit: Unit, task: Task, plan: Plan, world: MPI.Comm, round_number: i
 def main(plan: Plan) -> None:
     """All rounds of all models. Every rank must call it."""
     torch.set_num_threads(1)
+    # The Trainer does this for its process, and it cannot be undone: so all sides have it from the start.
+    keep_freed_memory()
     world = MPI.COMM_WORLD.Dup()
     splits, description = open_splits(plan.data)
     record = Record(plan, description) if world.rank == 0 else None
@@ -131,8 +133,9 @@ def main(plan: Plan) -> None:
                     record.content["running"] = f"{model}, {unit[0].what}"
                     record.write()
                 results = measure(unit, task, plan, world, round_number)
-                for key, result in results.items() if record is not None else ():
-                    record.note(model, round_number, key, result)
+                if record is not None:
+                    for key, result in results.items():
+                        record.note(model, round_number, key, result)
     if record is not None:
         record.content["running"] = ""
         record.write()

@@ -14,10 +14,9 @@ def report(content: Mapping[str, Any]) -> str:
 
 def _machine(content: Mapping[str, Any]) -> Iterator[str]:
     hardware, config = content["hardware"], content["config"]
-    yield (
-        f"{hardware['processor']}, {hardware['cores']} cores, load {hardware['load_average_at_start']:.1f} at the start; "
-        + ", ".join(f"{name} {found}" for name, found in content["versions"].items())
-    )
+    load = f"load {hardware['load_average_at_start']:.1f} at the start"
+    yield f"{hardware['processor']}, {hardware['cores']} cores, {load}"
+    yield ", ".join(f"{name} {found}" for name, found in content["versions"].items())
     yield f"{content['data']}; batch {config['batch']} a rank, one thread a rank, {content['date']}"
     yield f"{config['rounds']} rounds of {config['seconds']:g} s a side: median [least .. greatest]"
 
@@ -29,9 +28,11 @@ def _throughput(content: Mapping[str, Any]) -> Iterator[str]:
         for side in measured["sides"].values():
             rates, times = (spread(side[key]) for key in ("examples_per_second", "milliseconds_per_step"))
             if rates is None or times is None:
-                yield f"  {side['what']:<56}{side['failed'] or 'not installed':>10}"
+                why = f"failed: {side['failed']}" if side["failed"] else "not installed"
+                yield f"  {side['what']:<56}{why:>10}"
             else:
-                yield f"  {side['what']:<56}{rates.median:>10,.0f}{times.median:>12.2f}   {_range(rates, ',.0f')}"
+                middle = f"{rates.median:>10,.0f}{times.median:>12.2f}"
+                yield f"  {side['what']:<56}{middle}   {_range(rates, ',.0f')}"
 
 
 def _verdicts(rows: list[Verdict]) -> Iterator[str]:
@@ -42,8 +43,8 @@ def _verdicts(rows: list[Verdict]) -> Iterator[str]:
         median = format(row.found.median, style) if row.found else "-"
         target = "" if row.target is None else f"{'<=' if row.at_most else '>='} {row.target:g}"
         where = _range(row.found, style) if row.found else ""
-        line = f"  {row.model + ': ' + row.what:<56}{median:>10}{target:>12}   {row.outcome:<13}{where} {row.note}"
-        yield line.rstrip()
+        name = f"  {row.model + ': ' + row.what:<56}"
+        yield f"{name}{median:>10}{target:>12}   {row.outcome:<13}{where} {row.note}".rstrip()
 
 
 def _failures(content: Mapping[str, Any]) -> Iterator[str]:

@@ -30,7 +30,7 @@ class Side:
 
 
 def plain_loop(task: Task, model: nn.Module, optimizer: Optimizer, batches: Iterable[Tensor]) -> Run:
-    """The loop of every tutorial: next batch, zero_grad, loss, backward, step. Mutates model and optimizer."""
+    """The loop of every tutorial: batch, zero_grad, loss, backward, step. Mutates model and optimizer."""
     ahead = iter(batches)
     model.train()
 
@@ -38,7 +38,7 @@ def plain_loop(task: Task, model: nn.Module, optimizer: Optimizer, batches: Iter
         for _ in range(steps):
             batch = next(ahead)
             optimizer.zero_grad()
-            task.objective(model, batch, 0.0)["loss"].backward()
+            task.objective(model, batch, 0.0)["loss"].backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
     return run

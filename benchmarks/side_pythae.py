@@ -1,7 +1,7 @@
 """pythae's own trainer on its own VAE, with networks of the same sizes, where it is installed.
 
-It is used as its README shows: BaseTrainer with its default Adam. Its images are binarized once, before it starts, so it is
-spared what our loader does for every batch.
+It is used as its README shows: BaseTrainer with its default Adam. Its images are binarized once, before it
+starts, so it is spared what our loader does for every batch.
 """
 
 import logging

@@ -12,7 +12,7 @@ Unit = tuple[Side, ...]
 def units(model: str) -> list[Unit]:
     """What is measured one after the other in a round, for this model.
 
-    Two ranks: one side at a time, since Horovod and Gloo bring threads. One process: all together, taking turns.
+    Two ranks: one side at a time, since Horovod and Gloo bring threads. One process: all, taking turns.
     """
     two = [(side,) for side in (*trainer.TWO_RANKS, *peers.TWO_RANKS) if model in side.models]
     alone = [*trainer.ONE_PROCESS, *peers.ONE_PROCESS, *(pythae.ONE_PROCESS if pythae.is_installed() else ())]

@@ -53,8 +53,8 @@ def _ddp(task: Task) -> Iterator[Run]:
     try:
         yield _ddp_loop(task, world.rank, world.size)
     finally:
-        # DDP must be gone before its process group: the other way round its destructor holds the interpreter's lock while
-        # it waits for a thread of Gloo's that wants it, and now and then that is for ever.
+        # DDP must be gone before its process group: the other way round its destructor holds the interpreter's
+        # lock while it waits for a thread of Gloo's that wants it, now and then for ever.
         gc.collect()
         distributed.destroy_process_group()
 

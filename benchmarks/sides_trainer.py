@@ -18,21 +18,20 @@ DEADLINE = 60.0
 
 
 class Stretch:
-    """So many batches at a time as one epoch of the Trainer, each stretch going on where the last one ended."""
+    """So many batches at a time as an epoch of the Trainer, each stretch going on where the last one ended."""
 
     def __init__(self, loader: Loader) -> None:
-        self.length = 1
         self._global_batch = loader.global_batch
         self._batches = endless(loader)
+        self.examples = 0
 
-    @property
-    def examples(self) -> int:
-        """Of all ranks, in one stretch."""
-        return self.length * self._global_batch
+    def set_length(self, steps: int) -> None:
+        """Steps of the next stretch."""
+        self.examples = steps * self._global_batch
 
     def steps(self, start: int = 0) -> int:
         """Steps left from position `start`."""
-        return self.length - start // self._global_batch
+        return (self.examples - start) // self._global_batch
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
         """The next batches."""
@@ -40,17 +39,26 @@ class Stretch:
             yield next(self._batches)
 
 
-def _trainer(task: Task, world: World, *, precision: str = "fp32", channels_last: bool = False, **strategy: str) -> Run:
+def train(
+    task: Task,
+    world: World,
+    *,
+    strategy: str,
+    engine: str = "auto",
+    precision: str = "fp32",
+    channels_last: bool = False,
+) -> Run:
+    """A Trainer as a user builds it. Blocks; every rank of `world` must call it, and what it returns."""
     model = task.network()
     if channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     adam = torch.optim.Adam(model.parameters(), LEARNING_RATE)
-    optimizer = DistributedOptimizer(adam, model, world=world, **strategy)
+    optimizer = DistributedOptimizer(adam, model, world=world, strategy=strategy, engine=engine)
     stretch = Stretch(task.loader(world.rank, world.size))
     trainer = Trainer(model, optimizer, task.objective, stretch, seed=SEED, precision=precision)
 
     def run(steps: int) -> None:
-        stretch.length = steps
+        stretch.set_length(steps)
         trainer.fit(trainer.position.epoch + 1)
 
     return run

@@ -1,7 +1,8 @@
 """What repeated measurements say: medians with their spread, and ratios of two sides of the same round.
 
-A list holds one number a round; None stands for a round in which a side was not measured. A ratio compares what was
-measured within seconds of each other, so a machine that is slower in one round than in the next does not blur it.
+A list holds one number a round; None stands for a round in which a side was not measured. A ratio compares
+what was measured within seconds of each other, so a machine that is slower in one round than in the next does
+not blur it.
 """
 
 import statistics
@@ -27,7 +28,10 @@ def spread(rounds: Rounds) -> Spread | None:
 
 
 def paired_ratios(above: Rounds, below: Rounds, scale: float = 1.0) -> list[float | None]:
-    """scale * above / below, round by round; None where one of the two is missing. Raises ValueError on unequal lengths."""
+    """scale * above / below, round by round; None where one of the two is missing.
+
+    Raises ValueError on unequal lengths.
+    """
     return [None if a is None or b is None else scale * a / b for a, b in zip(above, below, strict=True)]
 
 

@@ -58,7 +58,7 @@ def verdicts(content: Mapping[str, Any]) -> list[Verdict]:
 
 def _scaling(model: str, sides: Mapping[str, Rounds]) -> list[Verdict]:
     best = best_engine(sides)
-    rows = [
+    return [
         Verdict(
             model,
             f"scaling efficiency, {what}" + (" (the best engine)" if key == best else ""),
@@ -67,7 +67,6 @@ def _scaling(model: str, sides: Mapping[str, Rounds]) -> list[Verdict]:
         )
         for key, what in (*OURS.items(), ("raw_horovod", "raw Horovod"), ("ddp", "DDP"))
     ]
-    return rows
 
 
 def _peers(model: str, sides: Mapping[str, Rounds]) -> list[Verdict]:

@@ -52,9 +52,10 @@ def endless(loader: Loader) -> Iterator[Tensor]:
 
 
 def open_splits(data: str | None) -> tuple[list[Source], str]:
-    """The splits, training images first, and what they are: `data` as in --data, or None for MNIST where it can be had.
+    """The splits, training images first, and what they are.
 
-    Blocks; may download. Raises DataError for a path that is not data.
+    `data`: as in --data, or None for MNIST where it can be had. Blocks; may download. Raises DataError for
+    a path that is not data.
     """
     if data == "synthetic":
         return [_synthetic()], SYNTHETIC

@@ -3,9 +3,9 @@
     python benchmarks/throughput.py                  # about ten minutes; the machine should do nothing else
     python benchmarks/throughput.py --quick          # does it run?
 
-All sides are measured in one run, in blocks that alternate over several rounds, and ratios compare blocks of the same
-round. Prints a table with targets and writes throughput.json and throughput.png into --output. Exits with 0 also where a
-target was missed; with 1 where a side failed.
+All sides are measured in one run, in blocks that alternate over several rounds, and ratios compare blocks of
+the same round. Prints a table with targets and writes throughput.json and throughput.png into --output. Exits
+with 0 also where a target was missed; with 1 where a side failed.
 """
 
 import argparse
@@ -53,7 +53,10 @@ def options() -> argparse.Namespace:
 
 
 def measure(asked: argparse.Namespace, result: Path) -> dict[str, Any]:
-    """Run the ranks; the result file with what is known, also if they crashed. Blocks. Raises RuntimeError if it is none."""
+    """Run the ranks; the result file with what is known, also if they crashed.
+
+    Blocks. Raises RuntimeError if nothing is known.
+    """
     plan = {
         "models": asked.models,
         "rounds": asked.rounds,
@@ -62,7 +65,7 @@ def measure(asked: argparse.Namespace, result: Path) -> dict[str, Any]:
         "data": asked.data,
         "result": str(result),
     }
-    # A side takes its block and warm-up, and some seconds to start; a machine that is busy takes several times that.
+    # A side takes its block and warm-up, and some seconds to start; a busy machine takes several times that.
     limit = 180 + len(asked.models) * asked.rounds * 12 * (4 * asked.seconds + 10)
     status = launch_ranks("benchmarks.ranks", plan, ranks=RANKS, seconds=limit)
     if not result.exists():

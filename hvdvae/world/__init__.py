@@ -117,8 +117,6 @@ class World:
             seconds = str(max(1, int(self.watchdog.seconds)))
             os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, int(seconds) // 2)))
             os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", seconds)
-            # Users may make process sets at any time, not only before Horovod starts.
-            os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
             hvd = _import_horovod()
             with self.watchdog.waiting("horovod init"):
                 hvd.init(comm=self.comm) if self.comm is not None else hvd.init()
@@ -173,6 +171,9 @@ def _device(name: str, local_rank: int) -> torch.device:
 
 
 def _join_mpi(launch: Launch) -> tuple[Collectives, Any, Any]:
+    # Open MPI waits by spinning. Yielding in the spin gives the core to whoever computes on it: Horovod's other thread,
+    # a rank that is late, another job. Read by MPI_Init; the user's own setting wins.
+    os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     try:
         from mpi4py import MPI
 
@@ -194,7 +195,6 @@ def _join_mpi(launch: Launch) -> tuple[Collectives, Any, Any]:
 
 
 def _join_gloo() -> Collectives:
-    os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
     _import_horovod()
     from hvdvae.world.gloo import HorovodCollectives
 
@@ -202,6 +202,8 @@ def _join_gloo() -> Collectives:
 
 
 def _import_horovod() -> Any:
+    # Users may make process sets at any time, not only before Horovod starts.
+    os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
     try:
         import horovod.torch
     except Exception as error:  # Horovod raises whatever its extension raises where MPI or torch changed under it.
