@@ -19,6 +19,7 @@ from mpi4py import MPI  # before Horovod, which can be started anew only then
 
 from benchmarks.blocks import Block, in_turns, together
 from benchmarks.machine import machine
+from benchmarks.neighbours import Neighbours
 from benchmarks.sides import Unit, names, units
 from benchmarks.statistics_of_rounds import rotated
 from benchmarks.task import Task, open_splits
@@ -65,8 +66,8 @@ class Record:
         part.write_text(json.dumps(self.content, indent=1))
         part.replace(self._path)
 
-    def note(self, model: str, round_number: int, key: str, result: Block | Exception) -> None:
-        """One block, or why there is none."""
+    def note(self, model: str, round_number: int, key: str, result: Block | Exception, others: float) -> None:
+        """One block, or why there is none, and the cores that other processes used meanwhile."""
         side = self.content["models"][model]["sides"][key]
         if isinstance(result, Exception):
             side["failed"] = f"{type(result).__name__}: {result}"
@@ -75,6 +76,7 @@ class Record:
             side["examples_per_second"][round_number] = result.examples_per_second
             side["milliseconds_per_step"][round_number] = result.milliseconds_per_step
             side["steps"][round_number] = result.steps
+            side["cores_of_others"][round_number] = others
             said = f"{result.examples_per_second:9,.0f} examples/s, {result.milliseconds_per_step:6.2f} ms a step"
         print(f"{model} round {round_number + 1}: {side['what']:<46} {said}", flush=True)
 
@@ -86,6 +88,7 @@ def _empty(what: str, rounds: int) -> dict[str, Any]:
         "examples_per_second": [*missing],
         "milliseconds_per_step": [*missing],
         "steps": [*missing],
+        "cores_of_others": [*missing],
         "failed": "",
     }
 
@@ -104,7 +107,6 @@ def others_asleep(world: MPI.Comm) -> Iterator[None]:
 
 def measure(unit: Unit, task: Task, plan: Plan, world: MPI.Comm, round_number: int) -> dict[str, Block | Exception]:
     """The blocks of one unit. Every rank must call it; results are rank 0's."""
-    gc.collect()  # What the last side left behind is not to be freed on this one's time.
     if unit[0].ranks > 1:
         try:
             return {unit[0].key: together(unit[0], task, plan.seconds, world)}
@@ -132,10 +134,13 @@ def main(plan: Plan) -> None:
                 if record is not None:
                     record.content["running"] = f"{model}, {unit[0].what}"
                     record.write()
+                gc.collect()  # What the last side left behind is not to be freed on this one's time.
+                neighbours = Neighbours(world)
                 results = measure(unit, task, plan, world, round_number)
+                others = neighbours.cores()
                 if record is not None:
                     for key, result in results.items():
-                        record.note(model, round_number, key, result)
+                        record.note(model, round_number, key, result, others)
     if record is not None:
         record.content["running"] = ""
         record.write()

@@ -6,6 +6,9 @@ from typing import Any
 from benchmarks.statistics_of_rounds import Spread, spread
 from benchmarks.targets import Verdict, verdicts
 
+BUSY = 0.1
+"""Cores that other processes may use before the report warns."""
+
 
 def report(content: Mapping[str, Any]) -> str:
     """All of a result file as text: machine, throughput of each side, ratios with targets, what failed."""
@@ -17,8 +20,17 @@ def _machine(content: Mapping[str, Any]) -> Iterator[str]:
     load = f"load {hardware['load_average_at_start']:.1f} at the start"
     yield f"{hardware['processor']}, {hardware['cores']} cores, {load}"
     yield ", ".join(f"{name} {found}" for name, found in content["versions"].items())
+    yield from _others(content)
     yield f"{content['data']}; batch {config['batch']} a rank, one thread a rank, {content['date']}"
     yield f"{config['rounds']} rounds of {config['seconds']:g} s a side: median [least .. greatest]"
+
+
+def _others(content: Mapping[str, Any]) -> Iterator[str]:
+    sides = [side for measured in content["models"].values() for side in measured["sides"].values()]
+    cores = spread([value for side in sides for value in side["cores_of_others"]])
+    if cores is not None:
+        warning = ": the numbers below are not to be trusted" if cores.median > BUSY else ""
+        yield f"other processes used {cores.median:.2f} [{cores.low:.2f} .. {cores.high:.2f}] cores meanwhile{warning}"
 
 
 def _throughput(content: Mapping[str, Any]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Sides that are ours: the Trainer, as a user builds it, with two ranks or with one."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.horovod_environment import horovod_environment
-from benchmarks.side import Run, Side
+from benchmarks.side import Run, Side, plain_loop
 from benchmarks.task import LEARNING_RATE, SEED, Task, endless
 from hvdvae import DistributedOptimizer, Trainer, World
 from hvdvae.data import Loader
@@ -81,12 +82,22 @@ def _one_process(task: Task, *, precision: str = "fp32", channels_last: bool = F
     yield train(task, world, strategy="local", precision=precision, channels_last=channels_last)
 
 
+@contextmanager
+def _our_optimizer(task: Task) -> Iterator[Run]:
+    model = task.network()
+    adam = torch.optim.Adam(model.parameters(), LEARNING_RATE)
+    optimizer = DistributedOptimizer(adam, model, world=World.alone(device="cpu"), strategy="local")
+    batch = next(endless(task.loader()))
+    yield plain_loop(task, model, optimizer, itertools.repeat(batch))
+
+
 TWO_RANKS = (
     Side("mpi", "our Trainer, engine mpi", partial(_two_ranks, engine="mpi")),
     Side("horovod", "our Trainer, engine horovod", partial(_two_ranks, engine="horovod")),
 )
 ONE_PROCESS = (
     Side("local", "our Trainer, one process", _one_process, ranks=1),
+    Side("optimizer", "forward, backward and our optimizer alone", _our_optimizer, ranks=1),
     Side("bf16", "our Trainer, bf16", partial(_one_process, precision="bf16"), ranks=1),
     Side(
         "local_cl",

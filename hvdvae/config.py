@@ -31,13 +31,15 @@ class ModelOptions:
     hidden: list[int] | None = None
     """Units of the hidden layers [mlp 200 200; mlp2 200 200 100 100; conv channels 32 64]."""
     latent: list[int] | None = None
-    """Dimensions of the stochastic layers, input side first [mlp 50; mlp2 100 50; conv 50]."""
+    """Dimensions of the stochastic layers, input side first [mlp 50; mlp2 100 50; conv 20]."""
     activation: Literal["tanh", "relu"] | None = None
     """Nonlinearity [mlp, mlp2 tanh; conv relu]."""
     batch_norm: bool = False
     """BatchNorm after the convolutions of conv."""
     likelihood: Literal["bernoulli", "gaussian", "discretized-logistic"] = "bernoulli"
     """p(x|z): bernoulli, gaussian with a learned width, or discretized-logistic (256 values)."""
+    sigma: float | None = None
+    """Fixed standard deviation of --likelihood gaussian, data in [0, 1] [learned for each dimension]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +203,7 @@ _AT_LEAST: dict[str, float] = {
     "momentum": 0,
     "seed": 0,
 }
-_ABOVE_ZERO = ("lr", "eps", "clip_norm", "deadline", "step_epochs", "gamma")
+_ABOVE_ZERO = ("sigma", "lr", "eps", "clip_norm", "deadline", "step_epochs", "gamma")
 
 
 def flag(key: str) -> str:
@@ -226,10 +228,14 @@ def check(config: TrainConfig) -> None:
         sizes = values[key]
         if sizes is not None and (not sizes or min(sizes) < 1):
             raise ConfigError(f"{flag(key)} is {sizes}, expected sizes of at least 1")
+    if config.sigma is not None and config.likelihood != "gaussian":
+        raise ConfigError(f"--sigma is for --likelihood gaussian, found --likelihood {config.likelihood}")
     if config.objective == "iwae" and config.free_bits:
         raise ConfigError("--free-bits goes with --objective elbo only: IWAE has no rate of its own to hold up")
     if config.objective == "iwae" and (config.beta != 1 or config.beta_warmup):
         raise ConfigError("--beta and --beta-warmup go with --objective elbo only: the bound of IWAE has no weights")
+    if config.free_bits and (config.beta != 1 or config.beta_warmup):
+        raise ConfigError("--free-bits does not go with --beta and --beta-warmup: it weighs the rate by itself")
     if config.batch_norm and config.model != "conv":
         raise ConfigError(f"--batch-norm is for --model conv, found --model {config.model}")
     if config.sync_batch_norm and not config.batch_norm:

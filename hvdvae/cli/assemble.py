@@ -45,6 +45,7 @@ def model(config: TrainConfig, shape: tuple[int, ...], device: torch.device) -> 
         config.model,
         shape,
         likelihood=config.likelihood,
+        sigma=config.sigma,
         latent=config.latent,
         activation=config.activation,
         batch_norm=config.batch_norm,

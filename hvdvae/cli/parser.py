@@ -15,6 +15,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter,
 
 from hvdvae import config as training
 from hvdvae.cli import options
+from hvdvae.cli.values import checked, expected, shown
+from hvdvae.cli.wording import reworded
 from hvdvae.config import TrainConfig, flag
 from hvdvae.errors import ConfigError
 
@@ -65,6 +67,8 @@ def parse(argv: list[str]) -> tuple[Command, Any]:
     """The subcommand's function and its options object. Exits with status 2 and a message on a bad command line."""
     parser = ArgumentParser(
         prog="hvdvae",
+        # An abbreviated --config or --resume would not be seen below; the subcommands inherit this.
+        allow_abbrev=False,
         description=DESCRIPTION,
         version=_version(),
         parser_mode="yaml_with_flags",
@@ -76,11 +80,13 @@ def parse(argv: list[str]) -> tuple[Command, Any]:
     for name, (kind, summary) in options.SUBCOMMANDS.items():
         commands.add_subcommand(name, _options_parser(kind, name), help=summary)
     try:
-        _check_keys(argv)
-        parsed = parser.parse_args(argv)
+        _check_files(argv)
+        parsed = parser.parse_args(_files_first(argv))
     except (ArgumentError, ArgumentTypeError) as error:
-        name = next((word for word in argv if not word.startswith("-")), "")
-        raise ConfigError(f"{error}\n`hvdvae {name} --help` lists what is accepted".replace(" \n", "\n")) from error
+        known = {"train": TrainConfig, **{name: kind for name, (kind, _) in options.SUBCOMMANDS.items()}}
+        name = argv[0] if argv and argv[0] in known else ""
+        hints = get_type_hints(known[name]) if name else {}
+        raise ConfigError(reworded(str(error), name, hints, list(known))) from error
     name = parsed.subcommand
     values = parsed[name]
     if name == "train":
@@ -91,23 +97,38 @@ def parse(argv: list[str]) -> tuple[Command, Any]:
     return getattr(module, name), _deferred(options.SUBCOMMANDS[name][0], values)
 
 
-def _check_keys(argv: list[str]) -> None:
-    """Refuse unknown keys of --config files by name, with the nearest that exists."""
+def _check_files(argv: list[str]) -> None:
+    """Refuse unknown keys and wrong values of configuration files by name."""
     files = [argv[n + 1] for n, word in enumerate(argv[:-1]) if word == "--config"]
     files += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
     for file in files:
+        _read_values(Path(file), f"--config {file}")
+    for saved in _saved_config(argv):
+        _read_values(Path(saved), str(saved))
+
+
+def _read_values(path: Path, name: str) -> dict[str, Any]:
+    """Keys and values of a YAML file, of the types of TrainConfig. `name` is for messages; raises ConfigError."""
+    try:
+        loaded = _load_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{name}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{name}: found no YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{name}: found {type(loaded).__name__}, expected lines of `key: value`")
+    hints = get_type_hints(TrainConfig)
+    values = {}
+    for key, value in loaded.items():
+        if key not in hints:
+            near = get_close_matches(key, hints, 1)
+            hint = f": did you mean {near[0]}?" if near else "; `hvdvae train --help` lists the keys"
+            raise ConfigError(f"{name}: unknown key {key!r}{hint}")
         try:
-            loaded = _load_yaml(Path(file).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"--config {file}: {error}") from error
-        if not isinstance(loaded, dict):
-            raise ConfigError(f"--config {file}: found {type(loaded).__name__}, expected lines of `key: value`")
-        known = list(TrainConfig.__dataclass_fields__)
-        for key in loaded:
-            if key not in known:
-                near = get_close_matches(key, known, 1)
-                hint = f": did you mean {near[0]}?" if near else "; `hvdvae train --help` lists the keys"
-                raise ConfigError(f"--config {file}: unknown key {key!r}{hint}")
+            values[key] = checked(value, hints[key])
+        except ValueError:
+            raise ConfigError(f"{name}: {key} is {shown(value)}, expected {expected(hints[key])}") from None
+    return values
 
 
 def _deferred(kind: type, values: Namespace) -> Any:
@@ -193,15 +214,7 @@ def write_config(config: TrainConfig, path: Path) -> None:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """The configuration of a run. Raises ConfigError naming the file, and the key where one is unknown."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        known = {key: value for key, value in values.items() if key in TrainConfig.__dataclass_fields__}
-    except (OSError, yaml.YAMLError, AttributeError) as error:
-        raise ConfigError(
-            f"cannot read the configuration {path}: {error}: is {path.parent} the --out of a run?"
-        ) from error
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ConfigError(f"{path} has the unknown key {unknown[0]!r}: it was written by another version")
-    return TrainConfig(**known)
+    """The configuration of a run. Raises ConfigError naming the file, and the key where one is unknown or wrong."""
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: is {path.parent} the --out of a training run?")
+    return TrainConfig(**_read_values(path, str(path)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hvdvae.errors import CheckpointError
 from hvdvae.flat import FlatModel
 
 ELEMENTWISE: tuple[type[Optimizer], ...] = (
@@ -26,6 +27,10 @@ ELEMENTWISE: tuple[type[Optimizer], ...] = (
     torch.optim.ASGD,
     torch.optim.Rprop,
 )
+
+
+_COUNTERS = ("step", "mu_product", "eta", "mu")
+"""Entries of their states that are one number a parameter, whatever its shape: steps taken, and functions of them."""
 
 
 def is_elementwise(optimizer: Optimizer) -> bool:
@@ -82,8 +87,7 @@ def per_tensor_state(inner: Optimizer, flat: FlatModel) -> dict[int, dict[str, A
 def load_per_tensor(inner: Optimizer, flat: FlatModel, state: dict[int, dict[str, Any]]) -> None:
     """Fill a flat optimizer's state from the per-parameter state of any torch optimizer of its class.
 
-    Parameters without state (never stepped) count as zeros. Raises KeyError where a parameter lacks an entry that
-    others have.
+    Parameters without state (never stepped) count as zeros. Raises CheckpointError where a shape does not fit.
     """
     inner.state.clear()
     number = 0
@@ -94,22 +98,25 @@ def load_per_tensor(inner: Optimizer, flat: FlatModel, state: dict[int, dict[str
         number += len(shapes)
         for key in next((entries for entries in mine if entries), {}):
             present = next(entries[key] for entries in mine if key in entries)
-            if (isinstance(present, Tensor) and present.dim() > 0) or _all_shaped(mine, key, shapes):
-                whole = torch.zeros_like(vector, requires_grad=False)
-                for piece, entries in zip(flat.split(whole, index), mine, strict=True):
-                    if key in entries:
-                        piece.copy_(entries[key])
-                inner.state[vector][key] = whole
+            if isinstance(present, Tensor) and key not in _COUNTERS:
+                inner.state[vector][key] = _joined(flat, index, vector, [entries.get(key) for entries in mine])
             else:
                 inner.state[vector][key] = _clone(present)
 
 
-def _all_shaped(entries: list[dict[str, Any]], key: str, shapes: list[Tensor]) -> bool:
-    """Whether a 0-dimensional entry is a parameter's own value (0-dimensional parameters) and not a counter."""
-    return key != "step" and all(
-        key in mine and isinstance(mine[key], Tensor) and mine[key].shape == shape.shape
-        for mine, shape in zip(entries, shapes, strict=True)
-    )
+def _joined(flat: FlatModel, group: int, vector: Tensor, values: list[Tensor | None]) -> Tensor:
+    # A fused kernel would write past the end of a state of another shape: nothing that does not fit may come in.
+    whole = torch.zeros_like(vector, requires_grad=False)
+    for piece, value in zip(flat.split(whole, group), values, strict=True):
+        if value is None:
+            continue
+        if value.shape != piece.shape:
+            raise CheckpointError(
+                f"optimizer state has shape {tuple(value.shape)} for a parameter of shape {tuple(piece.shape)}: it was "
+                "saved from another model"
+            )
+        piece.copy_(value)
+    return whole
 
 
 def _is_aligned(value: Any, vector: Tensor) -> bool:

@@ -6,13 +6,12 @@ from hvdvae.vae.evaluation import Evaluation, Part, combine
 from hvdvae.vae.generate import reconstruct, sample_images
 from hvdvae.vae.likelihoods import LIKELIHOODS, Likelihood, build_likelihood
 from hvdvae.vae.model import VAE, Terms
-from hvdvae.vae.objectives import OBJECTIVES, Elbo, FreeBits, Iwae, Objective, build_objective
+from hvdvae.vae.objectives import Elbo, FreeBits, Iwae, Objective
 from hvdvae.vae.pictures import image_grid, pair_grid, save_grid, save_picture
 
 __all__ = [
     "LIKELIHOODS",
     "MODELS",
-    "OBJECTIVES",
     "VAE",
     "Elbo",
     "Evaluation",
@@ -24,7 +23,6 @@ __all__ = [
     "Terms",
     "build_likelihood",
     "build_model",
-    "build_objective",
     "combine",
     "evaluate",
     "evaluate_part",

@@ -116,7 +116,7 @@ class DiscretizedLogistic(Likelihood):
     cancels in float32: sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)).
     """
 
-    name = "logistic"
+    name = "discretized-logistic"
     parameters_per_dimension = 2
     support = (0.0, 1.0)
     BINS = 256
@@ -157,7 +157,7 @@ def _floored(raw: Tensor, floor: float) -> Tensor:
     return floor + functional.softplus(raw - floor)
 
 
-LIKELIHOODS = ("bernoulli", "gaussian", "logistic")
+LIKELIHOODS = ("bernoulli", "gaussian", "discretized-logistic")
 
 
 def build_likelihood(name: str, *, sigma: float | None = None) -> Likelihood:

@@ -111,39 +111,6 @@ def importance_bound(terms: Terms) -> Tensor:
     return torch.logsumexp(log_weights, 0) - math.log(log_weights.shape[0])
 
 
-OBJECTIVES = ("elbo", "beta", "free-bits", "iwae")
-
-
-def build_objective(
-    name: str,
-    *,
-    beta: float = 1.0,
-    warmup_epochs: float = 0.0,
-    free_bits: float = 0.1,
-    samples: int = 1,
-) -> Objective:
-    """The objective of that name; settings that it has no use for must stay at their defaults.
-
-    elbo: samples. beta: beta, warmup_epochs, samples. free-bits: free_bits, samples. iwae: samples (its k).
-    Raises ConfigError for an unknown name, or a setting out of range or without effect.
-    """
-    if name not in OBJECTIVES:
-        raise ConfigError(f"objective: found {name!r}, expected one of {', '.join(OBJECTIVES)}")
-    if name != "beta" and (beta != 1.0 or warmup_epochs != 0.0):
-        raise ConfigError(
-            f"objective {name!r} has no beta: found beta {beta}, warmup-epochs {warmup_epochs}; set objective to 'beta'"
-        )
-    if name != "free-bits" and free_bits != 0.1:
-        raise ConfigError(
-            f"objective {name!r} has no free bits: found free-bits {free_bits}; set objective to 'free-bits'"
-        )
-    if name == "iwae":
-        return Iwae(samples=samples)
-    if name == "free-bits":
-        return FreeBits(nats=free_bits, samples=samples)
-    return Elbo(beta=beta, warmup_epochs=warmup_epochs, samples=samples)
-
-
 def _at_least(flag: str, found: float, least: float) -> None:
     if not (found >= least and math.isfinite(found)):
         raise ConfigError(f"{flag}: found {found}, expected a number of at least {least}")

@@ -98,7 +98,7 @@ def test_discretized_logistic_gradient_is_finite_far_from_the_mean() -> None:
     assert params.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["bernoulli", "gaussian", "logistic"])
+@pytest.mark.parametrize("name", ["bernoulli", "gaussian", "discretized-logistic"])
 def test_samples_have_the_mean_and_the_support(name: str) -> None:
     likelihood = build_likelihood(name)
     image = torch.tensor([0.2, 0.5, 0.8])

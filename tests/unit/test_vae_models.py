@@ -25,7 +25,7 @@ def build(name: str, shape: tuple[int, ...], likelihood: str = "bernoulli", *, b
     return build_model(name, shape, likelihood=likelihood, hidden=hidden, latent=latent)
 
 
-@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", "logistic"])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", "discretized-logistic"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["mlp", "mlp2", "conv"])
 def test_every_model_takes_every_shape_and_likelihood(name: str, shape: tuple[int, ...], likelihood: str) -> None:
@@ -137,7 +137,7 @@ def test_build_model_names_what_is_wrong(name: str, settings: dict[str, object],
         build_model(name, (1, 28, 28), **settings)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", "logistic"])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", "discretized-logistic"])
 @pytest.mark.parametrize("name", ["mlp", "mlp2"])
 def test_output_bias_shows_the_mean_image(name: str, likelihood: str) -> None:
     model = build(name, (1, 8, 8), likelihood)

@@ -1,0 +1,49 @@
+"""What the parser says about a bad command line, in the user's words: flags instead of keys, no Python types."""
+
+import re
+from difflib import get_close_matches
+from typing import Any
+
+from hvdvae.cli.values import expected
+from hvdvae.config import flag
+
+_VALUE = re.compile(r"^Parser key \"([\w.]+)\".*?(?:Got value|Given value): ?(.*)$", re.DOTALL)
+_ARGUMENT = re.compile(r"^argument ([\w-]+): (.*)$", re.DOTALL)
+_CHOICE = re.compile(r"^invalid choice: '(.*?)'", re.DOTALL)
+
+
+def reworded(message: str, command: str, hints: dict[str, Any], commands: list[str]) -> str:
+    """One line for a message of argparse or jsonargparse.
+
+    command: the subcommand that was called, "" if none was. hints: type hints of its options. Unknown messages stay.
+    """
+    text = _what(message, command, hints, commands)
+    return f"{text}; see `hvdvae {command} --help`".replace("  ", " ")
+
+
+def _what(message: str, command: str, hints: dict[str, Any], commands: list[str]) -> str:
+    if found := _VALUE.match(message):
+        key = found[1].rpartition(".")[2]
+        if key in hints:
+            return f"{flag(key)} is {found[2].strip()!r}, expected {expected(hints[key])}"
+    if (found := _ARGUMENT.match(message)) and found[1] == "COMMAND" and (choice := _CHOICE.match(found[2])):
+        return f"{choice[1]!r} is no command of hvdvae{_nearest(choice[1], commands)}, expected one of {', '.join(commands)}"
+    if found and (key := found[1].lstrip("-").replace("-", "_")) in hints:
+        if "expected" in found[2]:
+            return f"{found[1]} has no value, expected {expected(hints[key])}"
+        if "explicit argument" in found[2]:
+            return f"{found[1]} is a switch and takes no value"
+    if message.startswith("unrecognized arguments: "):
+        word = message.removeprefix("unrecognized arguments: ").split()[0]
+        name = word.partition("=")[0]
+        return f"{name} is no flag of hvdvae {command}{_nearest(name, [flag(key) for key in hints])}"
+    if message.startswith("the following arguments are required") and "folder" in message:
+        return "DIR is missing: expected the --out of a training run"
+    if "subcommand" in message:
+        return f"no command, expected one of {', '.join(commands)}"
+    return " ".join(message.split())
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = get_close_matches(word, known, 1)
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -1,0 +1,217 @@
+"""Flags, YAML keys, help: what is refused, by which name, and who wins."""
+
+import math
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import docstring_parser
+import pytest
+import yaml
+
+from hvdvae import config as training
+from hvdvae.cli import main
+from hvdvae.cli.options import SUBCOMMANDS
+from hvdvae.cli.parser import parse, read_config, write_config
+from hvdvae.config import TrainConfig, flag
+from hvdvae.errors import ConfigError
+
+
+def resolved(*argv: str) -> TrainConfig:
+    command, options = parse(["train", *argv])
+    assert command.__name__ == "train"
+    assert isinstance(options, TrainConfig)
+    return options
+
+
+def written(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("key", training._AT_LEAST)
+def test_too_small_names_the_flag_and_the_least(key: str) -> None:
+    least = training._AT_LEAST[key]
+    with pytest.raises(ConfigError, match=rf"^{flag(key)} is {least - 1}, expected at least {least:g}$"):
+        TrainConfig(**{key: least - 1})
+    with pytest.raises(ConfigError, match=f"^{flag(key)} is nan"):
+        TrainConfig(**{key: math.nan})
+
+
+@pytest.mark.parametrize("key", training._ABOVE_ZERO)
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_rates_and_times_are_finite_and_above_zero(key: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"^{flag(key)} is {value}, expected a finite number above 0$"):
+        TrainConfig(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seed": 2**63}, ["--seed"]),
+        ({"ema": 1.0}, ["--ema"]),
+        ({"ema": -0.1}, ["--ema"]),
+        ({"hidden": []}, ["--hidden"]),
+        ({"hidden": [10, 0]}, ["--hidden", "[10, 0]"]),
+        ({"latent": [-3]}, ["--latent", "[-3]"]),
+        ({"objective": "iwae", "free_bits": 0.1}, ["--free-bits", "--objective"]),
+        ({"objective": "iwae", "beta": 2.0}, ["--beta", "--objective"]),
+        ({"objective": "iwae", "beta_warmup": 2.0}, ["--beta-warmup", "--objective"]),
+        ({"free_bits": 0.1, "beta": 4.0}, ["--free-bits", "--beta"]),
+        ({"free_bits": 0.1, "beta_warmup": 4.0}, ["--free-bits", "--beta-warmup"]),
+        ({"batch_norm": True}, ["--batch-norm", "--model mlp"]),
+        ({"model": "conv", "sync_batch_norm": True}, ["--sync-batch-norm", "--batch-norm"]),
+        ({"momentum": 0.9}, ["--momentum", "--optimizer adam"]),
+        ({"strategy": "local", "compression": "fp16"}, ["--compression", "--strategy local"]),
+        ({"strategy": "local", "reduce_op": "adasum"}, ["--reduce-op", "--strategy local"]),
+        (
+            {"strategy": "local", "model": "conv", "batch_norm": True, "sync_batch_norm": True},
+            ["--sync-batch-norm", "--strategy local"],
+        ),
+        ({"resume": True, "overwrite": True}, ["--resume", "--overwrite"]),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_names_the_flags(options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        TrainConfig(**options)
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_the_defaults_and_the_least_values_are_accepted() -> None:
+    TrainConfig()
+    TrainConfig(**{key: int(least) for key, least in training._AT_LEAST.items()})
+    TrainConfig(model="conv", batch_norm=True, sync_batch_norm=True, optimizer="sgd", momentum=0.9, ema=0.999)
+
+
+def test_yaml_keys_are_spelled_as_flags_or_as_fields(tmp_path: Path) -> None:
+    text = "batch-size: 7\nlr_scaling: sqrt\nlr: 1e-2\nhidden: [5, 6]\nsync-batch-norm: false\nout: null\n"
+    found = resolved("--config", written(tmp_path / "a.yaml", text))
+    assert (found.batch_size, found.lr_scaling, found.lr, found.hidden) == (7, "sqrt", 0.01, [5, 6])
+
+
+@pytest.mark.parametrize("order", ["flags first", "file first", "with ="])
+def test_flags_win_over_the_file_wherever_they_stand(tmp_path: Path, order: str) -> None:
+    file = written(tmp_path / "a.yaml", "lr: 0.25\nbatch_size: 7\n")
+    given = {
+        "flags first": ["--lr", "0.5", "--config", file],
+        "file first": ["--config", file, "--lr", "0.5"],
+        "with =": ["--lr=0.5", f"--config={file}"],
+    }
+    found = resolved(*given[order])
+    assert (found.lr, found.batch_size) == (0.5, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("batchsize: 3\n", ["unknown key 'batchsize'", "did you mean batch_size?"]),
+        ("lr: 1\nskip-limits: 3\n", ["unknown key 'skip_limits'", "did you mean skip_limit?"]),
+        ("zzz: 3\n", ["unknown key 'zzz'", "--help"]),
+        ("- 3\n", ["found list", "key: value"]),
+        ("", ["found NoneType", "key: value"]),
+        ("lr: [\n", ["a.yaml"]),
+    ],
+)
+def test_a_bad_file_is_named_with_its_key_and_the_nearest(tmp_path: Path, text: str, words: list[str]) -> None:
+    file = written(tmp_path / "a.yaml", text)
+    for argv in (["--config", file], [f"--config={file}"]):
+        with pytest.raises(ConfigError) as refused:
+            resolved(*argv)
+        for word in (f"--config {file}", *words):
+            assert word in str(refused.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
+        resolved("--config", str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--batchsize", "3"], ["--batchsize"]),
+        (["--lr", "fast"], ["lr", "fast"]),
+        (["--model", "mpl"], ["model", "mpl", "mlp2"]),
+        (["--epochs", "3.5"], ["epochs", "3.5"]),
+        (["--epochs", "0"], ["--epochs is 0"]),
+    ],
+)
+def test_a_bad_flag_is_one_line_on_stderr_and_status_2(
+    capsys: pytest.CaptureFixture[str], argv: list[str], words: list[str]
+) -> None:
+    assert main(["train", *argv]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("hvdvae: error: ")
+    assert "Traceback" not in said
+    for word in words:
+        assert word in said
+
+
+def test_a_bad_value_in_a_file_names_the_key(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)batch_size.*many"):
+        resolved("--config", written(tmp_path / "a.yaml", "batch_size: many\n"))
+
+
+def test_resume_takes_the_saved_configuration_and_flags_still_win(tmp_path: Path) -> None:
+    saved = TrainConfig(lr=0.125, hidden=[9], batch_size=3, epochs=2, out=str(tmp_path), overwrite=True)
+    write_config(saved, tmp_path / "config.yaml")
+    for out in (["--out", str(tmp_path)], [f"--out={tmp_path}"]):
+        found = resolved("--resume", *out, "--epochs", "5")
+        assert (found.lr, found.hidden, found.batch_size, found.epochs) == (0.125, [9], 3, 5)
+        assert found.resume
+        assert not found.overwrite, "how an earlier launch treated the folder is no property of the run"
+    assert resolved("--out", str(tmp_path)).lr == TrainConfig().lr, "without --resume nothing is read"
+    assert resolved("--resume", "--out", str(tmp_path / "new")).lr == TrainConfig().lr
+
+
+def test_the_saved_configuration_reads_back_as_it_was(tmp_path: Path) -> None:
+    config = TrainConfig(lr=3e-7, eps=1e-4, hidden=[3, 4], seed=2**62, clip_norm=None, out="a b: c")
+    path = tmp_path / "config.yaml"
+    write_config(config, path)
+    assert read_config(path) == config
+    assert resolved("--config", str(path)) == config
+    path.write_text(path.read_text() + "of_another_version: 1\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml has the unknown key 'of_another_version'"):
+        read_config(path)
+    with pytest.raises(ConfigError, match=r"none/config\.yaml"):
+        read_config(tmp_path / "none" / "config.yaml")
+
+
+@pytest.mark.parametrize("kind", [*training.GROUPS, *(kind for kind, _ in SUBCOMMANDS.values())])
+def test_every_option_has_a_help_text(kind: type) -> None:
+    texts = {item.arg_name: item.description for item in docstring_parser.parse_from_object(kind).params}
+    for field in fields(kind):
+        assert len(texts.get(field.name) or "") > 5, f"{kind.__name__}.{field.name} has no docstring"
+
+
+def test_help_shows_every_flag_and_loads_nothing_heavy() -> None:
+    code = f"""
+import sys
+from hvdvae.cli import main
+for words in ([], ["train"], *([name] for name in {list(SUBCOMMANDS)})):
+    try:
+        main([*words, "--help"])
+        sys.exit("--help returned")
+    except SystemExit as end:
+        assert not end.code, end.code
+heavy = [name for name in ("torch", "numpy", "mpi4py", "horovod", "sklearn") if name in sys.modules]
+assert not heavy, heavy
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    for kind in (TrainConfig, *(kind for kind, _ in SUBCOMMANDS.values())):
+        for field in fields(kind):
+            shown = "DIR" if field.name == "folder" else flag(field.name)
+            assert shown in run.stdout
+    for name in ("train", *SUBCOMMANDS):
+        assert f"\n    {name} " in run.stdout or f"usage: hvdvae {name}" in run.stdout
+
+
+def test_the_saved_yaml_is_plain(tmp_path: Path) -> None:
+    write_config(TrainConfig(hidden=[3]), tmp_path / "config.yaml")
+    loaded = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert set(loaded) == {field.name for field in fields(TrainConfig)} - {"resume", "overwrite"}

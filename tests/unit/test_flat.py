@@ -1,0 +1,158 @@
+"""Parameters, gradients and buffers as views of vectors: nothing about the model changes but where its numbers lie."""
+
+import pytest
+import torch
+from torch import nn
+
+from hvdvae.errors import ConfigError
+from hvdvae.flat import FlatModel
+
+
+def network() -> nn.Module:
+    torch.manual_seed(4)
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+
+def flat_of(model: nn.Module) -> FlatModel:
+    return FlatModel(model, [list(model.parameters())])
+
+
+def test_parameters_are_views_with_their_values_and_order() -> None:
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flat = flat_of(model)
+    assert flat.names == [name for name, _ in model.named_parameters()]
+    assert torch.equal(flat.parameters, torch.cat([before[name].flatten() for name in flat.names]))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    flat.parameters.fill_(7.0)
+    assert all(bool((p == 7).all()) for p in model.parameters())
+    with torch.no_grad():
+        model[0].weight[0, 0] = -1.0  # type: ignore[index, operator]
+    assert flat.parameters[0] == -1
+
+
+def test_groups_are_slices_in_the_optimizers_order() -> None:
+    model = network()
+    first, *rest = list(model.parameters())
+    flat = FlatModel(model, [rest, [first]])
+    assert flat.group_slices == [slice(0, 3 + 6 + 6 + 2), slice(17, 29)]
+    assert torch.equal(flat.parameters[17:].view(3, 4), first)
+    piece = flat.split(flat.parameters[17:], 1)
+    assert [tuple(tensor.shape) for tensor in piece] == [(3, 4)]
+    assert torch.equal(flat.views(flat.parameters)["0.weight"], first)
+
+
+def test_gradients_of_any_origin_are_gathered() -> None:
+    """None, autograd's own, accumulated over two passes, and one that a user put there."""
+    model = network()
+    x = torch.randn(5, 4)
+    model(x).square().mean().backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]  # type: ignore[union-attr]
+    model.zero_grad()
+    flat = flat_of(model)
+    model(x).square().mean().backward()
+    first = flat.gather_gradient()
+    torch.testing.assert_close(first, torch.cat([g.flatten() for g in expected]))
+    model(x).square().mean().backward()  # Accumulates into the views.
+    torch.testing.assert_close(flat.gather_gradient(), 2 * torch.cat([g.flatten() for g in expected]))
+
+    parameters = list(model.parameters())
+    parameters[0].grad = None
+    parameters[1].grad = torch.full_like(parameters[1], 3.0)
+    gathered = flat.gather_gradient()
+    assert gathered is flat.gradient
+    assert not gathered[:12].any()
+    assert bool((gathered[12:15] == 3).all())
+    torch.testing.assert_close(gathered[15:], 2 * torch.cat([g.flatten() for g in expected[2:]]))
+    again = gathered.clone()
+    assert torch.equal(flat.gather_gradient(), again), "gathering twice is gathering once"
+    gathered.mul_(2)
+    assert all(torch.equal(p.grad.flatten(), g.flatten()) for p, g in zip(parameters, flat.split(gathered, 0)))  # type: ignore[union-attr]  # noqa: B905
+
+
+def test_zero_grad_either_way_starts_anew() -> None:
+    for set_to_none in (True, False):
+        model = network()
+        flat = flat_of(model)
+        for _ in range(2):
+            model.zero_grad(set_to_none)
+            model(torch.ones(2, 4)).sum().backward()
+            gathered = flat.gather_gradient().clone()
+        model.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        torch.testing.assert_close(gathered, flat.gather_gradient())
+
+
+def test_channels_last_strides_stay_and_train_alike() -> None:
+    def convolutions(channels_last: bool) -> nn.Module:
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        return model.to(memory_format=torch.channels_last) if channels_last else model  # type: ignore[call-overload, no-any-return]
+
+    x = torch.randn(2, 3, 8, 8)
+    model, plain = convolutions(True), convolutions(False)
+    strides = [p.stride() for p in model.parameters()]
+    flat, plain_flat = flat_of(model), flat_of(plain)
+    assert [p.stride() for p in model.parameters()] == strides
+    assert strides[2] != list(plain.parameters())[2].stride()
+    for name, view in flat.views(flat.parameters).items():
+        torch.testing.assert_close(view, plain_flat.views(plain_flat.parameters)[name])
+    for each, vectors in ((model, flat), (plain, plain_flat)):
+        each(x).square().mean().backward()
+        vectors.gather_gradient()
+        assert all(p.grad.stride() == p.stride() for p in each.parameters())  # type: ignore[union-attr]
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_float_buffers_are_views_and_counters_stay() -> None:
+    model = network()
+    flat = flat_of(model)
+    assert flat.buffers.numel() == 6
+    model(torch.randn(8, 4))
+    assert torch.equal(flat.buffers, torch.cat([model[1].running_mean, model[1].running_var]))  # type: ignore[index, union-attr, list-item]
+    assert int(model[1].num_batches_tracked) == 1  # type: ignore[index, union-attr, arg-type]
+    assert flat_of(nn.Linear(2, 2)).buffers.numel() == 0
+
+
+def test_a_zero_dimensional_parameter_is_one_element() -> None:
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.tensor(3.0))
+    model.rows = nn.Parameter(torch.ones(2))
+    flat = flat_of(model)
+    assert flat.parameters.tolist() == [3, 1, 1]
+    assert flat.views(flat.parameters)["scale"].shape == ()
+
+
+def test_mixed_dtypes_and_devices_are_refused_by_name() -> None:
+    model = network()
+    model[2].bias.data = model[2].bias.data.double()  # type: ignore[index, union-attr, operator]
+    with pytest.raises(ConfigError, match=r"'2\.bias' is torch\.float64 on cpu, but '0\.weight' is torch\.float32"):
+        flat_of(model)
+    model = network()
+    model[2].to("meta")  # type: ignore[index, operator]
+    with pytest.raises(ConfigError, match=r"'2\.weight' is torch\.float32 on meta"):
+        flat_of(model)
+
+
+def test_no_parameters_and_foreign_parameters_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no parameters"):
+        FlatModel(network(), [[]])
+    with pytest.raises(ConfigError, match=r"shape \(5, 6\).*not in the model"):
+        FlatModel(network(), [[nn.Parameter(torch.zeros(5, 6))]])
+
+
+def test_the_digest_tells_models_apart_not_their_values() -> None:
+    reference = flat_of(network()).digest()
+    other_values = network()
+    with torch.no_grad():
+        other_values[0].weight.fill_(9.0)  # type: ignore[index, union-attr, operator]
+    assert flat_of(other_values).digest() == reference
+    renamed = nn.Sequential()
+    for number, layer in enumerate(network().children()):
+        renamed.add_module(f"layer{number}", layer)
+    shapes = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    without_buffers = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 2))
+    for other in (renamed, shapes, without_buffers, network().double()):
+        assert flat_of(other).digest() != reference
