@@ -36,26 +36,26 @@ def _others(content: Mapping[str, Any]) -> Iterator[str]:
 def _throughput(content: Mapping[str, Any]) -> Iterator[str]:
     for model, measured in content["models"].items():
         yield ""
-        yield f"{model + ', examples/s':<58}{'median':>10}{'ms a step':>12}"
+        yield f"{model + ', examples/s':<66}{'median':>10}{'ms a step':>12}"
         for side in measured["sides"].values():
             rates, times = (spread(side[key]) for key in ("examples_per_second", "milliseconds_per_step"))
             if rates is None or times is None:
                 why = f"failed: {side['failed']}" if side["failed"] else "not installed"
-                yield f"  {side['what']:<56}{why:>10}"
+                yield f"  {side['what']:<64}{why:>10}"
             else:
                 middle = f"{rates.median:>10,.0f}{times.median:>12.2f}"
-                yield f"  {side['what']:<56}{middle}   {_range(rates, ',.0f')}"
+                yield f"  {side['what']:<64}{middle}   {_range(rates, ',.0f')}"
 
 
 def _verdicts(rows: list[Verdict]) -> Iterator[str]:
     yield ""
-    yield f"{'ratios, paired by round':<58}{'median':>10}{'target':>12}"
+    yield f"{'ratios, paired by round':<66}{'median':>10}{'target':>12}"
     for row in rows:
         style = ".0f" if "MiB" in row.what else ".3f"
         median = format(row.found.median, style) if row.found else "-"
         target = "" if row.target is None else f"{'<=' if row.at_most else '>='} {row.target:g}"
         where = _range(row.found, style) if row.found else ""
-        name = f"  {row.model + ': ' + row.what:<56}"
+        name = f"  {row.model + ': ' + row.what:<64}"
         yield f"{name}{median:>10}{target:>12}   {row.outcome:<13}{where} {row.note}".rstrip()
 
 

@@ -30,6 +30,8 @@ class Checkpoint(NamedTuple):
 
     tensors: dict[str, Tensor]
     record: dict[str, Any]
+    name: str = "the checkpoint"
+    """For messages: the file that it came from."""
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
@@ -80,7 +82,7 @@ def parse(data: bytes, name: str) -> Checkpoint:
         )
     if header.get("digest") != _digest(tensors, header["record"]):
         raise CheckpointError(f"{name} is damaged: its content does not match its digest. Delete it")
-    return Checkpoint(tensors, json.loads(header["record"]))
+    return Checkpoint(tensors, json.loads(header["record"]), name)
 
 
 def spread(path: Path | None, world: World) -> Checkpoint | None:

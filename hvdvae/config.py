@@ -217,6 +217,8 @@ def check(config: TrainConfig) -> None:
     for key, least in _AT_LEAST.items():
         if values[key] is not None and not values[key] >= least:
             raise ConfigError(f"{flag(key)} is {values[key]}, expected at least {least:g}")
+        if values[key] == float("inf"):
+            raise ConfigError(f"{flag(key)} is inf, expected a finite number")
     for key in _ABOVE_ZERO:
         if values[key] is not None and not 0 < values[key] < float("inf"):
             raise ConfigError(f"{flag(key)} is {values[key]}, expected a finite number above 0")
@@ -248,3 +250,5 @@ def check(config: TrainConfig) -> None:
                 raise ConfigError(f"{flag(key)} {values[key]} has no meaning with --strategy local: drop it")
     if config.resume and config.overwrite:
         raise ConfigError("--resume continues a run and --overwrite deletes it: give one of them")
+    if config.resume and config.out is None:
+        raise ConfigError("--resume needs --out DIR, the folder of the run to continue")

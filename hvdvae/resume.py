@@ -79,12 +79,13 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
 
     Raises CheckpointError where names or shapes do not fit.
     """
-    tensors, record = checkpoint
+    tensors, record, file = checkpoint
     optimizer, world = trainer.optimizer, trainer.world
     if record["names"] != optimizer.flat.names:
         raise CheckpointError(
-            f"the checkpoint trains {len(record['names'])} parameters ({_difference(record['names'], optimizer.flat.names)}), "
-            f"this model {len(optimizer.flat.names)}: resume with the --model, --hidden, --latent it was saved with"
+            f"{file} trains {len(record['names'])} parameters, this model {len(optimizer.flat.names)} "
+            f"({_difference(record['names'], optimizer.flat.names)}): resume with the --model, --hidden, --latent it was "
+            "saved with"
         )
     load_weights(trainer.model, checkpoint)
     rows = tensors["buffers"]
@@ -122,14 +123,14 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, ema: bool = False)
     mine = model.state_dict()
     if saved.keys() != mine.keys():
         raise CheckpointError(
-            f"the checkpoint holds another model ({_difference(list(saved), list(mine))}): build it with the "
+            f"{checkpoint.name} holds another model ({_difference(list(saved), list(mine))}): build it with the "
             "configuration it was saved with"
         )
     for name, tensor in saved.items():
         if tensor.shape != mine[name].shape:
             raise CheckpointError(
-                f"{name} is {tuple(tensor.shape)} in the checkpoint, {tuple(mine[name].shape)} in this model: build it with "
-                "the configuration it was saved with"
+                f"{checkpoint.name} holds another model ({name} is {tuple(tensor.shape)} there, {tuple(mine[name].shape)} "
+                "here): build it with the configuration it was saved with"
             )
     with torch.no_grad():
         for name, tensor in saved.items():

@@ -4,6 +4,7 @@ Heavy libraries are imported by the subcommand that needs them, so that --help a
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -24,10 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, options = parse(list(sys.argv[1:] if argv is None else argv))
         return command(options)
     except HvdvaeError as error:
-        return _fail(error)
+        return _fail(str(error), USAGE_STATUS)
+    except KeyboardInterrupt:
+        # In training Ctrl-C saves and leaves (signals.py); before and after it there is nothing to save.
+        return _fail("interrupted", 128 + signal.SIGINT)
 
 
-def _fail(error: HvdvaeError) -> int:
+def _fail(message: str, status: int) -> int:
     """Say the error, and end the other ranks, which may be waiting for this one."""
     launch = detect(os.environ)
     if launch.rank > 0:
@@ -35,8 +39,8 @@ def _fail(error: HvdvaeError) -> int:
         time.sleep(1.0)
     where = f" (rank {launch.rank} of {launch.size})" if launch.size > 1 else ""
     sys.stdout.flush()
-    sys.stderr.write(f"hvdvae: error{where}: {error}\n")
+    sys.stderr.write(f"hvdvae: error{where}: {message}\n")
     sys.stderr.flush()
     if launch.size > 1:
-        abort_job(USAGE_STATUS)
-    return USAGE_STATUS
+        abort_job(status)
+    return status

@@ -1,16 +1,14 @@
 """What a trained model is worth: evaluation over all ranks, and pictures on rank 0."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Never
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hvdvae.data import Source, evaluation_batch
 from hvdvae.errors import ConfigError
+from hvdvae.monitor.counting import counting
 from hvdvae.monitor.tensorboard import TensorBoard
 from hvdvae.vae import VAE
 from hvdvae.vae.evaluate import evaluate
@@ -40,7 +38,7 @@ def assess(
     def gather(start: int, stop: int) -> Tensor:
         return evaluation_batch(source, start, stop, binarization=binarization)
 
-    with _bar(title if world.is_first else "") as show:
+    with counting(title if world.is_first else "", sys.stderr) as show:
         return evaluate(
             model,
             gather,
@@ -52,33 +50,6 @@ def assess(
             gather_objects=world.gather_objects,
             progress=show,
         )
-
-
-class _bar:  # noqa: N801 - reads as a function where it is used
-    """A bar over chunks; nothing without a title, one line without a terminal."""
-
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._bar: tqdm[Never] | None = None
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        return self._show
-
-    def _show(self, done: int, total: int) -> None:
-        if self._title and self._bar is None:
-            self._bar = tqdm(
-                total=total,
-                desc=self._title,
-                unit="chunk",
-                mininterval=0.2 if sys.stderr.isatty() else 20,
-                leave=False,
-            )
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 class Pictures:

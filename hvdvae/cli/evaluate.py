@@ -11,14 +11,11 @@ from hvdvae.cli.options import EvaluateOptions
 from hvdvae.cli.results import versions, write_json
 from hvdvae.cli.saved_run import open_run
 from hvdvae.cores import threads_of_rank
-from hvdvae.errors import ConfigError
 from hvdvae.world import World
 
 
 def evaluate(options: EvaluateOptions) -> int:
     """Evaluate, print, and write DIR/evaluation.json. Blocks; every rank must call it. Returns the exit status."""
-    if options.samples < 1:
-        raise ConfigError(f"--samples is {options.samples}, expected at least 1")
     world = World.create(device=options.device)
     torch.set_num_threads(options.threads or threads_of_rank(world))
     run = open_run(options.folder, options.checkpoint, world, data=options.data)

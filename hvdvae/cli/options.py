@@ -3,9 +3,26 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from hvdvae.errors import ConfigError
+
+_AT_LEAST = {"samples": 1, "count": 1, "threads": 1, "seed": 0}
+_BELOW = {"seed": 2**63}
+
+
+class Checked:
+    """Refuses values that cannot work, before any work."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError naming the flag."""
+        for key, value in vars(self).items():
+            if value is not None and key in _AT_LEAST and value < _AT_LEAST[key]:
+                raise ConfigError(f"--{key} is {value}, expected at least {_AT_LEAST[key]}")
+            if key in _BELOW and value >= _BELOW[key]:
+                raise ConfigError(f"--{key} is {value}, expected less than 2**63")
+
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
+class EvaluateOptions(Checked):
     """Test likelihood, rate and distortion, KL per latent dimension and active units of a trained model.
 
     Runs on all ranks of a launcher; the numbers are the same at every world size. Writes DIR/evaluation.json.
@@ -30,7 +47,7 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions:
+class SampleOptions(Checked):
     """A grid of images drawn from a trained model's prior."""
 
     folder: str
@@ -41,12 +58,14 @@ class SampleOptions:
     """Images."""
     seed: int = 0
     """Seed of the draws."""
+    data: str | None = None
+    """Where the data is now, if it was moved since: its shape is needed."""
     output: str | None = None
     """PNG file [DIR/samples.png]."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructOptions:
+class ReconstructOptions(Checked):
     """A grid of test images, each beside its reconstruction."""
 
     folder: str

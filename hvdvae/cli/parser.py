@@ -97,6 +97,19 @@ def parse(argv: list[str]) -> tuple[Command, Any]:
     return getattr(module, name), _deferred(options.SUBCOMMANDS[name][0], values)
 
 
+def _files_first(argv: list[str]) -> list[str]:
+    """Put --config before the flags: what is parsed last rules, and flags win wherever they stand."""
+    files: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--config":
+            files += [word, *([value] if (value := next(words, None)) is not None else [])]
+        else:
+            (files if word.startswith("--config=") else rest).append(word)
+    return [*rest[:1], *files, *rest[1:]]
+
+
 def _check_files(argv: list[str]) -> None:
     """Refuse unknown keys and wrong values of configuration files by name."""
     files = [argv[n + 1] for n, word in enumerate(argv[:-1]) if word == "--config"]
@@ -123,7 +136,7 @@ def _read_values(path: Path, name: str) -> dict[str, Any]:
         if key not in hints:
             near = get_close_matches(key, hints, 1)
             hint = f": did you mean {near[0]}?" if near else "; `hvdvae train --help` lists the keys"
-            raise ConfigError(f"{name}: unknown key {key!r}{hint}")
+            raise ConfigError(f"{name} has the unknown key {key!r}{hint}")
         try:
             values[key] = checked(value, hints[key])
         except ValueError:

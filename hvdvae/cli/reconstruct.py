@@ -8,7 +8,6 @@ from hvdvae.cli import assemble
 from hvdvae.cli.options import ReconstructOptions
 from hvdvae.cli.saved_run import open_run
 from hvdvae.data import evaluation_batch
-from hvdvae.errors import ConfigError
 from hvdvae.vae.generate import reconstruct as reconstructions_of
 from hvdvae.vae.pictures import pair_grid, save_picture
 from hvdvae.world import World
@@ -16,8 +15,6 @@ from hvdvae.world import World
 
 def reconstruct(options: ReconstructOptions) -> int:
     """Encode, decode and write a PNG. Under a launcher rank 0 does it. Returns the exit status."""
-    if options.count < 1:
-        raise ConfigError(f"--count is {options.count}, expected at least 1")
     world = World.create()
     run = open_run(options.folder, options.checkpoint, world, data=options.data)
     if world.is_first:

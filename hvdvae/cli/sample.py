@@ -6,7 +6,6 @@ import torch
 
 from hvdvae.cli.options import SampleOptions
 from hvdvae.cli.saved_run import open_run
-from hvdvae.errors import ConfigError
 from hvdvae.vae.generate import sample_images
 from hvdvae.vae.pictures import save_grid
 from hvdvae.world import World
@@ -14,10 +13,8 @@ from hvdvae.world import World
 
 def sample(options: SampleOptions) -> int:
     """Draw and write a PNG. Under a launcher rank 0 does it. Returns the exit status."""
-    if options.count < 1:
-        raise ConfigError(f"--count is {options.count}, expected at least 1")
     world = World.create()
-    run = open_run(options.folder, options.checkpoint, world)
+    run = open_run(options.folder, options.checkpoint, world, data=options.data)
     if world.is_first:
         generator = torch.Generator(world.device).manual_seed(options.seed)
         path = Path(options.output or Path(options.folder) / "samples.png")

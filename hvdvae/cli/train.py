@@ -21,7 +21,7 @@ from hvdvae.monitor.jsonl import JsonLines
 from hvdvae.monitor.progress import Progress
 from hvdvae.monitor.tensorboard import TensorBoard
 from hvdvae.resume import load_weights
-from hvdvae.strategies import DistributedOptimizer
+from hvdvae.strategies import DistributedOptimizer, Strategy
 from hvdvae.strategies.sync_batch_norm import convert_sync_batch_norm
 from hvdvae.trainer import Outcome, Trainer, exit_status
 from hvdvae.vae import VAE, set_output_bias
@@ -43,9 +43,11 @@ def train(config: TrainConfig) -> int:
         size=world.size,
     )
     model = assemble.model(config, dataset.shape, world.device)
+    trained, optimizer = _distribute(config, world, model, dataset)
+    # Last: what cannot be run must not delete the results of an earlier run (--overwrite).
     folder = prepare_folder(config, world)
     resumed = _newest(folder, config, world)
-    trainer, pictures = _trainer(config, world, model, dataset, folder, resumed)
+    trainer, pictures = _trainer(config, model, trained, optimizer, dataset, folder, resumed)
     if world.is_first:
         write_config(config, folder / CONFIG_FILE)
         _say(_opening(config, trainer, dataset, folder))
@@ -63,10 +65,8 @@ def train(config: TrainConfig) -> int:
     return 0
 
 
-def _trainer(
-    config: TrainConfig, world: World, model: VAE, dataset: Dataset, folder: Path, resumed: Checkpoint | None
-) -> tuple[Trainer, Pictures]:
-    binarization = assemble.binarization(config)
+def _distribute(config: TrainConfig, world: World, model: VAE, dataset: Dataset) -> tuple[nn.Module, Strategy]:
+    """The model as it is trained, and its optimizer over all ranks. Blocks; every rank must call it."""
     if world.is_first and config.likelihood == "bernoulli":
         # The other ranks get it with the broadcast of the weights.
         set_output_bias(model, mean_example(dataset.train))
@@ -86,6 +86,19 @@ def _trainer(
     )
     if config.compile:
         trained.compile()
+    return trained, optimizer
+
+
+def _trainer(
+    config: TrainConfig,
+    model: VAE,
+    trained: nn.Module,
+    optimizer: Strategy,
+    dataset: Dataset,
+    folder: Path,
+    resumed: Checkpoint | None,
+) -> tuple[Trainer, Pictures]:
+    world, binarization = optimizer.world, assemble.binarization(config)
     loader = Loader(
         dataset.train,
         batch=config.batch_size * config.accumulate,
@@ -237,11 +250,11 @@ def _closing(summary: dict[str, object], folder: Path, pictures: list[Path]) -> 
             f"test NLL {summary['test_nll']:.2f} nats (importance-weighted, k={summary['nll_samples']}), "
             f"ELBO {summary['elbo']:.2f} = -(rate {summary['rate']:.2f} + distortion {summary['distortion']:.2f})"
         )
-    lines += [f"  {'pictures:':<12} {path}" for path in pictures]
+    lines += [f"  {path.stem + ':':<16} {path}" for path in pictures]
     lines += [
-        f"  {'checkpoints:':<12} {folder / 'checkpoints'}",
-        f"  {'curves:':<12} tensorboard --logdir {folder / 'tensorboard'}",
-        f"  {'numbers:':<12} {folder / 'summary.json'}, {folder / 'metrics.jsonl'}",
+        f"  {'checkpoints:':<16} {folder / 'checkpoints'}",
+        f"  {'curves:':<16} tensorboard --logdir {folder / 'tensorboard'}",
+        f"  {'numbers:':<16} {folder / 'summary.json'}, {folder / 'metrics.jsonl'}",
     ]
     return "\n".join(lines)
 

@@ -40,12 +40,8 @@ def checked(value: Any, hint: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as the user wrote it, in quotes where it is text."""
-    return {None: "null", True: "true", False: "false"}.get(value, repr(value)) if not _is_number(value) else repr(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | list | dict) and not isinstance(value, bool)
+    """A value as YAML writes it, in quotes where it is text."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _without_none(hint: Any) -> Any:

@@ -17,17 +17,18 @@ def reworded(message: str, command: str, hints: dict[str, Any], commands: list[s
 
     command: the subcommand that was called, "" if none was. hints: type hints of its options. Unknown messages stay.
     """
-    text = _what(message, command, hints, commands)
-    return f"{text}; see `hvdvae {command} --help`".replace("  ", " ")
+    program = f"hvdvae {command}".strip()
+    return f"{_what(message, program, hints, commands)}; see `{program} --help`"
 
 
-def _what(message: str, command: str, hints: dict[str, Any], commands: list[str]) -> str:
+def _what(message: str, program: str, hints: dict[str, Any], commands: list[str]) -> str:
     if found := _VALUE.match(message):
         key = found[1].rpartition(".")[2]
         if key in hints:
             return f"{flag(key)} is {found[2].strip()!r}, expected {expected(hints[key])}"
     if (found := _ARGUMENT.match(message)) and found[1] == "COMMAND" and (choice := _CHOICE.match(found[2])):
-        return f"{choice[1]!r} is no command of hvdvae{_nearest(choice[1], commands)}, expected one of {', '.join(commands)}"
+        near = _nearest(choice[1], commands)
+        return f"{choice[1]!r} is no command of {program}{near}, expected one of {', '.join(commands)}"
     if found and (key := found[1].lstrip("-").replace("-", "_")) in hints:
         if "expected" in found[2]:
             return f"{found[1]} has no value, expected {expected(hints[key])}"
@@ -35,8 +36,10 @@ def _what(message: str, command: str, hints: dict[str, Any], commands: list[str]
             return f"{found[1]} is a switch and takes no value"
     if message.startswith("unrecognized arguments: "):
         word = message.removeprefix("unrecognized arguments: ").split()[0]
+        if not word.startswith("-"):
+            return f"unexpected {word!r}: expected flags, and behind each one its value"
         name = word.partition("=")[0]
-        return f"{name} is no flag of hvdvae {command}{_nearest(name, [flag(key) for key in hints])}"
+        return f"{name} is no flag of {program}{_nearest(name, [flag(key) for key in hints])}"
     if message.startswith("the following arguments are required") and "folder" in message:
         return "DIR is missing: expected the --out of a training run"
     if "subcommand" in message:

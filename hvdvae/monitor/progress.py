@@ -6,6 +6,7 @@ from typing import Never, TextIO
 
 from tqdm import tqdm
 
+from hvdvae.monitor.counting import clock
 from hvdvae.pulse import Beat
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -44,7 +45,7 @@ class Progress:
         if now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             left = (self._total - step) * (now - self._start) / max(step - self._first, 1)
-            self._print(f"epoch {epoch:.2f}/{self._epochs}  {rate}  {elbo}  lr {lr:.3g}  {_clock(left)} left")
+            self._print(f"epoch {epoch:.2f}/{self._epochs}  {rate}  {elbo}  lr {lr:.3g}  {clock(left)} left")
 
     def on_epoch(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         """One line an epoch, above the bar."""
@@ -67,9 +68,3 @@ class Progress:
         else:
             self._stream.write(text + "\n")
             self._stream.flush()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

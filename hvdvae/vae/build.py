@@ -42,21 +42,25 @@ def build_model(
     sizes = tuple(latent) if latent is not None else _LATENT[name]
     expected = 2 if name == "mlp2" else 1
     if len(sizes) != expected or min(sizes) < 1:
-        raise ConfigError(f"latent: found {list(sizes)}, expected {expected} positive size(s) for model {name!r}")
+        raise ConfigError(
+            f"latent (--latent): found {list(sizes)}, expected {expected} positive size(s) for model {name!r}"
+        )
     if batch_norm and name != "conv":
         raise ConfigError(f"batch-norm: model {name!r} has none; use it with model 'conv'")
     family = build_likelihood(likelihood, sigma=sigma)
     if name == "conv":
         if hidden is not None:
-            raise ConfigError(f"hidden: found {list(hidden)}, but model 'conv' has channels instead: set channels")
+            raise ConfigError(
+                f"hidden (--hidden): found {list(hidden)}, but model 'conv' has channels instead: set channels"
+            )
         return _conv(shape, family, sizes[0], channels, activation or "relu", batch_norm)
     widths = tuple(hidden) if hidden is not None else _HIDDEN[name]
     if any(width < 1 for width in widths):
-        raise ConfigError(f"hidden: found {list(widths)}, expected positive sizes")
+        raise ConfigError(f"hidden (--hidden): found {list(widths)}, expected positive sizes")
     if name == "mlp2" and (len(widths) % 2 or not widths):
         raise ConfigError(
-            f"hidden: found {len(widths)} sizes {list(widths)}, expected an even number for model 'mlp2': "
-            "the first half for x to z1, the second half for z1 to z2, such as 200,200,100,100"
+            f"hidden (--hidden): found {len(widths)} sizes {list(widths)}, expected an even number for model 'mlp2': "
+            "the first half for x to z1, the second half for z1 to z2, such as 200 200 100 100"
         )
     return _mlp(shape, family, sizes, widths, activation or "tanh")
 

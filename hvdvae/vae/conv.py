@@ -25,7 +25,7 @@ def check_image(shape: Sequence[int], channels: Sequence[int]) -> None:
             near = f"{below} or {above}" if below else f"{above}"
             raise ConfigError(
                 f"model conv: the images' {axis} is {size}, and {len(channels)} stride-2 layers need a "
-                f"multiple of {step}: crop or pad to {near}, or change --channels"
+                f"multiple of {step}: crop or pad to {near}, or give --hidden (its channels) fewer layers"
             )
 
 

@@ -50,8 +50,11 @@ def pair_grid(originals: Tensor, reconstructions: Tensor, *, columns: int = 8) -
 
 
 def save_picture(path: str | os.PathLike[str], picture: Picture) -> None:
-    """Writes a picture of image_grid or pair_grid as PNG, replacing the file."""
-    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(path, format="PNG")
+    """Writes a picture of image_grid or pair_grid as PNG, replacing the file. Raises ConfigError naming it."""
+    try:
+        Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(path, format="PNG")
+    except OSError as error:
+        raise ConfigError(f"cannot write the picture {os.fspath(path)}: {error.strerror or error}") from error
 
 
 def save_grid(path: str | os.PathLike[str], images: Tensor, *, columns: int | None = None) -> None:

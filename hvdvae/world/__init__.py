@@ -20,7 +20,7 @@ import torch
 
 from hvdvae.abort import abort_job
 from hvdvae.deadline import Watchdog
-from hvdvae.errors import WorldError
+from hvdvae.errors import ConfigError, WorldError
 from hvdvae.launcher import Launch, Launcher, detect
 from hvdvae.world.collectives import Alone, Collectives
 
@@ -161,13 +161,19 @@ class World:
 
 
 def _device(name: str, local_rank: int) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    if name == "auto":
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        name = f"cuda:{local_rank % gpus}" if gpus else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"--device {name} cannot be used ({str(error).splitlines()[0]}): expected auto, cpu, or a GPU that this torch sees"
+        ) from error
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-        return device
-    return torch.device("cpu")
+    return device
 
 
 def _join_mpi(launch: Launch) -> tuple[Collectives, Any, Any]:

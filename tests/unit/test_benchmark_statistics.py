@@ -1,5 +1,6 @@
 """The benchmark's arithmetic, on numbers whose answers are known."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from benchmarks.targets import Verdict, verdicts
 SIDES = ("mpi", "horovod", "raw_horovod", "ddp", "local", "optimizer", "bf16", "local_cl", "bf16_cl", "bare", "pythae")
 
 
-def content(model: str = "mlp", has_bf16: bool = True, **rates: list[float | None]) -> dict[str, Any]:
+def content(model: str = "mlp", has_bf16: bool = True, **rates: Sequence[float | None]) -> dict[str, Any]:
     """A result file in which sides that are not named were not measured."""
     rounds = len(next(iter(rates.values())))
     missing: list[float | None] = [None] * rounds
@@ -83,9 +84,8 @@ def test_the_median_decides_not_the_extremes() -> None:
 
 
 def test_bf16_has_a_target_only_where_the_processor_has_it() -> None:
-    rates: dict[str, list[float | None]] = {"local": [100.0], "bf16": [150.0]}
-    assert verdict(content(**rates), "bf16 / fp32").outcome == "missed"
-    assert verdict(content(has_bf16=False, **rates), "bf16 / fp32").outcome == ""
+    assert verdict(content(local=[100.0], bf16=[150.0]), "bf16 / fp32").outcome == "missed"
+    assert verdict(content(has_bf16=False, local=[100.0], bf16=[150.0]), "bf16 / fp32").outcome == ""
 
 
 def test_convolutions_compare_the_faster_memory_format_of_each_precision() -> None:

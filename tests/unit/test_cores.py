@@ -1,0 +1,48 @@
+"""Threads of a rank: never another's cores, never more than the control group grants."""
+
+from pathlib import Path
+
+import pytest
+
+from hvdvae import cores
+from hvdvae.world import World
+
+ALL = set(range(8))
+UNLIMITED = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("everyone", "quota", "expected"),
+    [
+        ([("a", ALL)], UNLIMITED, [8]),
+        ([("a", ALL), ("a", ALL)], UNLIMITED, [4, 4]),
+        ([("a", ALL)] * 3, UNLIMITED, [2, 2, 2]),
+        ([("a", ALL)] * 9, UNLIMITED, [1] * 9),
+        ([("a", ALL), ("b", ALL)], UNLIMITED, [8, 8]),
+        ([("a", {0, 1}), ("a", {2, 3})], UNLIMITED, [2, 2]),
+        ([("a", {0, 1, 2}), ("a", {2, 3, 4, 5}), ("b", {0})], UNLIMITED, [1, 2, 1]),
+        ([("a", ALL)], 2.0, [2]),
+        ([("a", {0, 1}), ("a", {2, 3})], 2.0, [1, 1]),
+        ([("a", ALL)], 0.5, [1]),
+    ],
+)
+def test_cores_are_shared_fairly(everyone: list[tuple[str, set[int]]], quota: float, expected: list[int]) -> None:
+    assert [cores.fair_threads(rank, everyone, quota) for rank in range(len(everyone))] == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("200000 100000\n", 2.0), ("50000 100000\n", 0.5), ("max 100000\n", UNLIMITED), ("what\n", UNLIMITED)],
+)
+def test_the_control_groups_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, expected: float
+) -> None:
+    (tmp_path / "cpu.max").write_text(content)
+    monkeypatch.setattr(cores, "_CGROUP_QUOTA", tmp_path / "cpu.max")
+    assert cores.cgroup_cores() == expected
+    monkeypatch.setattr(cores, "_CGROUP_QUOTA", tmp_path / "none")
+    assert cores.cgroup_cores() == UNLIMITED
+
+
+def test_one_process_takes_what_it_may_run_on() -> None:
+    assert 1 <= cores.threads_of_rank(World.alone(device="cpu")) <= len(cores.available_cores())

@@ -1,0 +1,119 @@
+"""The watchdog: who waits for whom, and an end to waits that nothing else can interrupt."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from hvdvae.deadline import EXIT_CODE, State, Watchdog
+
+
+class Others:
+    """Other ranks that answer as told."""
+
+    def __init__(self, *states: State) -> None:
+        self.states = {state.rank: state for state in states}
+
+    def answer(self, state: Callable[[], State]) -> None:
+        """Nobody asks."""
+
+    def ask(self, state: Callable[[], State], seconds: float) -> dict[int, State]:
+        return self.states
+
+
+def state(rank: int, waiting: str, step: int = 3) -> State:
+    return State(rank=rank, host=f"node{rank}", step=step, waiting=waiting, seconds=4.2, where=f"train.py:{rank}")
+
+
+def test_the_report_says_who_waits_for_whom_where_and_at_what_step() -> None:
+    others = Others(state(1, "sum"), state(3, ""), state(4, "barrier"), state(5, "sum", step=2))
+    watchdog = Watchdog(rank=0, size=6, seconds=4, inquiry=others)
+    lines = watchdog.report(state(0, "sum"), others.states).splitlines()
+    assert lines[0] == (
+        "hvdvae: deadline of 4 s exceeded (--deadline): rank 0 (node0) waits in 'sum' for 4.2 s, step 3, at train.py:0"
+    )
+    assert lines[1:5] == [
+        "  also there: rank 1 (node1) waits in 'sum' for 4.2 s, step 3, at train.py:1",
+        "  waited for: rank 3 (node3) computes, step 3, at train.py:3",
+        "  waited for: rank 4 (node4) waits in 'barrier' for 4.2 s, step 3, at train.py:4",
+        "  waited for: rank 5 (node5) waits in 'sum' for 4.2 s, step 2, at train.py:5",
+    ]
+    assert len(lines) == 6
+    assert "waited for: rank 2 does not answer" in lines[5]
+
+
+def test_the_report_says_where_nobody_can_be_asked() -> None:
+    text = Watchdog(rank=1, size=2, seconds=4).report(state(1, "sum"), {})
+    assert "which rank is late is not known" in text
+    assert "not known" not in Watchdog(rank=0, size=1, seconds=4).report(state(0, "sum"), {})
+
+
+def test_the_state_is_of_the_watched_thread() -> None:
+    watchdog = Watchdog(rank=2, size=3, seconds=4)
+    watchdog.step = 17
+    assert watchdog.state().waiting == ""
+    with watchdog.waiting("outer"):
+        with watchdog.waiting("inner"):
+            assert watchdog.state().waiting == "inner"
+        found = watchdog.state()
+    assert (found.rank, found.step, found.waiting) == (2, 17, "outer")
+    assert "deadline.py" in found.where
+    assert watchdog.state().waiting == ""
+
+
+def test_waits_are_summed_and_nested_ones_count_once() -> None:
+    watchdog = Watchdog(rank=0, size=1, seconds=4)
+    with watchdog.waiting("outer"), watchdog.waiting("inner"):
+        time.sleep(0.05)
+    assert 0.05 <= watchdog.waited < 0.09
+    with pytest.raises(KeyError), watchdog.waiting("fails"):
+        raise KeyError
+    assert watchdog.state().waiting == "", "a wait ends also by an exception"
+
+
+CASE = """
+import sys, time
+from hvdvae.deadline import Watchdog
+
+watchdog = Watchdog(rank=0, size=2, seconds=0.3)
+watchdog.step = 4711
+watchdog.start()
+
+def many_short_waits():
+    for _ in range(6):
+        with watchdog.waiting("something short"):
+            time.sleep(0.1)
+    time.sleep(0.6)  # Computing is no wait.
+
+def a_call_that_never_returns():
+    with watchdog.waiting("the sum of gradients"):
+        time.sleep(60)
+
+many_short_waits()
+print("reached", flush=True)
+if "stop" in sys.argv:
+    watchdog.stop()
+    with watchdog.waiting("after the end"):
+        time.sleep(0.6)
+    sys.exit(0)
+a_call_that_never_returns()
+"""
+
+
+def test_a_wait_past_its_deadline_ends_the_process_with_its_stack() -> None:
+    start = time.monotonic()
+    run = subprocess.run([sys.executable, "-c", CASE], capture_output=True, text=True, timeout=30)
+    assert time.monotonic() - start < 20
+    assert run.returncode == EXIT_CODE == 75
+    assert run.stdout == "reached\n", "short waits and computing are no reason"
+    assert "deadline of 0.3 s exceeded" in run.stderr
+    assert "'the sum of gradients'" in run.stderr
+    assert "step 4711" in run.stderr
+    assert "a_call_that_never_returns" in run.stderr
+
+
+def test_a_stopped_watchdog_ends_nothing() -> None:
+    run = subprocess.run([sys.executable, "-c", CASE, "stop"], capture_output=True, text=True, timeout=30)
+    assert (run.returncode, run.stderr) == (0, "")

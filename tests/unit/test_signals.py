@@ -1,0 +1,65 @@
+"""Signals as a flag: a run ends after a whole step, not in the middle of one."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from hvdvae.signals import STOPPING, caught
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_each_signal_sets_the_flag_and_interrupts_nothing(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with caught() as flag:
+        assert flag.number == 0
+        os.kill(os.getpid(), number)
+        assert flag.number == number
+    assert signal.getsignal(number) == before
+
+
+def test_a_repeated_sigterm_is_still_only_a_flag() -> None:
+    """mpirun and Slurm repeat it while the run saves."""
+    with caught() as flag:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert flag.number == signal.SIGTERM
+
+
+def test_a_second_ctrl_c_means_it() -> None:
+    with pytest.raises(KeyboardInterrupt), caught() as flag:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert flag.number == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("it was caught")
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_a_handler_that_was_not_python_does_not_break_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A C library's own handler reads as None, which cannot be set again."""
+    real = signal.signal
+
+    def of_a_library(number: int, handler: object) -> object:
+        assert handler is not None, "signal.signal would raise TypeError"
+        before = real(number, handler)  # type: ignore[arg-type]
+        return None if number == signal.SIGUSR1 else before
+
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "signal", of_a_library)
+        with caught():
+            pass
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_other_threads_catch_nothing_and_still_run() -> None:
+    numbers: list[int] = []
+
+    def run() -> None:
+        with caught() as flag:
+            numbers.append(flag.number)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert numbers == [0]
