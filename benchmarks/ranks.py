@@ -125,7 +125,11 @@ def main(plan: Plan) -> None:
     # The Trainer does this for its process, and it cannot be undone: so all sides have it from the start.
     keep_freed_memory()
     world = MPI.COMM_WORLD.Dup()
-    splits, description = open_splits(plan.data)
+    if world.rank == 0:  # It may download.
+        splits, description = open_splits(plan.data)
+    world.Barrier()
+    if world.rank != 0:
+        splits, description = open_splits(plan.data)
     record = Record(plan, description) if world.rank == 0 else None
     for model in plan.models:
         task = Task(model, splits[0], plan.batch)

@@ -61,10 +61,10 @@ def open_splits(data: str | None) -> tuple[list[Source], str]:
         return [_synthetic()], SYNTHETIC
     try:
         dataset = open_dataset(data or "mnist")
-    except DataError as error:
+    except DataError:
         if data is not None:
             raise
-        return [_synthetic()], f"{SYNTHETIC}, since MNIST is not here ({error})"
+        return [_synthetic()], f"{SYNTHETIC}, since MNIST was neither found nor downloaded (name it with --data)"
     description = f"{dataset.name}: {len(dataset.train):,} training images of {dataset.shape}"
     return [dataset.train, dataset.validation, dataset.test], description
 

@@ -37,7 +37,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="blocks of each side [7]")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of a block, warm-up not counted [2]")
     parser.add_argument("--models", default=",".join(MODELS), help="which, with commas between [mlp,conv]")
-    parser.add_argument("--data", help="as of hvdvae train, or synthetic [mnist, else synthetic]")
+    parser.add_argument("--data", help="images of 28x28, as of hvdvae train, or synthetic [mnist, else synthetic]")
     parser.add_argument("--output", type=Path, help="folder [benchmarks/results/throughput-DATE]")
     parser.add_argument("--quick", action="store_true", help="one round of 0.2 s: a test, no measurement")
     found = parser.parse_args()

@@ -4,7 +4,8 @@
 
     optimizer = hv.DistributedOptimizer(optimizer, model, strategy="allreduce")
 
-Importing needs neither MPI nor Horovod: they are started by a launcher's first `World` and by the strategy that uses them.
+Importing needs neither MPI nor Horovod: they are started by a launcher's first `World` and by the strategy that uses
+them.
 """
 
 import importlib

@@ -1,8 +1,8 @@
 """Checkpoints: one safetensors file each, whole or not there, never unpickled.
 
 A file holds named tensors and, in its header, `format`, a JSON `record` (step, position, configuration, ...) and
-`digest`, the SHA-256 of record and tensors. It is written under another name, flushed to the disk, then renamed; a crash
-at any moment leaves the earlier checkpoints as they were.
+`digest`, the SHA-256 of record and tensors. It is written under another name, flushed to the disk, then renamed; a
+crash at any moment leaves the earlier checkpoints as they were.
 """
 
 import hashlib
@@ -52,8 +52,8 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(
-            f"cannot write checkpoint {path}: {error.strerror or error}. Earlier checkpoints are untouched: free space or "
-            "fix the folder, then continue with --resume"
+            f"cannot write checkpoint {path}: {error.strerror or error}. Earlier checkpoints are untouched: free space "
+            "or fix the folder, then continue with --resume"
         ) from error
 
 
@@ -80,9 +80,10 @@ def parse(data: bytes, name: str) -> Checkpoint:
         raise CheckpointError(
             f"{name} is not a checkpoint of hvdvae: format is {header.get('format')!r}, expected {FORMAT!r}"
         )
-    if header.get("digest") != _digest(tensors, header["record"]):
+    record = header.get("record", "")
+    if header.get("digest") != _digest(tensors, record):
         raise CheckpointError(f"{name} is damaged: its content does not match its digest. Delete it")
-    return Checkpoint(tensors, json.loads(header["record"]), name)
+    return Checkpoint(tensors, json.loads(record), name)
 
 
 def spread(path: Path | None, world: World) -> Checkpoint | None:
@@ -128,14 +129,15 @@ class Folder:
         save(path, checkpoint)
         if is_best:
             self._link(path)
-        for old in self.steps()[self.keep :]:
+        # The one just written stays whatever its number: a torn one may bear a higher.
+        for old in [other for other in self.steps() if other != path][self.keep - 1 :]:
             old.unlink(missing_ok=True)
         for left in self.folder.glob("*.tmp"):
             left.unlink(missing_ok=True)
         return path
 
     def newest_good(self) -> Path | None:
-        """The newest checkpoint that is whole; torn ones are named on stderr and passed over. None where there is none."""
+        """The newest whole checkpoint, or None; torn ones are named on stderr and passed over."""
         for path in self.steps():
             try:
                 load(path)

@@ -1,5 +1,6 @@
-"""Everything that a training run can be told. Each field is a flag (`--batch-size`) and a key of the YAML file (`batch_size`).
+"""Everything that a training run can be told.
 
+Each field is a flag (`--batch-size`) and a key of the YAML file (`batch_size`).
 The docstring under a field is its help. Checks of one field or of several together are in `check`, before any work.
 """
 
@@ -14,7 +15,7 @@ class DataOptions:
     """Data."""
 
     data: str = "digits"
-    """digits (embedded), mnist, fashion-mnist, or a path: IDX files (gz or not), .npy, .npz, .h5, a folder of images."""
+    """digits (embedded), mnist, fashion-mnist, or a path: IDX (gz or not), .npy, .npz, .h5, a folder of images."""
     validation: int | None = None
     """Examples held out of the training set for validation, where the data brings none [10%, at most 5000]."""
     binarization: Literal["dynamic", "static", "none"] | None = None
@@ -77,7 +78,7 @@ class OptimizationOptions:
     warmup: float = 0.0
     """Epochs over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "cosine", "step"] = "constant"
-    """Learning rate after the warm-up: constant, cosine to 0 at the last epoch, or times --gamma every --step-epochs."""
+    """After the warm-up: constant, cosine to 0 at the last epoch, or times --gamma every --step-epochs."""
     step_epochs: float = 10.0
     """Epochs between drops of --schedule step."""
     gamma: float = 0.1

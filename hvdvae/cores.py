@@ -26,9 +26,12 @@ def cgroup_cores() -> float:
 def threads_of_rank(world: World) -> int:
     """Threads for this rank: its cores, divided among the ranks of its host that share them. At least 1.
 
-    Blocks; every rank must call it.
+    OMP_NUM_THREADS, where the user has set it, rules. Blocks; every rank must call it.
     """
+    asked = os.environ.get("OMP_NUM_THREADS", "")
     everyone = world.gather_objects([world.host, sorted(available_cores())], "gather of cores")
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
     return fair_threads(world.rank, [(host, set(cores)) for host, cores in everyone], cgroup_cores())
 
 

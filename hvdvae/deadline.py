@@ -1,7 +1,8 @@
 """Deadlines on waits that cannot be interrupted: a thread a process that watches the thread that computes.
 
-A rank that waits in a collective is inside C code; no signal or exception reaches it there. So a watchdog thread looks on.
-Once a wait is past its deadline it says which rank waits for which, at what step, prints the stacks, and ends the job.
+A rank that waits in a collective is inside C code; no signal or exception reaches it there. So a watchdog thread
+looks on. Once a wait is past its deadline it says which rank waits for which, at what step, prints the stacks, and
+ends the job.
 """
 
 import faulthandler

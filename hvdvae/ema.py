@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, as one vector (Polyak averaging; its use for VAEs: Vahdat & Kautz 2020)."""
+"""An exponential moving average of the weights, as one vector (for VAEs: Vahdat & Kautz 2020)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -17,12 +17,12 @@ class FlatModel:
     """A model whose trained parameters are views of `parameters` (P,), ordered by the optimizer's groups.
 
     Gradients stay where autograd puts them until `gather_gradient` moves them into `gradient` (P,): that is one pass of
-    reading and writing (1% of a step of a 784-400-20 MLP), asks nothing of the user's loop (zero_grad may set None), and
-    accumulates over backward passes as PyTorch does.
+    reading and writing (1% of a step of a 784-400-20 MLP), asks nothing of the user's loop (zero_grad may set None),
+    and accumulates over backward passes as PyTorch does.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Sequence[nn.Parameter]]) -> None:
-        """Move the storage of the parameters in `groups` and of the model's float buffers. Strides (channels-last) stay.
+        """Move the storage of the parameters in `groups` and of the model's float buffers. Strides stay.
 
         Parameters that no group holds are left alone: nobody trains them. Raises ConfigError where the parameters'
         dtypes or devices differ, or where the model has none.

@@ -46,8 +46,8 @@ def detect(environ: Mapping[str, str]) -> Launch:
             environ,
         )
     for launcher, names in _FAMILIES:
-        # PMI_* beside SLURM_* are srun's own (pmi2): the process was started by srun.
-        if names[0] == "PMI_RANK" and "SLURM_STEP_ID" in environ:
+        # PMI_* beside SLURM_* are srun's own (pmi2), unless MPICH's mpirun, whose daemons run in a step, set them.
+        if names[0] == "PMI_RANK" and "SLURM_STEP_ID" in environ and names[2] not in environ:
             continue
         if names[0] in environ and names[1] in environ:
             return _read(launcher, names, environ)

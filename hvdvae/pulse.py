@@ -2,8 +2,8 @@
 
     sums, one row a rank, float64: [stop, steps, examples, loss, rate, distortion, data s, exchange s, step s]
 
-One small sum of an (N, 9) matrix in which every rank filled its own row. All ranks get the same matrix, so whatever they decide
-from it (stop now, when to meet next) they decide alike.
+One small sum of an (N, 9) matrix in which every rank filled its own row. All ranks get the same matrix, so whatever
+they decide from it (stop now, when to meet next) they decide alike.
 """
 
 import time
@@ -47,9 +47,10 @@ class Pulse:
         self._world = world
         self._every = 1
         self._terms: list[torch.Tensor] = []
-        self._reset()
+        self.start()
 
-    def _reset(self) -> None:
+    def start(self) -> None:
+        """Begin anew now: time that was spent since the last beat (in validation, say) is no step's. Local."""
         self._steps = self._examples = 0
         self._data = 0.0
         self._terms.clear()
@@ -57,7 +58,7 @@ class Pulse:
         self._start = time.perf_counter()
 
     def count(self, terms: torch.Tensor, examples: int, data_seconds: float) -> None:
-        """Note one step. `terms` (3,): loss, rate, distortion, means over this rank's `examples`; kept on their device."""
+        """Note one step. `terms` (3,): loss, rate, distortion, means over `examples`; they stay on their device."""
         self._terms.append(terms)
         self._steps += 1
         self._examples += examples
@@ -86,7 +87,7 @@ class Pulse:
         steps = table[:, STEPS].clamp(min=1)
         slowest = float((table[:, TOTAL] / steps).max())
         self._every = min(max(int(PERIOD_SECONDS / max(slowest, 1e-6)), 1), 1000)
-        self._reset()
+        self.start()
         sums = table.sum(0)
         examples = max(float(sums[EXAMPLES]), 1.0)
         return Beat(

@@ -1,7 +1,8 @@
 """A run as a checkpoint, and back: weights, optimizer, buffers of every rank, moving average, position.
 
-Randomness needs no state (seeding.py), data order neither (data/sampler.py): both follow from the seed and the position.
-At the same world size a resumed run continues bit for bit; at another, the same epoch goes on at the same example.
+Randomness needs no state (seeding.py), data order neither (data/sampler.py): both follow from the seed and the
+position. At the same world size a resumed run continues bit for bit; at another, the same epoch goes on at the same
+example.
 """
 
 from collections.abc import Mapping
@@ -68,6 +69,7 @@ def snapshot(trainer: "Trainer", config: Mapping[str, Any]) -> Checkpoint:
         "optimizer_groups": state["param_groups"],
         "optimizer_scalars": scalars,
         "skipped_steps": optimizer.skipped_steps,
+        "overflows": trainer.overflows,
         "scaler": trainer.scaler.state_dict() if trainer.scaler is not None else None,
         "config": dict(config),
     }
@@ -84,8 +86,8 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
     if record["names"] != optimizer.flat.names:
         raise CheckpointError(
             f"{file} trains {len(record['names'])} parameters, this model {len(optimizer.flat.names)} "
-            f"({_difference(record['names'], optimizer.flat.names)}): resume with the --model, --hidden, --latent it was "
-            "saved with"
+            f"({_difference(record['names'], optimizer.flat.names)}): resume with the --model, --hidden, --latent it "
+            "was saved with"
         )
     load_weights(trainer.model, checkpoint)
     rows = tensors["buffers"]
@@ -109,7 +111,7 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
     for group, lr in zip(optimizer.param_groups, lrs, strict=True):
         # The base rate of this run rules (another world size may scale it); its schedule sets the present one.
         group["lr"] = lr
-    optimizer.skipped_steps = record["skipped_steps"]
+    optimizer.skipped_steps, trainer.overflows = record["skipped_steps"], record["overflows"]
     trainer.position = Position(**record["position"])
     trainer.best = record["best"]
 
@@ -129,8 +131,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, ema: bool = False)
     for name, tensor in saved.items():
         if tensor.shape != mine[name].shape:
             raise CheckpointError(
-                f"{checkpoint.name} holds another model ({name} is {tuple(tensor.shape)} there, {tuple(mine[name].shape)} "
-                "here): build it with the configuration it was saved with"
+                f"{checkpoint.name} holds another model ({name} is {tuple(tensor.shape)} there, "
+                f"{tuple(mine[name].shape)} here): build it with the configuration it was saved with"
             )
     with torch.no_grad():
         for name, tensor in saved.items():

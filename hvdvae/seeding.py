@@ -1,7 +1,7 @@
 """Randomness as a pure function of (seed, rank, step): nothing to save, nothing that two ranks share.
 
-Before every step the default generators are seeded anew, so reparameterization noise, dropout and whatever else a user's
-module draws differ per rank, are reproducible from the seed, and continue exactly after a resume.
+Before every step the default generators are seeded anew, so reparameterization noise, dropout and whatever else a
+user's module draws differ per rank, are reproducible from the seed, and continue exactly after a resume.
 """
 
 import numpy as np

@@ -33,8 +33,11 @@ def caught() -> Iterator[Caught]:
         if number == signal.SIGINT:
             signal.signal(number, before[signal.Signals(number)])
 
-    before = {number: signal.signal(number, note) for number in STOPPING}
+    # A handler that a C library installed reads as None, and cannot be set again from here.
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOPPING}
     try:
+        for number in STOPPING:
+            signal.signal(number, note)
         yield flag
     finally:
         for number, handler in before.items():

@@ -3,10 +3,11 @@
     trainer = Trainer(model, optimizer, loss, batches)
     trainer.fit(epochs=20)
 
-`loss(model, batch, epoch)` returns a scalar, or a mapping with `loss` and, for VAEs, `rate` and `distortion`; means over
-the batch. `epoch` is the fractional count of epochs done.
+`loss(model, batch, epoch)` returns a scalar, or a mapping with `loss` and, for VAEs, `rate` and `distortion`; means
+over the batch. `epoch` is the fractional count of epochs done.
 """
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -98,7 +99,9 @@ class Trainer:
         self._loss, self._seed, self._schedule = loss, seed, schedule
         self._base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self._autocast, self.scaler = _mixed_precision(precision, self.world.device)
-        self._skip_limit, self._overflows = skip_limit, 0
+        self._skip_limit = skip_limit
+        self.overflows = 0
+        """Skipped steps in which fp16 was looking for its scale: they do not count towards the limit."""
         self._monitors = list(monitors) if self.world.is_first else []
         self._checkpoints, self._checkpoint_every = checkpoints, checkpoint_every
         self._validate, self._validate_every = validate, validate_every
@@ -149,6 +152,7 @@ class Trainer:
         steps = self.batches.steps(start)
         total, self._epoch_sums = 0, torch.zeros(3, dtype=torch.float64)
         begin = time.perf_counter()
+        self._pulse.start()
         batches = self.batches.epoch(self.position.epoch, start)
         for number in range(steps):
             before = time.perf_counter()
@@ -202,15 +206,15 @@ class Trainer:
         if self.scaler is not None:
             self.scaler.update()
             # An overflow at a large scale is how the scale is found; the next, lower one may do.
-            self._overflows += int(optimizer.skipped_steps > skipped and scale > 1.0)
+            self.overflows += int(optimizer.skipped_steps > skipped and scale > 1.0)
         if optimizer.skipped_steps == skipped:
             if self.ema is not None:
                 self.ema.update()
-        elif optimizer.skipped_steps - self._overflows > self._skip_limit:
+        elif optimizer.skipped_steps - self.overflows > self._skip_limit:
             raise NonFiniteError(
                 f"skipped {optimizer.skipped_steps} steps because a loss or gradient was not finite on some rank "
-                f"(--skip-limit {self._skip_limit}), the last at step {self.position.step}: lower --lr, set --clip-norm, or "
-                "look for bad values in the data"
+                f"(--skip-limit {self._skip_limit}), the last at step {self.position.step}: lower --lr, set "
+                "--clip-norm, or look for bad values in the data"
             )
 
     def _set_learning_rate(self, epoch: float) -> None:
@@ -246,7 +250,8 @@ class Trainer:
         if self._validate is not None and (epoch % self._validate_every == 0 or last):
             found = self._run_validation(self._validate)
             metrics |= {f"validation_{name}": value for name, value in found.items()}
-            is_best = self.best is None or found["loss"] < self.best
+            # A loss that is not finite would stay the best for ever: nothing is less than NaN.
+            is_best = math.isfinite(found["loss"]) and (self.best is None or found["loss"] < self.best)
             self.best = found["loss"] if is_best else self.best
         for monitor in self._monitors:
             monitor.on_epoch(epoch, self.position.step, metrics)

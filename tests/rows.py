@@ -1,4 +1,4 @@
-"""A user's own data: rows of a tensor, cut over ranks so that N ranks with batch B see what one sees with batch N * B."""
+"""A user's own data: rows of a tensor. N ranks with batch B see together what one sees with batch N * B."""
 
 from collections.abc import Iterator
 

@@ -32,7 +32,8 @@ class SavedRun(NamedTuple):
 def open_run(folder: str, choice: str, world: World, *, data: str | None = None) -> SavedRun:
     """Open the run in `folder` with a checkpoint (best, last or a file). Blocks; every rank must call it.
 
-    Weights are the moving average where the run kept one. Raises ConfigError, DataError or CheckpointError naming the file.
+    Weights are the moving average where the run kept one. Raises ConfigError, DataError or CheckpointError naming the
+    file.
     """
     path = Path(folder)
     if not path.is_dir():

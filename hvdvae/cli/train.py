@@ -56,7 +56,8 @@ def train(config: TrainConfig) -> int:
         if world.is_first:
             name = signal.Signals(outcome.signal).name
             _say(
-                f"{name}: saved at step {outcome.step} in {folder / 'checkpoints'}; continue with --resume --out {folder}"
+                f"{name}: saved at step {outcome.step} in {folder / 'checkpoints'}; "
+                f"continue with --resume --out {folder}"
             )
         world.close()
         return exit_status(outcome)
@@ -251,6 +252,8 @@ def _closing(summary: dict[str, object], folder: Path, pictures: list[Path]) -> 
             f"ELBO {summary['elbo']:.2f} = -(rate {summary['rate']:.2f} + distortion {summary['distortion']:.2f})"
         )
     lines += [f"  {path.stem + ':':<16} {path}" for path in pictures]
+    if not pictures:
+        lines.append(f"  {'pictures:':<16} none: the data is no image of 1 or 3 channels, and no square vector")
     lines += [
         f"  {'checkpoints:':<16} {folder / 'checkpoints'}",
         f"  {'curves:':<16} tensorboard --logdir {folder / 'tensorboard'}",

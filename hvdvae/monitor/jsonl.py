@@ -1,9 +1,11 @@
 """metrics.jsonl: one JSON object a line, appended and flushed, so that a killed run leaves whole lines."""
 
 import json
+import math
 import time
 from pathlib import Path
 
+from hvdvae.monitor.writing import writing
 from hvdvae.pulse import Beat
 
 SECONDS_BETWEEN_LINES = 2.0
@@ -14,7 +16,9 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         """Open for appending: a resumed run goes on in the same file."""
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        with writing(path):
+            self._file = path.open("a", encoding="utf-8")
         self._last = 0.0
 
     def on_beat(self, beat: Beat, *, step: int, epoch: float, lr: float) -> None:
@@ -45,8 +49,15 @@ class JsonLines:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
 
     def _write(self, record: dict[str, object]) -> None:
-        self._file.write(json.dumps({"time": time.time(), **record}) + "\n")
-        self._file.flush()
+        # JSON has no NaN and no infinity: what is not finite is null, so that every reader takes the line.
+        known = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        with writing(self._path):
+            self._file.write(json.dumps({"time": time.time(), **known}) + "\n")
+            self._file.flush()

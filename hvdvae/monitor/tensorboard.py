@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
+from hvdvae.monitor.writing import writing
 from hvdvae.pulse import Beat
 
 SECONDS_BETWEEN_POINTS = 2.0
@@ -17,7 +18,9 @@ class TensorBoard:
 
     def __init__(self, folder: Path, *, first_step: int = 0) -> None:
         """Open a writer; points of an earlier run at or after `first_step` are hidden by TensorBoard."""
-        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
+        self._folder = folder
+        with writing(folder):
+            self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
         self._last = 0.0
 
     def on_beat(self, beat: Beat, *, step: int, epoch: float, lr: float) -> None:
@@ -44,16 +47,20 @@ class TensorBoard:
     def on_epoch(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         """Points of the epoch's means and of the validation."""
         self._points(step, {f"epoch/{name}": value for name, value in metrics.items()})
-        self._writer.flush()
+        with writing(self._folder):
+            self._writer.flush()
 
     def images(self, name: str, grid: NDArray[np.uint8], step: int) -> None:
         """A grid of images, (H, W, C) uint8."""
-        self._writer.add_image(name, grid, step, dataformats="HWC")
+        with writing(self._folder):
+            self._writer.add_image(name, grid, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()
+        with writing(self._folder):
+            self._writer.close()
 
     def _points(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        with writing(self._folder):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)

@@ -33,8 +33,8 @@ class HorovodAllreduce(Strategy):
     ) -> None:
         """Start Horovod and give it the flat vector. Blocks; every rank must call it.
 
-        `compression`: none, or fp16 on the wire. `process_set`: the horovod ProcessSet that holds this rank and whose ranks
-        train together (default: all ranks). Sets that partition the ranks train several replicas at once.
+        `compression`: none, or fp16 on the wire. `process_set`: the horovod ProcessSet that holds this rank and whose
+        ranks train together (default: all ranks). Sets that partition the ranks train several replicas at once.
         """
         self._hvd = world.horovod()
         self._process_set = process_set if process_set is not None else self._hvd.global_process_set
@@ -79,16 +79,16 @@ class HorovodAllreduce(Strategy):
 class HorovodAdasum(Strategy):
     """Adasum (Maleki et al. 2021, arXiv:2006.02924): ranks' updates are combined layer by layer by their angle.
 
-    Its coefficients are one a layer, so Horovod sees the per-tensor parameters, as views of the flat vector, and its own
-    hooks start each layer. It reduces the optimizer's update, not the gradient: clipping and the finite check see this
-    rank's gradient, and the check's verdict is made common first.
+    Its coefficients are one a layer, so Horovod gets the per-tensor views of the flat vector. What is combined is the
+    optimizer's update, not the gradient: clipping sees this rank's gradient, and only the verdict on a gradient that
+    is not finite is made common first.
     """
 
     name = "allreduce"
     engine = "horovod"
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, world: World, **options: Any) -> None:
-        """Start Horovod; wrap the per-tensor optimizer. Blocks; every rank must call it. `world.size` a power of two."""
+        """Start Horovod. Blocks; every rank must call it. `world.size` must be a power of two."""
         self._hvd = world.horovod()
         super().__init__(optimizer, model, world, **options)
 

@@ -1,7 +1,7 @@
 """`--strategy allreduce --engine mpi`: one MPI_Allreduce of the flat gradient and one fused optimizer step.
 
-No background thread: the rank that computes keeps its core. On CPU ranks this is the faster engine. Vectors on a GPU are
-staged through host memory, since not every MPI is CUDA-aware; there NCCL (`--engine horovod`) is faster.
+No background thread: the rank that computes keeps its core. On CPU ranks this is the faster engine. Vectors on a GPU
+are staged through host memory, since not every MPI is CUDA-aware; there NCCL (`--engine horovod`) is faster.
 """
 
 from torch import Tensor

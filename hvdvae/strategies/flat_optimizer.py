@@ -1,7 +1,7 @@
 """The user's torch optimizer, rebuilt over flat vectors: one fused kernel for all parameters of a group.
 
-Exact for optimizers that treat each element by itself (Adam, SGD, ...). Others (LBFGS, Adafactor, Muon, anybody's own) keep
-their per-tensor form: the tensors are views of the same vectors, so the strategies do not notice.
+Exact for optimizers that treat each element by itself (Adam, SGD, ...). Others (LBFGS, Adafactor, Muon, anybody's
+own) keep their per-tensor form: the tensors are views of the same vectors, so the strategies do not notice.
 """
 
 import inspect

@@ -40,9 +40,9 @@ class Strategy(Optimizer):
     ) -> None:
         """Make the model's parameters views of one vector and give every rank those of rank 0.
 
-        Mutates the model's storage; keeps the state that `optimizer` has. Blocks; every rank must call it. The gradient of
-        a step is the mean over ranks and backward passes, its global norm clipped at `clip_norm`. Raises WorldError
-        where ranks hold different models.
+        Mutates the model's storage; keeps the state that `optimizer` has. Blocks; every rank must call it. The
+        gradient of a step is the mean over ranks and backward passes, its global norm clipped at `clip_norm`. Raises
+        WorldError where ranks hold different models.
         """
         if backward_passes_per_step < 1:
             raise ConfigError(f"backward_passes_per_step is {backward_passes_per_step}, expected at least 1")
@@ -70,7 +70,7 @@ class Strategy(Optimizer):
 
     @abstractmethod
     def exchange(self, gradient: Tensor) -> None:
-        """Turn this rank's gradient vector (P,), in place, into the mean over ranks. Blocks; every rank must call it."""
+        """Turn this rank's gradient (P,), in place, into the mean over ranks. Blocks; every rank must call it."""
 
     def broadcast_model(self) -> None:
         """Overwrite parameters and float buffers with rank 0's. Blocks; every rank must call it."""
@@ -97,7 +97,8 @@ class Strategy(Optimizer):
     def watch(self, loss: Tensor) -> None:
         """Skip the coming step, on all ranks, if this loss is not finite. Local; costs no synchronization with a GPU.
 
-        Zero times the loss is added to the gradient: nothing if it is finite, NaN if not, and the exchange carries it on.
+        Zero times the loss is added to the gradient: nothing if it is finite, NaN if not, and the exchange carries it
+        on.
         """
         poison = loss.detach() * 0
         self._poison = poison if self._poison is None else self._poison + poison
@@ -122,8 +123,8 @@ class Strategy(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Exchange gradients and update the parameters. Blocks; every rank must call it.
 
-        Where any rank's gradient is not finite, no rank steps and `skipped_steps` counts one: the exchange has carried the
-        NaN or infinity to all, so that all decide alike.
+        Where any rank's gradient is not finite, no rank steps and `skipped_steps` counts one: the exchange has
+        carried the NaN or infinity to all, so that all decide alike.
         """
         loss = None
         if closure is not None:
@@ -219,6 +220,6 @@ def _check_same_model(flat: FlatModel, world: World) -> None:
     odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if odd:
         raise WorldError(
-            f"ranks {odd} hold another model than rank 0 (names, shapes or dtypes of parameters differ): build the same "
-            "model on every rank"
+            f"ranks {odd} hold another model than rank 0 (names, shapes or dtypes of parameters differ): build "
+            "the same model on every rank"
         )

@@ -41,7 +41,7 @@ class _Normalize(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """As torch's BatchNorm of any dimension, with the statistics of all ranks. In training, forward and backward block."""
+    """torch's BatchNorm with the statistics of all ranks. In training, forward and backward block."""
 
     world: World
 
@@ -56,8 +56,10 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         x = input.float()
         over = [dim for dim in range(x.dim()) if dim != 1]
         detached = x.detach()
-        count = detached.new_full((1,), x.numel() / x.shape[1])
-        sums = torch.cat([detached.sum(over), detached.square().sum(over), count]).double()
+        count = torch.tensor([x.numel() / x.shape[1]], dtype=torch.float64, device=x.device)
+        # From the centred variance, in float64: sums of squares in float32 lose a variance beside a large mean.
+        local_variance, local_mean = (part.double() for part in torch.var_mean(detached, over, correction=0))
+        sums = torch.cat([local_mean * count, (local_variance + local_mean.square()) * count, count])
         self.world.sum_(sums, "forward of SyncBatchNorm")
         total = float(sums[-1])
         mean, mean_square = (sums[:-1] / total).view(2, -1)
@@ -72,7 +74,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return y.to(input.dtype)
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)

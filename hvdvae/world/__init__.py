@@ -82,7 +82,7 @@ class World:
         return self.rank == 0
 
     def sum_(self, tensor: torch.Tensor, what: str = "sum") -> torch.Tensor:
-        """Sum over ranks in place, the same bits on all. Blocks; every rank must call. Any device; returns the tensor."""
+        """Sum over ranks in place, the same bits on all. Blocks; every rank must call. Returns the tensor."""
         return self._on_host(tensor, what, self._carrier.sum_)
 
     def max_(self, tensor: torch.Tensor, what: str = "max") -> torch.Tensor:
@@ -169,7 +169,8 @@ def _device(name: str, local_rank: int) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"--device {name} cannot be used ({str(error).splitlines()[0]}): expected auto, cpu, or a GPU that this torch sees"
+            f"--device {name} cannot be used ({str(error).splitlines()[0]}): expected auto, cpu, "
+            "or a GPU that this torch sees"
         ) from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -191,8 +192,8 @@ def _join_mpi(launch: Launch) -> tuple[Collectives, Any, Any]:
         ) from error
     if launch.size != MPI.COMM_WORLD.size:
         raise WorldError(
-            f"{launch.launcher} started {launch.size} ranks, but MPI ({MPI.Get_library_version().split(',')[0]}) counts "
-            f"{MPI.COMM_WORLD.size}: the launcher belongs to another MPI. Use that MPI's own mpirun, or "
+            f"{launch.launcher} started {launch.size} ranks, but MPI ({MPI.Get_library_version().split(',')[0]}) "
+            f"counts {MPI.COMM_WORLD.size}: the launcher belongs to another MPI. Use that MPI's own mpirun, or "
             "`srun --mpi=pmix`; `hvdvae doctor` says which MPI is in use"
         )
     carrier = MpiCollectives(MPI.COMM_WORLD)

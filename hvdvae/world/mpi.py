@@ -100,7 +100,8 @@ class MpiInquiry:
         return answers
 
     def _send(self, data: bytes, to: int, tag: int) -> None:
-        # Small messages are sent eagerly; a request that never completes (its receiver is gone) is freed, not waited for.
+        # Small messages are sent eagerly; a request that never completes (its receiver is gone) is freed, not waited
+        # for.
         request: Any = self._comm.Isend(np.frombuffer(data, np.uint8), to, tag)
         request.Free()
 

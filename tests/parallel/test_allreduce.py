@@ -1,4 +1,4 @@
-"""Law 1 and law 7: N ranks with batch B each are one process with batch N * B, whatever the optimizer and its options."""
+"""Laws 1 and 7: N ranks with batch B each are one process with batch N * B, whatever the optimizer."""
 
 import copy
 from collections.abc import Callable, Iterable

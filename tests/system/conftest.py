@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from hvdvae.cli import main
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER_PREFIXES = ("OMPI_COMM_", "OMPI_UNIVERSE", "PMIX_", "PMI_", "PRTE_", "SLURM_", "HOROVOD_")
@@ -65,6 +68,7 @@ class Launch:
 
 
 Start = Callable[..., Launch]
+Command = Callable[..., Finished]
 
 
 def clean_environment(**changes: str) -> dict[str, str]:
@@ -109,3 +113,38 @@ def start(tmp_path: Path) -> Iterator[Start]:
     yield run
     for launch in running:
         launch.kill()
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    """command(*arguments) -> how `hvdvae ARGUMENTS` ended, run in this process, in the test's own folder.
+
+    An exception that escapes the command fails the test: a user would see its traceback.
+    """
+    for name in os.environ:
+        if name.startswith(LAUNCHER_PREFIXES):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Finished:
+        capfd.readouterr()
+        began = time.monotonic()
+        status = main([str(argument) for argument in arguments])
+        said = capfd.readouterr()
+        return Finished(status, said.out + said.err, time.monotonic() - began)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set that trains in no time: 8 x 8 bytes, two kinds of noisy stripes; 480, 40 and 41 examples."""
+    noise = np.random.default_rng(0)
+    stripes = np.zeros((561, 8, 8), np.uint8)
+    stripes[::2, :, ::2] = 255
+    stripes[1::2, ::2, :] = 255
+    flipped = noise.random(stripes.shape) < 0.1
+    stripes[flipped] = 255 - stripes[flipped]
+    file = tmp_path_factory.mktemp("data") / "stripes.npz"
+    np.savez(file, train=stripes[:480], validation=stripes[480:520], test=stripes[520:])
+    return file

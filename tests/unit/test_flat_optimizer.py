@@ -175,9 +175,12 @@ def test_a_chosen_implementation_is_kept(choice: dict[str, bool]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"backward_passes_per_step": 0}, "backward_passes_per_step is 0"), ({"clip_norm": 0.0}, "--clip-norm")]
+    ("options", "words"),
+    [({"backward_passes_per_step": 0}, "backward_passes_per_step is 0"), ({"clip_norm": 0.0}, "--clip-norm")],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], words: str) -> None:
     model = Scaled()
     with pytest.raises(ConfigError, match=words):
-        DistributedOptimizer(torch.optim.Adam(model.parameters()), model, world=World.alone(), strategy="local", **options)
+        DistributedOptimizer(
+            torch.optim.Adam(model.parameters()), model, world=World.alone(), strategy="local", **options
+        )

@@ -25,7 +25,7 @@ def test_seeds_ranks_and_steps_differ() -> None:
     assert len({stream(*key) for key in keys}) == len(keys)
     noise = torch.stack([draw(*key) for key in keys])
     correlation = torch.corrcoef(noise).fill_diagonal_(0).abs().max()
-    assert correlation < 0.65, "64 numbers of unrelated streams correlate by about 1/8, none of a thousand pairs by this"
+    assert correlation < 0.65, "64 numbers of unrelated streams correlate by about 1/8"
 
 
 def test_neighbours_and_swaps_are_no_shifted_copies() -> None:

@@ -1,0 +1,200 @@
+"""A run that was stopped, however, and resumed ends with the weights of one that was never stopped."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hvdvae.checkpoint import Folder, load
+from tests.system.conftest import Command, Finished, Launch, Start, clean_environment, launcher_command
+
+EPOCHS = 12
+STEPS = 240
+"""Steps of an epoch: two examples each."""
+
+
+def words(images: Path, ranks: int, out: str = "run") -> list[str]:
+    """A run that takes some seconds, with all kinds of state: moments, a moving average, a schedule."""
+    sizes = ["--hidden", "10", "--latent", "3", "--threads", "1", "--batch-size", str(2 // ranks)]
+    rates = ["--lr", "0.002", "--schedule", "cosine", "--ema", "0.99", "--clip-norm", "20"]
+    run = ["--epochs", str(EPOCHS), "--nll-samples", "2", "--pictures-every", "0", "--out", out]
+    return ["train", "--data", str(images), *sizes, *rates, *run]
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory: pytest.TempPathFactory, images: Path) -> dict[int, Path]:
+    """Folders of whole runs, by number of ranks."""
+    folder = tmp_path_factory.mktemp("whole")
+    for ranks in (1, 2):
+        command = [*launcher_command("none" if ranks == 1 else "mpirun", ranks), sys.executable, "-m", "hvdvae"]
+        job = Launch([*command, *words(images, ranks, f"np{ranks}")], clean_environment(), folder).finish(60)
+        assert job.status == 0, job.output
+    return {ranks: folder / f"np{ranks}" for ranks in (1, 2)}
+
+
+def wait_for_checkpoint(folder: Path) -> None:
+    """Return soon after the first epoch: then the run is in the middle of another."""
+    give_up = time.monotonic() + 60
+    while not Folder(folder / "checkpoints", 3).steps():
+        assert time.monotonic() < give_up, "no checkpoint came"
+        time.sleep(0.01)
+    time.sleep(0.1)
+
+
+def stop(job: Launch, folder: Path, number: signal.Signals, *, group: bool = False) -> Finished:
+    """Send a signal in the middle of the run, to the launcher alone or, as Ctrl-C does, to its group."""
+    wait_for_checkpoint(folder)
+    assert job.process.poll() is None, "the run is over: there is nothing to stop"
+    (os.killpg if group else os.kill)(job.process.pid, number)
+    return job.finish(60)
+
+
+def newest(folder: Path) -> Path:
+    return Folder(folder / "checkpoints", 3).steps()[0]
+
+
+def assert_same_end(found: Path, expected: Path) -> None:
+    """Weights, moments and moving average are equal bit for bit, and so is what was made of them."""
+    ours, theirs = load(newest(found)), load(newest(expected))
+    assert ours.record["position"] == theirs.record["position"] == {"epoch": EPOCHS, "examples": 0, "step": 12 * STEPS}
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    assert {name.partition("/")[0] for name in ours.tensors} == {"model", "optimizer", "ema", "buffers"}
+    different = [name for name, tensor in ours.tensors.items() if not torch.equal(tensor, theirs.tensors[name])]
+    assert not different
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (found, expected)]
+    assert summaries[0]["test_nll"] == summaries[1]["test_nll"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_saves_and_resume_goes_on_bit_for_bit(
+    start: Start, command: Command, tmp_path: Path, images: Path, never_stopped: dict[int, Path], number: signal.Signals
+) -> None:
+    folder = tmp_path / "run"
+    job = stop(start(1, "-m", "hvdvae", *words(images, 1), launcher="none"), folder, number)
+    assert job.status == 128 + number
+    assert "Traceback" not in job.output
+    said = re.search(rf"{number.name}: saved at step (\d+) in run/checkpoints; continue with --resume", job.output)
+    assert said, job.output
+    step = int(said[1])
+    assert load(newest(folder)).record["step"] == step
+    assert STEPS < step < EPOCHS * STEPS
+    assert step % STEPS, "in the middle of an epoch, not at its end"
+    assert not (folder / "summary.json").exists()
+    resumed = command("train", "--resume", "--out", "run")
+    assert resumed.status == 0, resumed.output
+    assert f"resumed at step {step}" in resumed.output
+    assert_same_end(folder, never_stopped[1])
+
+
+def test_sigkill_leaves_whole_checkpoints_to_resume_from(
+    start: Start, command: Command, tmp_path: Path, images: Path, never_stopped: dict[int, Path]
+) -> None:
+    folder = tmp_path / "run"
+    job = stop(start(1, "-m", "hvdvae", *words(images, 1), launcher="none"), folder, signal.SIGKILL)
+    assert job.status == -signal.SIGKILL
+    resumed = command("train", "--resume", "--out", "run")
+    assert resumed.status == 0, resumed.output
+    assert "refused" not in resumed.output
+    assert_same_end(folder, never_stopped[1])
+
+
+@pytest.mark.parametrize(
+    ("number", "launcher"),
+    [(signal.SIGUSR1, "mpirun"), (signal.SIGTERM, "mpirun"), (signal.SIGINT, "mpirun"), (signal.SIGTERM, "horovodrun-gloo")],
+    ids=str,
+)
+def test_two_ranks_stop_and_go_on(
+    start: Start, tmp_path: Path, images: Path, never_stopped: dict[int, Path], number: signal.Signals, launcher: str
+) -> None:
+    """The launcher gets the signal. Open MPI's mpirun forwards SIGUSR1 and waits, and gives SIGTERM half a second."""
+    folder = tmp_path / "run"
+    job = stop(start(2, "-m", "hvdvae", *words(images, 2), launcher=launcher), folder, number)
+    assert job.status != 0
+    assert "Traceback (most recent call last):\n  File \"<frozen runpy>\"" not in job.output
+    if number == signal.SIGUSR1:
+        assert job.output.count("SIGUSR1: saved at step") == 1, job.output
+        assert load(newest(folder)).record["step"] % STEPS
+    resumed = start(2, "-m", "hvdvae", "train", "--resume", "--out", "run").finish(60)
+    assert resumed.status == 0, resumed.output
+    assert "resumed at step" in resumed.output
+    assert_same_end(folder, never_stopped[2])
+
+
+def test_one_rank_continues_the_run_of_two(
+    start: Start, command: Command, tmp_path: Path, images: Path, never_stopped: dict[int, Path]
+) -> None:
+    """The same examples are left to see, in the same global batches; only the noise is another."""
+    folder = tmp_path / "run"
+    stop(start(2, "-m", "hvdvae", *words(images, 2)), folder, signal.SIGUSR1)
+    step = load(newest(folder)).record["step"]
+    resumed = command("train", "--resume", "--out", "run", "--batch-size", 2)
+    assert resumed.status == 0, resumed.output
+    assert f"resumed at step {step}" in resumed.output
+    last = load(newest(folder)).record
+    assert last["position"] == {"epoch": EPOCHS, "examples": 0, "step": EPOCHS * STEPS}
+    assert last["world_size"] == 1
+    ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (folder, never_stopped[2]))
+    assert ours["world_size"] == 1
+    assert ours["test_nll"] == pytest.approx(theirs["test_nll"], rel=0.05)
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_is_taken(
+    command: Command, tmp_path: Path, never_stopped: dict[int, Path]
+) -> None:
+    folder = Path(shutil.copytree(never_stopped[1], tmp_path / "run"))
+    torn = newest(folder)
+    torn.write_bytes(torn.read_bytes()[:-100])
+    resumed = command("train", "--resume", "--out", "run")
+    assert resumed.status == 0, resumed.output
+    assert f"refused: run/checkpoints/{torn.name}" in resumed.output
+    assert f"resumed at step {(EPOCHS - 1) * STEPS}" in resumed.output
+    assert_same_end(folder, never_stopped[1])
+
+
+def test_an_earlier_run_is_not_touched_unless_asked(
+    command: Command, tmp_path: Path, images: Path, never_stopped: dict[int, Path]
+) -> None:
+    folder = Path(shutil.copytree(never_stopped[1], tmp_path / "run"))
+    mine = folder / "notes.txt"
+    mine.write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    refused = command("train", "--data", images, "--out", "run")
+    assert refused.status == 2
+    for word in ("--out run", "earlier run", "--resume", "--overwrite"):
+        assert word in refused.output
+    # What cannot be run deletes nothing either.
+    assert command("train", "--data", images, "--out", "run", "--overwrite", "--model", "conv", "--hidden", 1, 1, 1, 1).status == 2
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    few = ("--epochs", 1, "--nll-samples", 0, "--hidden", 10, "--batch-size", 48)
+    assert command("train", "--data", images, "--out", "run", "--overwrite", *few).status == 0
+    assert [load(path).record["step"] for path in Folder(folder / "checkpoints", 3).steps()] == [10]
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) < 10
+    assert mine.read_text() == "mine"
+
+
+def test_resume_of_nothing_starts_anew_and_of_a_whole_run_changes_nothing(
+    command: Command, tmp_path: Path, images: Path
+) -> None:
+    """So that one command line serves the first start and every restart of a job."""
+    few = ("--epochs", 2, "--nll-samples", 2, "--hidden", 10, "--batch-size", 48)
+    again = ("train", "--data", images, "--out", "new/run", "--resume", *few)
+    first = command(*again)
+    assert first.status == 0, first.output
+    assert "no checkpoint in new/run/checkpoints yet, starting anew" in first.output
+    weights = newest(tmp_path / "new" / "run").read_bytes()
+    second = command(*again)
+    assert second.status == 0, second.output
+    assert "resumed at step 20" in second.output
+    assert newest(tmp_path / "new" / "run").read_bytes() == weights
+    summary = json.loads((tmp_path / "new" / "run" / "summary.json").read_text())
+    assert (summary["epochs"], summary["steps"]) == (2, 20)
+    longer = command(*again[:-6], "--epochs", 3, "--nll-samples", 2)
+    assert longer.status == 0, longer.output
+    assert load(newest(tmp_path / "new" / "run")).record["step"] == 30

@@ -1,0 +1,497 @@
+"""The loop in one process: any module, a user's loss, a user's own data."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hvdvae import pulse
+from hvdvae.checkpoint import Folder, load
+from hvdvae.errors import CheckpointError, NonFiniteError
+from hvdvae.pulse import Beat
+from hvdvae.schedule import learning_rate
+from hvdvae.seeding import seed_everything
+from hvdvae.strategies import DistributedOptimizer
+from hvdvae.trainer import Loss, Outcome, Trainer, exit_status
+from hvdvae.world import World
+from tests.rows import Rows
+
+EXAMPLES, BATCH, STEPS = 26, 4, 6  # Two examples are left out of each epoch.
+WORLD = World.alone(device="cpu")
+
+
+def rows(count: int = EXAMPLES) -> Tensor:
+    return torch.randn(count, 5, generator=torch.Generator().manual_seed(8))
+
+
+class Denoiser(nn.Module):
+    """BatchNorm, dropout and noise of its own: everything that a run must remember or draw anew."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.Sequential(
+            nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 5)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x + 0.1 * torch.randn_like(x))  # type: ignore[no-any-return]
+
+
+def squared_error(model: nn.Module, batch: Tensor, epoch: float) -> Tensor:
+    return (model(batch) - batch).square().mean()
+
+
+def plain_network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 5))
+
+
+def trainer_of(
+    model: nn.Module,
+    loss: Loss = squared_error,
+    *,
+    data: Tensor | None = None,
+    batch: int = BATCH,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    lr: float = 0.01,
+    accumulate: int = 1,
+    **options: Any,
+) -> Trainer:
+    wrapped = DistributedOptimizer(
+        optimizer(model.parameters(), lr=lr), model, world=WORLD, strategy="local", backward_passes_per_step=accumulate
+    )
+    return Trainer(model, wrapped, loss, Rows(rows() if data is None else data, batch, WORLD), **options)
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
+
+
+def assert_same_bits(one: nn.Module, other: nn.Module) -> None:
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.fixture
+def beat_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks meet after each step, so that a signal ends the run at the step in which it came."""
+    monkeypatch.setattr(pulse, "PERIOD_SECONDS", 0.0)
+
+
+def test_trains_as_a_plain_loop_does() -> None:
+    model, plain = Denoiser(), Denoiser()
+    outcome = trainer_of(model, seed=5).fit(2)
+    optimizer = torch.optim.Adam(plain.parameters(), lr=0.01)
+    step = 0
+    for epoch in range(2):
+        for batch in Rows(rows(), BATCH, WORLD).epoch(epoch):
+            seed_everything(WORLD.device, 5, 0, step)
+            optimizer.zero_grad()
+            squared_error(plain, batch, 0.0).backward()
+            optimizer.step()
+            step += 1
+    for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert (outcome.epochs, outcome.step, outcome.examples) == (2, 2 * STEPS, 2 * STEPS * BATCH)
+    assert (outcome.signal, outcome.skipped_steps, exit_status(outcome)) == (0, 0, 0)
+    assert outcome.seconds > 0
+
+
+@pytest.mark.parametrize(("batch", "passes"), [(4, 2), (7, 3), (2, 4)])
+def test_accumulated_micro_batches_are_one_big_batch(batch: int, passes: int) -> None:
+    """Also where the micro-batches are not of one size, or fewer than asked for."""
+    big, small = plain_network(), plain_network()
+    calls: list[int] = []
+
+    def counted(model: nn.Module, micro: Tensor, epoch: float) -> Tensor:
+        calls.append(len(micro))
+        return squared_error(model, micro, epoch)
+
+    trainer_of(big, batch=batch, optimizer=torch.optim.SGD, lr=0.1).fit(2)
+    told = Notes()
+    trainer_of(small, counted, batch=batch, optimizer=torch.optim.SGD, lr=0.1, accumulate=passes, monitors=[told]).fit(
+        2
+    )
+    torch.testing.assert_close(weights(small), weights(big), atol=1e-6, rtol=1e-5)
+    assert max(calls) == -(-batch // passes)
+    assert told.epochs[0][2]["loss"] == pytest.approx(0.95, abs=0.3)
+
+
+def test_the_loss_gets_the_epoch_with_its_fraction_and_may_be_a_mapping() -> None:
+    epochs: list[float] = []
+
+    def loss(model: nn.Module, batch: Tensor, epoch: float) -> dict[str, Tensor]:
+        epochs.append(epoch)
+        value = squared_error(model, batch, epoch)
+        return {"loss": value, "rate": value.detach() * 0 + 3, "distortion": value.detach() * 0 + 70}
+
+    told = Notes()
+    trainer_of(plain_network(), loss, monitors=[told]).fit(2)
+    assert epochs == pytest.approx([e + (s + 0.5) * BATCH / EXAMPLES for e in range(2) for s in range(STEPS)])
+    assert told.epochs[1][2].items() >= {"rate": 3, "distortion": 70, "elbo": -73}.items()
+
+
+def test_the_schedule_sets_the_rate_of_every_group() -> None:
+    seen: list[tuple[float, ...]] = []
+
+    def loss(model: nn.Module, batch: Tensor, epoch: float) -> Tensor:
+        seen.append(tuple(group["lr"] for group in trainer.optimizer.param_groups))
+        return squared_error(model, batch, epoch)
+
+    def groups(parameters: Iterator[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        first, *rest = parameters
+        return torch.optim.SGD([{"params": [first], "lr": 10 * lr}, {"params": rest}], lr)
+
+    factor = learning_rate("cosine", epochs=2, warmup=1, step_epochs=1, gamma=1)
+    trainer = trainer_of(plain_network(), loss, optimizer=groups, lr=0.5, schedule=factor)
+    trainer.fit(2)
+    expected = [factor(e + (s + 0.5) * BATCH / EXAMPLES) for e in range(2) for s in range(STEPS)]
+    assert [rate for _, rate in seen] == pytest.approx([0.5 * f for f in expected])
+    assert [rate for rate, _ in seen] == pytest.approx([5 * f for f in expected])
+
+
+def bad_at(*steps: int) -> tuple[Loss, list[Tensor]]:
+    """A loss that is NaN at some steps, and the weights before each step."""
+    before: list[Tensor] = []
+
+    def loss(model: nn.Module, batch: Tensor, epoch: float) -> Tensor:
+        before.append(weights(model))
+        good = squared_error(model, batch, epoch)
+        return good * float("nan") if len(before) - 1 in steps else good
+
+    return loss, before
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted() -> None:
+    loss, before = bad_at(1, 4)
+    model, told = plain_network(), Notes()
+    trainer = trainer_of(model, loss, ema_decay=0.5, monitors=[told], skip_limit=2)
+    average: list[Tensor] = []
+    trainer.ema.update = lambda: average.append(weights(model))  # type: ignore[union-attr, method-assign]
+    outcome = trainer.fit(1)
+    assert outcome.skipped_steps == 2
+    assert outcome.step == STEPS
+    changed = [not torch.equal(a, b) for a, b in zip(before, [*before[1:], weights(model)], strict=True)]
+    assert changed == [True, False, True, True, False, True]
+    assert len(average) == STEPS - 2, "a skipped step does not count for the moving average"
+    assert told.epochs[0][2]["skipped_steps"] == 2
+    assert told.epochs[0][2]["loss"] < 10, "the mean is over finite losses"
+
+
+def test_after_the_limit_the_run_stops_and_names_it() -> None:
+    loss, before = bad_at(*range(1, 100))
+    told = Notes()
+    with pytest.raises(NonFiniteError, match=r"skipped 3 steps .*--skip-limit 2.*step 3.*--lr.*--clip-norm"):
+        trainer_of(plain_network(), loss, skip_limit=2, monitors=[told]).fit(1)
+    assert len(before) == 4
+    assert told.closed == 1
+
+
+def test_overflows_while_fp16_finds_its_scale_do_not_count_as_failures() -> None:
+    def loss(model: nn.Module, batch: Tensor, epoch: float) -> Tensor:
+        return 1e4 * (model(batch) - batch).square().mean()
+
+    model = plain_network()
+    start = weights(model)
+    trainer = trainer_of(model, loss, precision="fp16", skip_limit=0)
+    outcome = trainer.fit(3)
+    assert 0 < outcome.skipped_steps < outcome.step, "the first scale must overflow, a later one fit"
+    assert trainer.scaler is not None
+    assert trainer.scaler.get_scale() < 65536
+    assert not torch.equal(weights(model), start)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_trains_nearly_as_fp32(precision: str) -> None:
+    exact, mixed = plain_network(), plain_network()
+    start = weights(exact)
+    dtypes: set[torch.dtype] = set()
+
+    def loss(model: nn.Module, batch: Tensor, epoch: float) -> Tensor:
+        out = model(batch)
+        dtypes.add(out.dtype)
+        return (out.float() - batch).square().mean()
+
+    trainer_of(exact, optimizer=torch.optim.SGD, lr=0.1).fit(2)
+    trainer_of(mixed, loss, optimizer=torch.optim.SGD, lr=0.1, precision=precision).fit(2)
+    assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    assert weights(mixed).dtype == torch.float32
+    far = (weights(exact) - start).norm()
+    assert (weights(mixed) - weights(exact)).norm() < 0.05 * far
+
+
+def test_validation_sees_the_moving_average_in_eval_mode_without_gradients() -> None:
+    model = Denoiser()
+    seen: list[Tensor] = []
+
+    def validate() -> dict[str, float]:
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        assert trainer.ema is not None
+        assert torch.equal(trainer.optimizer.flat.parameters, trainer.ema.average)
+        seen.append(weights(model))
+        return {"loss": 1.0}
+
+    trainer = trainer_of(model, ema_decay=0.9, validate=validate)
+    trainer.fit(2)
+    assert len(seen) == 2
+    assert model.training
+    assert not torch.allclose(weights(model), seen[-1], atol=1e-4), "training goes on with its own weights"
+
+
+def run_with_validation(folder: Path, losses: list[float], **options: Any) -> tuple[Trainer, Folder]:
+    left = iter(losses)
+    checkpoints = Folder(folder, 2)
+    trainer = trainer_of(
+        plain_network(), checkpoints=checkpoints, validate=lambda: {"loss": next(left), "elbo": 0.0}, **options
+    )
+    trainer.fit(len(losses))
+    return trainer, checkpoints
+
+
+def epoch_of(path: Path) -> int:
+    epoch: int = load(path).record["position"]["epoch"]
+    return epoch
+
+
+def test_the_best_by_validation_and_the_last_are_kept(tmp_path: Path) -> None:
+    trainer, checkpoints = run_with_validation(tmp_path, [3.0, 1.0, 2.0, 1.0, 5.0])
+    assert epoch_of(checkpoints.best) == 2, "the first of equals"
+    assert trainer.best == 1.0
+    assert [epoch_of(path) for path in checkpoints.steps()] == [5, 4]
+
+
+@pytest.mark.parametrize("losses", [[float("nan"), 3.0, 2.0, 4.0], [3.0, float("nan"), 2.0, float("nan")]])
+def test_a_validation_that_is_not_a_number_is_never_the_best(tmp_path: Path, losses: list[float]) -> None:
+    trainer, checkpoints = run_with_validation(tmp_path, losses)
+    assert trainer.best == 2.0
+    assert epoch_of(checkpoints.best) == 3
+
+
+def test_periods_of_validation_and_checkpoints_and_the_last_epoch_always(tmp_path: Path) -> None:
+    told = Notes()
+    checkpoints = Folder(tmp_path, 99)
+    trainer_of(
+        plain_network(),
+        checkpoints=checkpoints,
+        checkpoint_every=3,
+        validate=lambda: {"loss": 1.0},
+        validate_every=2,
+        monitors=[told],
+    ).fit(5)
+    assert [epoch for epoch, _, metrics in told.epochs if "validation_loss" in metrics] == [2, 4, 5]
+    # Epoch 2 is the best of the first validation.
+    assert sorted(epoch_of(path) for path in checkpoints.steps()) == [2, 3, 5]
+
+
+class Notes:
+    """A monitor that notes its events."""
+
+    def __init__(self) -> None:
+        self.beats: list[tuple[Beat, int, float, float]] = []
+        self.epochs: list[tuple[int, int, dict[str, float]]] = []
+        self.closed = 0
+
+    def on_beat(self, beat: Beat, *, step: int, epoch: float, lr: float) -> None:
+        assert not self.closed
+        self.beats.append((beat, step, epoch, lr))
+
+    def on_epoch(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+        assert not self.closed
+        self.epochs.append((epoch, step, metrics))
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_monitors_are_told_and_closed() -> None:
+    told, other = Notes(), Notes()
+    losses: list[float] = []
+
+    def loss(model: nn.Module, batch: Tensor, epoch: float) -> Tensor:
+        value = squared_error(model, batch, epoch)
+        losses.append(float(value.detach()))
+        return value
+
+    trainer_of(plain_network(), loss, monitors=[told, other], validate=lambda: {"loss": 4.0, "nll": 5.0}).fit(3)
+    assert [(epoch, step) for epoch, step, _ in told.epochs] == [(e, e * STEPS) for e in (1, 2, 3)]
+    assert sum(beat.examples for beat, *_ in told.beats) == 3 * STEPS * BATCH
+    assert [step for _, step, _, _ in told.beats][-1] == 3 * STEPS
+    assert all(len(beat.step_seconds) == 1 for beat, *_ in told.beats)
+    for number, (_, _, metrics) in enumerate(told.epochs):
+        of_epoch = losses[number * STEPS : (number + 1) * STEPS]
+        assert metrics["loss"] == pytest.approx(sum(of_epoch) / STEPS, rel=1e-5)
+        assert metrics.items() >= {"validation_loss": 4.0, "validation_nll": 5.0, "lr": 0.01}.items()
+        assert metrics["gradient_norm"] > 0
+        assert "elbo" not in metrics, "a loss without rate and distortion has no ELBO"
+    assert told.closed == other.closed == 1
+    assert other.epochs == told.epochs
+
+
+def test_monitors_are_closed_when_training_fails() -> None:
+    def loss(model: nn.Module, batch: Tensor, epoch: float) -> Tensor:
+        raise KeyError("the user's own mistake")
+
+    told = Notes()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyError, match="own mistake"):
+        trainer_of(plain_network(), loss, monitors=[told]).fit(1)
+    assert told.closed == 1
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_time_of_validation_is_not_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speed is of training: what lies between epochs does not slow the first beat of the next."""
+    clock = [0.0]
+    monkeypatch.setattr(pulse.time, "perf_counter", lambda: clock[0])
+
+    def loss(model: nn.Module, batch: Tensor, epoch: float) -> Tensor:
+        clock[0] += 0.125
+        return squared_error(model, batch, epoch)
+
+    def validate() -> dict[str, float]:
+        clock[0] += 1000.0
+        return {"loss": 1.0}
+
+    told = Notes()
+    trainer = trainer_of(plain_network(), loss, monitors=[told], validate=validate)
+    clock[0] += 1000.0
+    outcome = trainer.fit(3)
+    assert {seconds for beat, *_ in told.beats for seconds in beat.step_seconds} == {0.125}
+    assert outcome.seconds == pytest.approx(3 * STEPS * 0.125)
+
+
+def stops_at(step: int, number: signal.Signals) -> Loss:
+    calls = 0
+
+    def loss(model: nn.Module, batch: Tensor, epoch: float) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            os.kill(os.getpid(), number)
+        return squared_error(model, batch, epoch)
+
+    return loss
+
+
+@pytest.mark.usefixtures("beat_every_step")
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [
+        (2, signal.SIGTERM),
+        (STEPS, signal.SIGTERM),
+        (STEPS + 3, signal.SIGTERM),
+        (3 * STEPS - 1, signal.SIGTERM),
+        (2, signal.SIGINT),
+        (2, signal.SIGUSR1),
+    ],
+)
+def test_a_stopped_and_resumed_run_is_the_run_that_never_stopped(
+    tmp_path: Path, step: int, number: signal.Signals
+) -> None:
+    """Law 8, bit for bit: weights, BatchNorm, Adam, moving average, dropout and noise, order of the data."""
+    if number != signal.SIGTERM and step != 2:
+        pytest.skip("once is enough")
+
+    def build(model: nn.Module, loss: Loss = squared_error) -> Trainer:
+        factor = learning_rate("cosine", epochs=3, warmup=1, step_epochs=1, gamma=1)
+        return trainer_of(
+            model,
+            loss,
+            seed=3,
+            ema_decay=0.9,
+            schedule=factor,
+            checkpoints=Folder(tmp_path, 3),
+            validate=lambda: {"loss": float(weights(model).norm())},
+            config={"lr": 0.01},
+        )
+
+    straight = Denoiser()
+    reference = build(straight)
+    reference._checkpoints = None
+    reference.fit(3)
+
+    first = build(Denoiser(), stops_at(step, number))
+    outcome = first.fit(3)
+    assert outcome.signal == number
+    assert exit_status(outcome) == 128 + number
+    # At the last step of an epoch the epoch is ended first; the run stops at the next step.
+    stopped = step + 1 if step % STEPS == 0 else step
+    assert outcome.step == stopped
+    assert outcome.epochs == pytest.approx(stopped // STEPS + stopped % STEPS * BATCH / EXAMPLES)
+
+    newest = Folder(tmp_path, 3).newest_good()
+    assert newest is not None
+    assert load(newest).record["step"] == stopped
+    assert load(newest).record["config"] == {"lr": 0.01}
+    resumed_model = Denoiser(seed=99)
+    resumed = build(resumed_model)
+    resumed.resume(load(newest))
+    assert resumed.position == first.position
+    outcome = resumed.fit(3)
+    assert (outcome.step, outcome.epochs) == (3 * STEPS, 3)
+    assert outcome.examples == (3 * STEPS - stopped) * BATCH
+    assert_same_bits(resumed_model, straight)
+    assert torch.equal(resumed.ema.average, reference.ema.average)  # type: ignore[union-attr]
+    assert resumed.best == reference.best
+    states = [list(trainer.optimizer.inner.state.values()) for trainer in (resumed, reference)]
+    for mine, theirs in zip(*states, strict=True):
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(mine[key], theirs[key]), key
+
+
+def test_a_resumed_fp16_run_keeps_its_scale_and_its_pardoned_overflows(tmp_path: Path) -> None:
+    bad = 3.5  # After so many epochs one loss is NaN, which the limit of one allows.
+
+    def loss(model: nn.Module, batch: Tensor, epoch: float) -> Tensor:
+        nonlocal bad
+        value = 1e4 * (model(batch) - batch).square().mean()
+        if epoch < bad:
+            return value
+        bad = float("inf")
+        return value * float("nan")
+
+    first = trainer_of(plain_network(), loss, precision="fp16", skip_limit=1, checkpoints=Folder(tmp_path, 1))
+    assert first.fit(3).skipped_steps > 2
+    newest = Folder(tmp_path, 1).newest_good()
+    assert newest is not None
+    second = trainer_of(plain_network(7), loss, precision="fp16", skip_limit=1)
+    second.resume(load(newest))
+    assert second.scaler is not None
+    assert first.scaler is not None
+    assert second.scaler.get_scale() == first.scaler.get_scale()
+    second.fit(4)
+    assert second.optimizer.skipped_steps == first.optimizer.skipped_steps + 1
+
+
+def test_the_resumed_runs_own_learning_rate_rules(tmp_path: Path) -> None:
+    trainer_of(plain_network(), lr=0.01, checkpoints=Folder(tmp_path, 1)).fit(1)
+    newest = Folder(tmp_path, 1).newest_good()
+    assert newest is not None
+    trainer = trainer_of(plain_network(), lr=0.5)
+    trainer.resume(load(newest))
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.5]
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_says_how(tmp_path: Path) -> None:
+    trainer_of(plain_network(), checkpoints=Folder(tmp_path, 1)).fit(1)
+    newest = Folder(tmp_path, 1).newest_good()
+    assert newest is not None
+    with pytest.raises(CheckpointError, match=r"trains 4 parameters.*this model 2.*--hidden"):
+        trainer_of(nn.Sequential(nn.Linear(5, 5))).resume(load(newest))
+    wider = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 5))
+    start = weights(wider)
+    with pytest.raises(CheckpointError, match=r"step-000000006.*(0\.\w+|2\.weight) is \([45, ]+\) there, \(.*9.*\) here"):
+        trainer_of(wider).resume(load(newest))
+    assert torch.equal(weights(wider), start), "nothing may be loaded halfway"
+
+
+def test_exit_status_is_that_of_the_signal() -> None:
+    ended = Outcome(epochs=1, step=1, examples=1, seconds=1, signal=15, skipped_steps=0)
+    assert exit_status(ended) == 143
