@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def horovod_environment(**settings: str) -> Iterator[None]:
-    """Inside, HOROVOD_* is as the user set it, and `settings`; after, as before. Mutates os.environ."""
+    """Inside, HOROVOD_* is as the user set it, or else as in `settings`; after, as before. Mutates os.environ."""
     before = {name: value for name, value in os.environ.items() if name.startswith("HOROVOD_")}
-    os.environ.update(settings)
+    os.environ.update(settings | before)
     try:
         yield
     finally:

@@ -25,4 +25,5 @@ class Neighbours:
 def _host_seconds() -> float:
     """Processor seconds of all processes, idle and stolen time not counted; in steps of about 10 ms."""
     times = psutil.cpu_times()
-    return float(sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq")))
+    kinds = ("user", "nice", "system", "irq", "softirq")
+    return float(sum(getattr(times, kind, 0.0) for kind in kinds))

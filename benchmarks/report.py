@@ -12,7 +12,7 @@ BUSY = 0.1
 
 def report(content: Mapping[str, Any]) -> str:
     """All of a result file as text: machine, throughput of each side, ratios with targets, what failed."""
-    return "\n".join([*_machine(content), *_throughput(content), *_verdicts(verdicts(content)), *_failures(content)])
+    return "\n".join([*_machine(content), *_throughput(content), *_verdicts(verdicts(content)), *_failed(content)])
 
 
 def _machine(content: Mapping[str, Any]) -> Iterator[str]:
@@ -40,7 +40,7 @@ def _throughput(content: Mapping[str, Any]) -> Iterator[str]:
         for side in measured["sides"].values():
             rates, times = (spread(side[key]) for key in ("examples_per_second", "milliseconds_per_step"))
             if rates is None or times is None:
-                why = f"failed: {side['failed']}" if side["failed"] else "not installed"
+                why = f"failed: {side['failed']}" if side["failed"] else "not measured"
                 yield f"  {side['what']:<64}{why:>10}"
             else:
                 middle = f"{rates.median:>10,.0f}{times.median:>12.2f}"
@@ -59,9 +59,21 @@ def _verdicts(rows: list[Verdict]) -> Iterator[str]:
         yield f"{name}{median:>10}{target:>12}   {row.outcome:<13}{where} {row.note}".rstrip()
 
 
-def _failures(content: Mapping[str, Any]) -> Iterator[str]:
-    if content.get("crash"):
-        yield f"\nfailed: {content['crash']}"
+def _failed(content: Mapping[str, Any]) -> Iterator[str]:
+    for line in failures(content):
+        yield f"failed: {line}"
+
+
+def failures(content: Mapping[str, Any]) -> list[str]:
+    """What went wrong, a line each; a target that was missed did not."""
+    found = [
+        f"{model}, {side['what']}: {side['failed']}"
+        for model, measured in content["models"].items()
+        for side in measured["sides"].values()
+        if side["failed"]
+    ]
+    found += [f"memory of engine {engine}: its words are above" for engine in content["memory_failed"]]
+    return [*found, *([content["crash"]] if content["crash"] else [])]
 
 
 def _range(found: Spread, style: str) -> str:

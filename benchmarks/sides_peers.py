@@ -31,7 +31,8 @@ def _adam(model: VAE) -> torch.optim.Adam:
 def _raw_horovod(task: Task) -> Iterator[Run]:
     import horovod.torch as hvd
 
-    with horovod_environment():
+    # Its defaults, said aloud: once set, Horovod keeps a value over shutdown and init until it is told another.
+    with horovod_environment(HOROVOD_CYCLE_TIME="1", HOROVOD_FUSION_THRESHOLD=str(128 << 20)):
         hvd.init()
         try:
             model = task.network()

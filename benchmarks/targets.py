@@ -53,7 +53,7 @@ def verdicts(content: Mapping[str, Any]) -> list[Verdict]:
     for model, measured in content["models"].items():
         sides = {key: side["examples_per_second"] for key, side in measured["sides"].items()}
         found += [*_scaling(model, sides), *_peers(model, sides), *_one_process(model, sides, bf16)]
-    return [*found, *_memory(content.get("memory", {}))]
+    return [*found, *_memory(content["memory"])]
 
 
 def _scaling(model: str, sides: Mapping[str, Rounds]) -> list[Verdict]:

@@ -23,7 +23,7 @@ if (
 
 from benchmarks.launch_ranks import ROOT, TIMED_OUT, launch_ranks
 from benchmarks.plot_throughput import plot
-from benchmarks.report import report
+from benchmarks.report import failures, report
 
 MODELS = ("mlp", "conv")
 ENGINES = ("mpi", "horovod")
@@ -71,6 +71,7 @@ def measure(asked: argparse.Namespace, result: Path) -> dict[str, Any]:
     if not result.exists():
         raise RuntimeError(f"the ranks ended with status {status} before anything was measured; see above")
     content: dict[str, Any] = json.loads(result.read_text())
+    content["crash"] = ""
     if status:
         ended = f"did not end within {limit:.0f} s" if status == TIMED_OUT else f"ended with status {status}"
         content["crash"] = f"the ranks {ended} in: {content['running'] or 'their end'} (their words are above)"
@@ -88,12 +89,6 @@ def measure_memory(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return found
 
 
-def failed(content: dict[str, Any]) -> bool:
-    """Whether anything but a target was missed."""
-    sides = [side for model in content["models"].values() for side in model["sides"].values()]
-    return bool(content.get("crash")) or any(side["failed"] for side in sides) or set(content["memory"]) != set(ENGINES)
-
-
 def main() -> int:
     """Measure, print, write. The exit status."""
     asked = options()
@@ -101,8 +96,13 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / "throughput.json"
     result.unlink(missing_ok=True)
-    content = measure(asked, result)
+    try:
+        content = measure(asked, result)
+    except (FileNotFoundError, RuntimeError) as error:
+        print(f"throughput: error: {error}", file=sys.stderr)
+        return 1
     content["memory"] = measure_memory(asked, folder / "memory.json")
+    content["memory_failed"] = [engine for engine in ENGINES if engine not in content["memory"]]
     content["command"] = shlex.join(["python", "benchmarks/throughput.py", *sys.argv[1:]])
     result.write_text(json.dumps(content, indent=1) + "\n")
     print("\n" + report(content))
@@ -111,7 +111,7 @@ def main() -> int:
     except ImportError:
         print("no picture: matplotlib is not installed")
     print(f"\nwritten to {folder}")
-    return int(failed(content))
+    return 1 if failures(content) else 0
 
 
 if __name__ == "__main__":

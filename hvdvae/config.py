@@ -225,6 +225,8 @@ def check(config: TrainConfig) -> None:
             raise ConfigError(f"{flag(key)} is {values[key]}, expected a finite number above 0")
     if config.seed >= 2**63:
         raise ConfigError(f"--seed is {config.seed}, expected less than 2**63")
+    if config.momentum >= 1:
+        raise ConfigError(f"--momentum is {config.momentum}, expected less than 1")
     if not 0 <= config.ema < 1:
         raise ConfigError(f"--ema is {config.ema}, expected a decay from 0 (none) to below 1, such as 0.999")
     for key in ("hidden", "latent"):

@@ -126,13 +126,13 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, ema: bool = False)
     if saved.keys() != mine.keys():
         raise CheckpointError(
             f"{checkpoint.name} holds another model ({_difference(list(saved), list(mine))}): build it with the "
-            "configuration it was saved with"
+            "--model, --hidden, --latent it was saved with"
         )
     for name, tensor in saved.items():
         if tensor.shape != mine[name].shape:
             raise CheckpointError(
                 f"{checkpoint.name} holds another model ({name} is {tuple(tensor.shape)} there, "
-                f"{tuple(mine[name].shape)} here): build it with the configuration it was saved with"
+                f"{tuple(mine[name].shape)} here): build it with the --model, --hidden, --latent it was saved with"
             )
     with torch.no_grad():
         for name, tensor in saved.items():

@@ -244,7 +244,9 @@ class Trainer:
             "gradient_norm": self.optimizer.gradient_norm,
             "skipped_steps": float(self.optimizer.skipped_steps),
         }
-        if not (rate or distortion):
+        if not examples:  # A resume at the remainder of an epoch: nothing was trained in it.
+            metrics = {name: metrics[name] for name in ("lr", "skipped_steps")}
+        elif not (rate or distortion):
             metrics = {name: value for name, value in metrics.items() if name not in ("rate", "distortion", "elbo")}
         is_best = False
         if self._validate is not None and (epoch % self._validate_every == 0 or last):

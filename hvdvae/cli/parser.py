@@ -2,28 +2,25 @@
 
 import inspect
 import os
-from argparse import SUPPRESS, Action, ArgumentError, ArgumentTypeError
+from argparse import ArgumentError, ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import docstring_parser
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_loader  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_loader  # type: ignore[attr-defined]
 
 from hvdvae import config as training
 from hvdvae.cli import options
-from hvdvae.cli.values import checked, expected, shown
+from hvdvae.cli.config_file import CONFIG_FILE, load_yaml, read_values
+from hvdvae.cli.help import Help
 from hvdvae.cli.wording import reworded
 from hvdvae.config import TrainConfig, flag
 from hvdvae.errors import ConfigError
 
 Command = Callable[[Any], int]
-
-CONFIG_FILE = "config.yaml"
-"""The resolved configuration, in the folder of results."""
 
 DESCRIPTION = """Train variational autoencoders in parallel over Horovod and MPI.
 
@@ -32,35 +29,7 @@ Two ranks:      mpirun -np 2 hvdvae train --data mnist      (or horovodrun -np 2
 """
 
 
-def _load_yaml(text: str) -> Any:
-    """YAML whose keys may be spelled as the flags are: batch-size is batch_size."""
-    loaded = yaml.safe_load(text)
-    if isinstance(loaded, dict):
-        return {str(key).replace("-", "_"): value for key, value in loaded.items()}
-    return loaded
-
-
-class Help(DefaultHelpFormatter):
-    """Help that shows a default where it says something, and no Python types."""
-
-    def _expand_help(self, action: Action) -> str:
-        text = action.help or ""
-        plain = action.default not in (None, SUPPRESS, False) and "[" not in text and "default" not in text
-        return f"{text} [{action.default}]" if plain and action.option_strings and action.nargs != 0 else text
-
-    def _metavar_formatter(self, action: Action, default_metavar: str) -> Any:
-        choices = _choices(action)
-        text = action.metavar or ("{" + ",".join(choices) + "}" if choices else "X")
-        return lambda size: (text,) * size
-
-
-def _choices(action: Action) -> list[str]:
-    """The words of a Literal type, also of an optional one."""
-    hint = getattr(action, "_typehint", None)
-    return [str(word) for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]
-
-
-set_loader("yaml_with_flags", _load_yaml, exceptions=(yaml.YAMLError,))
+set_loader("yaml_with_flags", load_yaml, exceptions=(yaml.YAMLError,))
 
 
 def parse(argv: list[str]) -> tuple[Command, Any]:
@@ -115,33 +84,9 @@ def _check_files(argv: list[str]) -> None:
     files = [argv[n + 1] for n, word in enumerate(argv[:-1]) if word == "--config"]
     files += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
     for file in files:
-        _read_values(Path(file), f"--config {file}")
+        read_values(Path(file), f"--config {file}")
     for saved in _saved_config(argv):
-        _read_values(Path(saved), str(saved))
-
-
-def _read_values(path: Path, name: str) -> dict[str, Any]:
-    """Keys and values of a YAML file, of the types of TrainConfig. `name` is for messages; raises ConfigError."""
-    try:
-        loaded = _load_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{name}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{name}: found no YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{name}: found {type(loaded).__name__}, expected lines of `key: value`")
-    hints = get_type_hints(TrainConfig)
-    values = {}
-    for key, value in loaded.items():
-        if key not in hints:
-            near = get_close_matches(key, hints, 1)
-            hint = f": did you mean {near[0]}?" if near else "; `hvdvae train --help` lists the keys"
-            raise ConfigError(f"{name} has the unknown key {key!r}{hint}")
-        try:
-            values[key] = checked(value, hints[key])
-        except ValueError:
-            raise ConfigError(f"{name}: {key} is {shown(value)}, expected {expected(hints[key])}") from None
-    return values
+        read_values(Path(saved), str(saved))
 
 
 def _deferred(kind: type, values: Namespace) -> Any:
@@ -212,22 +157,3 @@ def _saved_config(argv: list[str]) -> list[str | os.PathLike[Any]]:
         if folder is not None and (Path(folder) / CONFIG_FILE).is_file():
             return [os.fspath(Path(folder) / CONFIG_FILE)]
     return []
-
-
-def write_config(config: TrainConfig, path: Path) -> None:
-    """Save the resolved configuration as YAML that --config accepts. Raises ConfigError naming the file."""
-    values = {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__}
-    # How this launch was asked to treat its folder is no property of the run.
-    for name in ("resume", "overwrite"):
-        values.pop(name)
-    try:
-        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def read_config(path: Path) -> TrainConfig:
-    """The configuration of a run. Raises ConfigError naming the file, and the key where one is unknown or wrong."""
-    if not path.is_file():
-        raise ConfigError(f"{path} is missing: is {path.parent} the --out of a training run?")
-    return TrainConfig(**_read_values(path, str(path)))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from hvdvae import checkpoint as checkpoints
 from hvdvae.cli import assemble
-from hvdvae.cli.parser import CONFIG_FILE, read_config
+from hvdvae.cli.config_file import CONFIG_FILE, read_config
 from hvdvae.config import TrainConfig
 from hvdvae.data import Dataset, Source, check_support
 from hvdvae.errors import ConfigError

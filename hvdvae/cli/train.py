@@ -12,7 +12,7 @@ from hvdvae import checkpoint as checkpoints
 from hvdvae.checkpoint import Checkpoint
 from hvdvae.cli import assemble
 from hvdvae.cli.assessment import Pictures, assess
-from hvdvae.cli.parser import CONFIG_FILE, write_config
+from hvdvae.cli.config_file import CONFIG_FILE, write_config
 from hvdvae.cli.results import prepare_folder, versions, write_json
 from hvdvae.config import TrainConfig
 from hvdvae.cores import threads_of_rank

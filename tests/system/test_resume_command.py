@@ -1,7 +1,6 @@
 """A run that was stopped, however, and resumed ends with the weights of one that was never stopped."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -15,7 +14,7 @@ import torch
 from hvdvae.checkpoint import Folder, load
 from tests.system.conftest import Command, Finished, Launch, Start, clean_environment, launcher_command
 
-EPOCHS = 12
+EPOCHS = 8
 STEPS = 240
 """Steps of an epoch: two examples each."""
 
@@ -39,20 +38,18 @@ def never_stopped(tmp_path_factory: pytest.TempPathFactory, images: Path) -> dic
     return {ranks: folder / f"np{ranks}" for ranks in (1, 2)}
 
 
-def wait_for_checkpoint(folder: Path) -> None:
-    """Return soon after the first epoch: then the run is in the middle of another."""
+def stop(job: Launch, folder: Path, number: signal.Signals, *, after: Path | None = None) -> Finished:
+    """Send a signal in the middle of an epoch, to the launcher alone, and wait for the end of the job.
+
+    It is sent soon after the next whole checkpoint: that of the first epoch, or the one that follows `after`.
+    """
     give_up = time.monotonic() + 60
-    while not Folder(folder / "checkpoints", 3).steps():
+    while not (found := Folder(folder / "checkpoints", 3).steps()) or found[0] == after:
         assert time.monotonic() < give_up, "no checkpoint came"
         time.sleep(0.01)
     time.sleep(0.1)
-
-
-def stop(job: Launch, folder: Path, number: signal.Signals, *, group: bool = False) -> Finished:
-    """Send a signal in the middle of the run, to the launcher alone or, as Ctrl-C does, to its group."""
-    wait_for_checkpoint(folder)
     assert job.process.poll() is None, "the run is over: there is nothing to stop"
-    (os.killpg if group else os.kill)(job.process.pid, number)
+    job.process.send_signal(number)
     return job.finish(60)
 
 
@@ -63,7 +60,9 @@ def newest(folder: Path) -> Path:
 def assert_same_end(found: Path, expected: Path) -> None:
     """Weights, moments and moving average are equal bit for bit, and so is what was made of them."""
     ours, theirs = load(newest(found)), load(newest(expected))
-    assert ours.record["position"] == theirs.record["position"] == {"epoch": EPOCHS, "examples": 0, "step": 12 * STEPS}
+    assert (
+        ours.record["position"] == theirs.record["position"] == {"epoch": EPOCHS, "examples": 0, "step": EPOCHS * STEPS}
+    )
     assert ours.tensors.keys() == theirs.tensors.keys()
     assert {name.partition("/")[0] for name in ours.tensors} == {"model", "optimizer", "ema", "buffers"}
     different = [name for name, tensor in ours.tensors.items() if not torch.equal(tensor, theirs.tensors[name])]
@@ -105,34 +104,39 @@ def test_sigkill_leaves_whole_checkpoints_to_resume_from(
     assert_same_end(folder, never_stopped[1])
 
 
-@pytest.mark.parametrize(
-    ("number", "launcher"),
-    [(signal.SIGUSR1, "mpirun"), (signal.SIGTERM, "mpirun"), (signal.SIGINT, "mpirun"), (signal.SIGTERM, "horovodrun-gloo")],
-    ids=str,
-)
-def test_two_ranks_stop_and_go_on(
-    start: Start, tmp_path: Path, images: Path, never_stopped: dict[int, Path], number: signal.Signals, launcher: str
-) -> None:
-    """The launcher gets the signal. Open MPI's mpirun forwards SIGUSR1 and waits, and gives SIGTERM half a second."""
-    folder = tmp_path / "run"
-    job = stop(start(2, "-m", "hvdvae", *words(images, 2), launcher=launcher), folder, number)
+@pytest.fixture(scope="module")
+def stopped_at_two_ranks(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """The folder of a run of two ranks whose mpirun got SIGUSR1, which it forwards."""
+    folder = tmp_path_factory.mktemp("stopped")
+    command = [*launcher_command("mpirun", 2), sys.executable, "-m", "hvdvae", *words(images, 2)]
+    job = stop(Launch(command, clean_environment(), folder), folder / "run", signal.SIGUSR1)
     assert job.status != 0
-    assert "Traceback (most recent call last):\n  File \"<frozen runpy>\"" not in job.output
-    if number == signal.SIGUSR1:
-        assert job.output.count("SIGUSR1: saved at step") == 1, job.output
-        assert load(newest(folder)).record["step"] % STEPS
-    resumed = start(2, "-m", "hvdvae", "train", "--resume", "--out", "run").finish(60)
-    assert resumed.status == 0, resumed.output
-    assert "resumed at step" in resumed.output
+    assert job.output.count("SIGUSR1: saved at step") == 1, job.output
+    assert load(newest(folder / "run")).record["step"] % STEPS
+    return folder / "run"
+
+
+def test_two_ranks_stop_and_go_on_again_and_again(
+    start: Start, tmp_path: Path, stopped_at_two_ranks: Path, never_stopped: dict[int, Path]
+) -> None:
+    """Each launcher gets a signal alone and ends its ranks; Open MPI's mpirun gives them half a second to save."""
+    folder = Path(shutil.copytree(stopped_at_two_ranks, tmp_path / "run"))
+    again = ("-m", "hvdvae", "train", "--resume", "--out", "run")
+    for launcher, number in (("mpirun", signal.SIGTERM), ("horovodrun-gloo", signal.SIGINT)):
+        job = stop(start(2, *again, launcher=launcher), folder, number, after=newest(folder))
+        assert job.status != 0
+        assert "resumed at step" in job.output
+        assert "uncaught exception" not in job.output
+    last = start(2, *again).finish(60)
+    assert last.status == 0, last.output
     assert_same_end(folder, never_stopped[2])
 
 
 def test_one_rank_continues_the_run_of_two(
-    start: Start, command: Command, tmp_path: Path, images: Path, never_stopped: dict[int, Path]
+    command: Command, tmp_path: Path, stopped_at_two_ranks: Path, never_stopped: dict[int, Path]
 ) -> None:
     """The same examples are left to see, in the same global batches; only the noise is another."""
-    folder = tmp_path / "run"
-    stop(start(2, "-m", "hvdvae", *words(images, 2)), folder, signal.SIGUSR1)
+    folder = Path(shutil.copytree(stopped_at_two_ranks, tmp_path / "run"))
     step = load(newest(folder)).record["step"]
     resumed = command("train", "--resume", "--out", "run", "--batch-size", 2)
     assert resumed.status == 0, resumed.output
@@ -170,7 +174,8 @@ def test_an_earlier_run_is_not_touched_unless_asked(
     for word in ("--out run", "earlier run", "--resume", "--overwrite"):
         assert word in refused.output
     # What cannot be run deletes nothing either.
-    assert command("train", "--data", images, "--out", "run", "--overwrite", "--model", "conv", "--hidden", 1, 1, 1, 1).status == 2
+    impossible = ("--overwrite", "--model", "conv", "--hidden", 1, 1, 1, 1)
+    assert command("train", "--data", images, "--out", "run", *impossible).status == 2
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     few = ("--epochs", 1, "--nll-samples", 0, "--hidden", 10, "--batch-size", 48)
     assert command("train", "--data", images, "--out", "run", "--overwrite", *few).status == 0

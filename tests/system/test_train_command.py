@@ -263,7 +263,7 @@ def test_the_learning_rate_follows_the_schedule(
 
 
 def test_options_of_two_ranks(start: Start, tmp_path: Path, images: Path) -> None:
-    """One launch, a run an option: the engine that auto picks and why, compression, Adasum, SyncBatchNorm, scaled rates."""
+    """One launch, a run an option: --engine auto, compression, Adasum, SyncBatchNorm, scaled rates."""
     case = str(Path(__file__).parent / "several_commands.py")
     base = ["train", "--data", str(images), "--epochs", "3", "--batch-size", "24", "--lr", "0.01", "--nll-samples", "2"]
     options = {

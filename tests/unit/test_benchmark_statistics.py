@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.report import report
+from benchmarks.report import failures, report
 from benchmarks.statistics_of_rounds import Spread, paired_ratios, rotated, spread
 from benchmarks.targets import Verdict, verdicts
 
@@ -33,6 +33,9 @@ def content(model: str = "mlp", has_bf16: bool = True, **rates: Sequence[float |
         "data": "some data",
         "date": "today",
         "models": {model: {"sides": sides}},
+        "memory": {},
+        "memory_failed": [],
+        "crash": "",
     }
 
 
@@ -107,6 +110,7 @@ def test_memory_grows_by_the_data_in_bytes() -> None:
 
 def test_the_report_names_what_failed() -> None:
     found = content(local=[1234.0])
+    assert failures(found) == []
     found["models"]["mlp"]["sides"]["ddp"]["failed"] = "RuntimeError: no route"
     found["crash"] = "the ranks ended with status 9"
     text = report(found)

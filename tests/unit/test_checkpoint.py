@@ -81,6 +81,15 @@ def test_every_flipped_byte_is_refused_by_name(tmp_path: Path, flip: int) -> Non
             parse(bytes(damaged), "bad.safetensors")
 
 
+@pytest.mark.parametrize(("found", "read_as"), [("F32", "I32"), ("[2,3]", "[3,2]"), ('"one"', '"two"')])
+def test_other_types_shapes_and_names_of_the_same_bytes_are_refused(tmp_path: Path, found: str, read_as: str) -> None:
+    save(tmp_path / "a", Checkpoint({"one": torch.ones(2, 3)}, {"step": 1}))
+    data = (tmp_path / "a").read_bytes()
+    assert data.count(found.encode()) == 1
+    with pytest.raises(CheckpointError, match=r"^bad is damaged"):
+        parse(data.replace(found.encode(), read_as.encode()), "bad")
+
+
 def test_bytes_behind_the_end_are_refused(tmp_path: Path) -> None:
     data = small(tmp_path / "a")
     assert parse(data, "good").record == {"step": 1}
@@ -163,8 +172,9 @@ def test_a_write_that_fails_anywhere_leaves_the_earlier(
             patch.setattr(Path, "replace", fail)
         else:
             patch.setattr(Path, "open", fail)
-        with pytest.raises(CheckpointError, match=r"step-000000002\.safetensors: No space left .*--resume"):
-            folder.save(example(2), is_best=True)
+        for step in (2, 1):  # A new file, and one that is there already.
+            with pytest.raises(CheckpointError, match=rf"step-00000000{step}\.safetensors: No space left .*--resume"):
+                folder.save(Checkpoint(example(3).tensors, {"step": step}), is_best=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert folder.newest_good() == tmp_path / "step-000000001.safetensors"
     folder.save(example(2), is_best=False)

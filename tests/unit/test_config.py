@@ -13,8 +13,9 @@ import yaml
 
 from hvdvae import config as training
 from hvdvae.cli import main
+from hvdvae.cli.config_file import read_config, write_config
 from hvdvae.cli.options import SUBCOMMANDS
-from hvdvae.cli.parser import parse, read_config, write_config
+from hvdvae.cli.parser import parse
 from hvdvae.config import TrainConfig, flag
 from hvdvae.errors import ConfigError
 

@@ -1,0 +1,65 @@
+"""YAML files of options: read with every key and value checked by name, written resolved."""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from hvdvae.cli.values import checked, expected, shown
+from hvdvae.config import TrainConfig
+from hvdvae.errors import ConfigError
+
+CONFIG_FILE = "config.yaml"
+"""The resolved configuration, in the folder of results."""
+
+
+def load_yaml(text: str) -> Any:
+    """YAML whose keys may be spelled as the flags are: batch-size is batch_size."""
+    loaded = yaml.safe_load(text)
+    if isinstance(loaded, dict):
+        return {str(key).replace("-", "_"): value for key, value in loaded.items()}
+    return loaded
+
+
+def read_values(path: Path, name: str) -> dict[str, Any]:
+    """Keys and values of a YAML file, of the types of TrainConfig. `name` is for messages; raises ConfigError."""
+    try:
+        loaded = load_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{name}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{name}: found no YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{name}: found {type(loaded).__name__}, expected lines of `key: value`")
+    hints = get_type_hints(TrainConfig)
+    values = {}
+    for key, value in loaded.items():
+        if key not in hints:
+            near = get_close_matches(key, hints, 1)
+            hint = f": did you mean {near[0]}?" if near else "; `hvdvae train --help` lists the keys"
+            raise ConfigError(f"{name} has the unknown key {key!r}{hint}")
+        try:
+            values[key] = checked(value, hints[key])
+        except ValueError:
+            raise ConfigError(f"{name}: {key} is {shown(value)}, expected {expected(hints[key])}") from None
+    return values
+
+
+def write_config(config: TrainConfig, path: Path) -> None:
+    """Save the resolved configuration as YAML that --config accepts. Raises ConfigError naming the file."""
+    values = {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__}
+    # How this launch was asked to treat its folder is no property of the run.
+    for name in ("resume", "overwrite"):
+        values.pop(name)
+    try:
+        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The configuration of a run. Raises ConfigError naming the file, and the key where one is unknown or wrong."""
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: is {path.parent} the --out of a training run?")
+    return TrainConfig(**read_values(path, str(path)))

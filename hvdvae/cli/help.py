@@ -1,0 +1,26 @@
+"""How --help reads."""
+
+from argparse import SUPPRESS, Action
+from typing import Any, Literal, get_args, get_origin
+
+from jsonargparse import DefaultHelpFormatter
+
+
+class Help(DefaultHelpFormatter):
+    """Help that shows a default where it says something, and no Python types."""
+
+    def _expand_help(self, action: Action) -> str:
+        text = action.help or ""
+        plain = action.default not in (None, SUPPRESS, False) and "[" not in text and "default" not in text
+        return f"{text} [{action.default}]" if plain and action.option_strings and action.nargs != 0 else text
+
+    def _metavar_formatter(self, action: Action, default_metavar: str) -> Any:
+        choices = _choices(action)
+        text = action.metavar or ("{" + ",".join(choices) + "}" if choices else "X")
+        return lambda size: (text,) * size
+
+
+def _choices(action: Action) -> list[str]:
+    """The words of a Literal type, also of an optional one."""
+    hint = getattr(action, "_typehint", None)
+    return [str(word) for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]
