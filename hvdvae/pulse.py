@@ -13,7 +13,7 @@ import torch
 
 from hvdvae.world import World
 
-PERIOD_SECONDS = 0.2
+PERIOD_SECONDS = 0.1
 """How often ranks meet, about: a signal is acted on within this time."""
 
 STOP, STEPS, EXAMPLES, LOSS, RATE, DISTORTION, DATA, EXCHANGE, TOTAL = range(9)

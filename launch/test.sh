@@ -13,7 +13,7 @@ source "$launch/mpi.sh"
 started=$SECONDS
 bash "$launch/install.sh" --test
 cd "$root"
-export PATH=$root/.venv/bin:$PATH PYTHONFAULTHANDLER=1
+export PATH=$root/.venv/bin:$PATH
 # Several ranks share these cores: threads of one would only take them from another.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 leave_launch

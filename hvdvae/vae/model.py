@@ -156,4 +156,8 @@ class VAE(nn.Module):
 
     def _normal(self, q: DiagonalGaussian, samples: int, generator: torch.Generator | None) -> Tensor:
         size = q.packed.shape
-        return torch.randn(samples, *size[1:-1], size[-1] // 2, generator=generator, device=q.packed.device)
+        shape = (samples, *size[1:-1], size[-1] // 2)
+        if generator is None:
+            # torch.compile cannot trace the form with a generator where the batch's size is symbolic.
+            return torch.randn(shape, device=q.packed.device)
+        return torch.randn(shape, generator=generator, device=q.packed.device)

@@ -23,7 +23,7 @@ def words(images: Path, ranks: int, out: str = "run") -> list[str]:
     """A run that takes some seconds, with all kinds of state: moments, a moving average, a schedule."""
     sizes = ["--hidden", "10", "--latent", "3", "--threads", "1", "--batch-size", str(2 // ranks)]
     rates = ["--lr", "0.002", "--schedule", "cosine", "--ema", "0.99", "--clip-norm", "20"]
-    run = ["--epochs", str(EPOCHS), "--nll-samples", "2", "--pictures-every", "0", "--out", out]
+    run = ["--epochs", str(EPOCHS), "--nll-samples", "2", "--pictures-every", "0", "--out", out, "--engine", "mpi"]
     return ["train", "--data", str(images), *sizes, *rates, *run]
 
 
@@ -119,15 +119,19 @@ def stopped_at_two_ranks(tmp_path_factory: pytest.TempPathFactory, images: Path)
 def test_two_ranks_stop_and_go_on_again_and_again(
     start: Start, tmp_path: Path, stopped_at_two_ranks: Path, never_stopped: dict[int, Path]
 ) -> None:
-    """Each launcher gets a signal alone and ends its ranks; Open MPI's mpirun gives them half a second to save."""
+    """Each launcher gets a signal alone and ends its ranks; Open MPI's mpirun gives them half a second to save.
+
+    It is the same run, bit for bit, whatever launches it and whichever engine adds two gradients.
+    """
     folder = Path(shutil.copytree(stopped_at_two_ranks, tmp_path / "run"))
     again = ("-m", "hvdvae", "train", "--resume", "--out", "run")
     for launcher, number in (("mpirun", signal.SIGTERM), ("horovodrun-gloo", signal.SIGINT)):
-        job = stop(start(2, *again, launcher=launcher), folder, number, after=newest(folder))
+        engine = ("--engine", "mpi" if launcher == "mpirun" else "horovod")
+        job = stop(start(2, *again, *engine, launcher=launcher), folder, number, after=newest(folder))
         assert job.status != 0
         assert "resumed at step" in job.output
         assert "uncaught exception" not in job.output
-    last = start(2, *again).finish(60)
+    last = start(2, *again, "--engine", "mpi").finish(60)
     assert last.status == 0, last.output
     assert_same_end(folder, never_stopped[2])
 

@@ -5,11 +5,24 @@ from typing import Any
 
 import pytest
 
-from benchmarks.report import failures, report
+from benchmarks.report import report
 from benchmarks.statistics_of_rounds import Spread, paired_ratios, rotated, spread
 from benchmarks.targets import Verdict, verdicts
 
-SIDES = ("mpi", "horovod", "raw_horovod", "ddp", "local", "optimizer", "bf16", "local_cl", "bf16_cl", "bare", "pythae")
+SIDES = (
+    "mpi",
+    "horovod",
+    "raw_horovod",
+    "ddp",
+    "apart",
+    "local",
+    "optimizer",
+    "bf16",
+    "local_cl",
+    "bf16_cl",
+    "bare",
+    "pythae",
+)
 
 
 def content(model: str = "mlp", has_bf16: bool = True, **rates: Sequence[float | None]) -> dict[str, Any]:
@@ -19,7 +32,6 @@ def content(model: str = "mlp", has_bf16: bool = True, **rates: Sequence[float |
     sides = {
         key: {
             "what": key,
-            "failed": "",
             "examples_per_second": rates.get(key, missing),
             "milliseconds_per_step": rates.get(key, missing),
             "cores_of_others": missing,
@@ -34,8 +46,7 @@ def content(model: str = "mlp", has_bf16: bool = True, **rates: Sequence[float |
         "date": "today",
         "models": {model: {"sides": sides}},
         "memory": {},
-        "memory_failed": [],
-        "crash": "",
+        "failures": [],
     }
 
 
@@ -110,10 +121,8 @@ def test_memory_grows_by_the_data_in_bytes() -> None:
 
 def test_the_report_names_what_failed() -> None:
     found = content(local=[1234.0])
-    assert failures(found) == []
-    found["models"]["mlp"]["sides"]["ddp"]["failed"] = "RuntimeError: no route"
-    found["crash"] = "the ranks ended with status 9"
+    assert "failed" not in report(found)
+    found["failures"] = ["mlp, PyTorch DDP: RuntimeError: no route"]
     text = report(found)
-    assert "failed: RuntimeError: no route" in text
-    assert "the ranks ended with status 9" in text
+    assert "failed: mlp, PyTorch DDP: RuntimeError: no route" in text
     assert "1,234" in text

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -25,6 +26,14 @@ def test_a_repeated_sigterm_is_still_only_a_flag() -> None:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
         assert flag.number == signal.SIGTERM
+
+
+@pytest.fixture(autouse=True)
+def _default_ctrl_c() -> Iterator[None]:
+    """A shell that runs the tests in the background has them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_second_ctrl_c_means_it() -> None:
