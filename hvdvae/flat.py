@@ -49,6 +49,11 @@ class FlatModel:
                 self.group_slices.append(slice(group_start, start))
         self.buffers = _flatten_buffers(model)
 
+    def move_gradient(self, vector: Tensor) -> None:
+        """Let `vector` (P,), zeroed, be the gradient from now on. Call it before the first backward()."""
+        self.gradient = vector
+        self._gradient_views = list(self.views(vector).values())
+
     def gather_gradient(self) -> Tensor:
         """Move all gradients into the vector `gradient` (P,) and make each `.grad` a view of it. Idempotent.
 

@@ -1,12 +1,17 @@
-"""`--strategy allreduce --engine mpi`: one MPI_Allreduce of the flat gradient and one fused optimizer step.
+"""`--strategy allreduce --engine mpi`: one allreduce of the flat gradient and one fused optimizer step.
 
-No background thread: the rank that computes keeps its core. On CPU ranks this is the faster engine. Vectors on a GPU
-are staged through host memory, since not every MPI is CUDA-aware; there NCCL (`--engine horovod`) is faster.
+No background thread: the rank that computes keeps its core. On CPU ranks this is the faster engine. Ranks of one host
+average their gradients in shared memory (world/shared_memory.py); ranks of several hosts by one MPI_Allreduce. Vectors
+on a GPU are staged through host memory, since not every MPI is CUDA-aware; there NCCL (`--engine horovod`) is faster.
 """
 
-from torch import Tensor
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hvdvae.strategies.strategy import Strategy
+from hvdvae.world import World
 
 
 class MpiAllreduce(Strategy):
@@ -15,6 +20,18 @@ class MpiAllreduce(Strategy):
     name = "allreduce"
     engine = "mpi"
 
+    def __init__(self, optimizer: Optimizer, model: nn.Module, world: World, **options: Any) -> None:
+        """As Strategy; moves the gradient vector into shared memory where all ranks are on one host."""
+        super().__init__(optimizer, model, world, **options)
+        self._shared = world.shared_vectors(self.flat.gradient)
+        if self._shared is not None:
+            self.flat.move_gradient(self._shared.mine)
+            self.follow_gradient()
+
     def exchange(self, gradient: Tensor) -> None:
-        """Sum by MPI, then divide. 4 P bytes in and out of each rank, twice (Rabenseifner or ring, MPI's choice)."""
-        self.world.sum_(gradient, "allreduce of the gradient").div_(self.world.size)
+        """The mean over ranks, in place; the same bits on all."""
+        if self._shared is not None:
+            with self.world.watchdog.waiting("allreduce of the gradient in shared memory"):
+                self._shared.mean_()
+        else:
+            self.world.sum_(gradient, "allreduce of the gradient").div_(self.world.size)

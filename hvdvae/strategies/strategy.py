@@ -68,6 +68,12 @@ class Strategy(Optimizer):
         _check_same_model(self.flat, world)
         self.broadcast_model()
 
+    def follow_gradient(self) -> None:
+        """Point the inner optimizer at the gradient vector, after it was moved. Local."""
+        if self._is_flat:
+            for group, part in zip(self.inner.param_groups, self.flat.group_slices, strict=True):
+                group["params"][0].grad = self.flat.gradient[part]
+
     @abstractmethod
     def exchange(self, gradient: Tensor) -> None:
         """Turn this rank's gradient (P,), in place, into the mean over ranks. Blocks; every rank must call it."""

@@ -107,6 +107,21 @@ class World:
         with self.watchdog.waiting(what):
             self._carrier.barrier()
 
+    def shared_vectors(self, like: torch.Tensor) -> Any:
+        """Vectors like this one in memory that all ranks see (SharedVectors), or None where that cannot be.
+
+        None with one rank, without MPI, over several hosts, on a GPU, or where shared memory is too small. Blocks;
+        every rank must call it.
+        """
+        if self.size == 1 or self.comm is None or like.device.type != "cpu":
+            return None
+        from hvdvae.world.shared_memory import SharedVectors, fits
+
+        with self.watchdog.waiting("shared memory"):
+            if not fits(self.comm, like.numel() * like.element_size()):
+                return None
+            return SharedVectors(self.comm, like)
+
     def horovod(self) -> Any:
         """Horovod's torch module, started on the trainers' communicator. Blocks; every rank must call the first time.
 

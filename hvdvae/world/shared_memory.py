@@ -1,0 +1,83 @@
+"""A vector of every rank of one host, in memory that all of them see: the mean of all without a message.
+
+    1. every rank writes its own vector          (the gradient is gathered right into it)
+    2. barrier
+    3. rank r averages the r-th slice of all vectors, and writes the mean into all of them
+    4. barrier
+
+Each rank reads N and writes N slices of P/N elements, where a message would be copied in, out, and summed. Every slice
+is summed by one rank, so all ranks hold the same bits. The memory is given back when MPI ends.
+"""
+
+import shutil
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+CHUNK = 65536
+"""Elements that are summed, scaled and written while they are in the cache."""
+
+_BACKING = "/dev/shm"  # Where MPI libraries put shared windows; a container may give it a few MB.
+
+
+class SharedVectors:
+    """One vector (P,) a rank. Making it blocks; every rank of `comm` must do it."""
+
+    def __init__(self, comm: MPI.Intracomm, like: Tensor) -> None:
+        """Allocate vectors of `like`'s length and dtype, filled with zeros. `comm`: ranks of one host."""
+        self._comm = comm
+        bytes_each = like.numel() * like.element_size()
+        self._window = MPI.Win.Allocate_shared(bytes_each, like.element_size(), comm=comm)
+        self._window.Lock_all()
+        self.vectors = [self._vector_of(rank, like) for rank in range(comm.size)]
+        self.mine.zero_()
+        share = -(-like.numel() // comm.size)
+        self._slice = slice(comm.rank * share, min((comm.rank + 1) * share, like.numel()))
+        self._meet()
+
+    @property
+    def mine(self) -> Tensor:
+        """This rank's vector (P,)."""
+        return self.vectors[self._comm.rank]
+
+    def mean_(self) -> None:
+        """Replace every rank's vector by the mean of all. Blocks; every rank must call it."""
+        self._meet()
+        size, me = self._comm.size, self._comm.rank
+        for start in range(self._slice.start, self._slice.stop, CHUNK):
+            part = slice(start, min(start + CHUNK, self._slice.stop))
+            mean = self.vectors[me][part]
+            others = [vector[part] for rank, vector in enumerate(self.vectors) if rank != me]
+            for other in others:
+                mean.add_(other)
+            mean.mul_(1 / size)
+            for other in others:
+                other.copy_(mean)
+        self._meet()
+
+    def _vector_of(self, rank: int, like: Tensor) -> Tensor:
+        memory, _ = self._window.Shared_query(rank)
+        return torch.frombuffer(memory, dtype=like.dtype, count=like.numel())
+
+    def _meet(self) -> None:
+        self._window.Sync()
+        self._comm.Barrier()
+        self._window.Sync()
+
+
+def fits(comm: MPI.Intracomm, bytes_each: int) -> bool:
+    """Whether all ranks of `comm` are on one host with room for their vectors. Blocks; every rank must call it.
+
+    Past the room the kernel would kill the process that touches a page, so half of it is left.
+    """
+    together = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    same_host = together.size == comm.size
+    together.Free()
+    try:
+        room = shutil.disk_usage(_BACKING).free
+    except OSError:
+        room = 0
+    good: Any = comm.allreduce(int(same_host and 2 * bytes_each * comm.size < room), op=MPI.MIN)
+    return bool(good) and bytes_each > 0
