@@ -9,7 +9,8 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from mpi4py import MPI
+
+from hvdvae.cli import mpirun
 
 PACKAGES = ("hvdvae", "torch", "horovod", "mpi4py", "numpy", "pythae")
 
@@ -29,11 +30,8 @@ def machine() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "kernel": platform.release(),
-            "mpi": MPI.Get_library_version().splitlines()[0].strip("\0 ").split(", package")[0],
+            "mpi": _mpi(),
             **{name: _version(name) for name in PACKAGES},
-        },
-        "environment": {
-            name: value for name, value in sorted(os.environ.items()) if name.startswith(("OMP_", "HOROVOD_", "KMP_"))
         },
     }
 
@@ -50,6 +48,11 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def _mpi() -> str:
+    program = mpirun.find()
+    return mpirun.name(program) if program is not None else "not installed"
 
 
 def _version(name: str) -> str:

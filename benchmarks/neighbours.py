@@ -3,21 +3,22 @@
 import time
 
 import psutil  # type: ignore[import-untyped]
-from mpi4py import MPI
+
+from benchmarks.crew import Crew
 
 
 class Neighbours:
-    """Processor time that processes other than the ranks of `world` use on this host, since it was made."""
+    """Processor time that processes other than the crew's use on this host, since it was made."""
 
-    def __init__(self, world: MPI.Comm) -> None:
+    def __init__(self, crew: Crew) -> None:
         """Start now. Local."""
-        self._world = world
+        self._crew = crew
         self._start = (time.perf_counter(), _host_seconds(), time.process_time())
 
     def cores(self) -> float:
         """Mean number of cores that they kept busy. Blocks; every rank must call it."""
         start, host, own = self._start
-        ours = self._world.allreduce(time.process_time() - own)
+        ours: float = sum(self._crew.gather(time.process_time() - own))
         elapsed = time.perf_counter() - start
         return max(0.0, (_host_seconds() - host - ours) / elapsed)
 

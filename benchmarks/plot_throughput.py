@@ -11,7 +11,6 @@ from typing import Any
 
 from benchmarks.statistics_of_rounds import spread
 
-TWO_RANKS = ("mpi", "horovod", "raw_horovod", "ddp")
 OURS, PEERS = "#2a6f97", "#b0b7bf"
 
 
@@ -50,7 +49,9 @@ def _panel(axes: Any, model: str, sides: Mapping[str, Any]) -> None:
         if key == "local":
             axes.axvline(2 * found.median, linestyle="--", color="black", linewidth=1)
             axes.text(2 * found.median, -0.75, "2 x one process", ha="center", fontsize=8)
-    labels = [f"{side['what']} ({'2 ranks' if key in TWO_RANKS else '1 process'})" for key, side, _ in shown]
+    labels = [
+        f"{side['what']} ({side['ranks']}{' ranks' if side['ranks'] > 1 else ' process'})" for _, side, _ in shown
+    ]
     axes.set_yticks(range(len(shown)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("examples/s, all ranks")

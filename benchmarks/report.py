@@ -40,8 +40,7 @@ def _throughput(content: Mapping[str, Any]) -> Iterator[str]:
         for side in measured["sides"].values():
             rates, times = (spread(side[key]) for key in ("examples_per_second", "milliseconds_per_step"))
             if rates is None or times is None:
-                why = f"failed: {side['failed']}" if side["failed"] else "not measured"
-                yield f"  {side['what']:<64}{why:>10}"
+                yield f"  {side['what']:<64}not measured"
             else:
                 middle = f"{rates.median:>10,.0f}{times.median:>12.2f}"
                 yield f"  {side['what']:<64}{middle}   {_range(rates, ',.0f')}"
@@ -60,20 +59,8 @@ def _verdicts(rows: list[Verdict]) -> Iterator[str]:
 
 
 def _failed(content: Mapping[str, Any]) -> Iterator[str]:
-    for line in failures(content):
+    for line in content["failures"]:
         yield f"failed: {line}"
-
-
-def failures(content: Mapping[str, Any]) -> list[str]:
-    """What went wrong, a line each; a target that was missed did not."""
-    found = [
-        f"{model}, {side['what']}: {side['failed']}"
-        for model, measured in content["models"].items()
-        for side in measured["sides"].values()
-        if side["failed"]
-    ]
-    found += [f"memory of engine {engine}: its words are above" for engine in content["memory_failed"]]
-    return [*found, *([content["crash"]] if content["crash"] else [])]
 
 
 def _range(found: Spread, style: str) -> str:

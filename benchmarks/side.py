@@ -1,6 +1,7 @@
 """One way of training, to be timed against others; and the plain loop that most of them share.
 
-A side is opened for a block and closed after it, so that none of its threads lives while another is timed.
+A side is opened for a block and closed after it, so that none of its threads lives while another side is timed, and
+every block lays out its memory anew.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,7 +26,6 @@ class Side:
     what: str
     """Name in tables, and how it was set up."""
     open: Callable[[Task], AbstractContextManager[Run]]
-    ranks: int = 2
     models: tuple[str, ...] = ("mlp", "conv")
 
 

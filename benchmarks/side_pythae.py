@@ -115,4 +115,4 @@ def _binarized(task: Task) -> np.ndarray[Any, np.dtype[np.float32]]:
     return (images > task.source.peak / 2).astype(np.float32)
 
 
-ONE_PROCESS = (Side("pythae", "pythae's BaseTrainer", _pythae, ranks=1),)
+PYTHAE = Side("pythae", "pythae's BaseTrainer", _pythae)

@@ -1,10 +1,9 @@
-"""Sides that others are: raw Horovod, PyTorch's DistributedDataParallel, and the loop with nothing around it.
+"""Sides that others are: raw Horovod, and PyTorch's DistributedDataParallel.
 
-All have the same model, objective, batches and a fused Adam, in a plain loop.
+Both have the same model, objective and batches as ours, and a fused Adam, in a plain loop.
 """
 
 import gc
-import itertools
 import os
 import socket
 import warnings
@@ -13,11 +12,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
-from mpi4py import MPI
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.horovod_environment import horovod_environment
 from benchmarks.side import Run, Side, plain_loop
 from benchmarks.task import LEARNING_RATE, Task, endless
 from hvdvae.vae import VAE
@@ -31,20 +28,20 @@ def _adam(model: VAE) -> torch.optim.Adam:
 def _raw_horovod(task: Task) -> Iterator[Run]:
     import horovod.torch as hvd
 
-    # Its defaults, said aloud: once set, Horovod keeps a value over shutdown and init until it is told another.
-    with horovod_environment(HOROVOD_CYCLE_TIME="1", HOROVOD_FUSION_THRESHOLD=str(128 << 20)):
-        hvd.init()
-        try:
-            model = task.network()
-            optimizer = hvd.DistributedOptimizer(_adam(model), named_parameters=model.named_parameters())
-            hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-            yield plain_loop(task, model, optimizer, endless(task.loader(hvd.rank(), hvd.size())))
-        finally:
-            hvd.shutdown()
+    hvd.init()
+    try:
+        model = task.network()
+        optimizer = hvd.DistributedOptimizer(_adam(model), named_parameters=model.named_parameters())
+        hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+        yield plain_loop(task, model, optimizer, endless(task.loader(hvd.rank(), hvd.size())))
+    finally:
+        hvd.shutdown()
 
 
 @contextmanager
 def _ddp(task: Task) -> Iterator[Run]:
+    from mpi4py import MPI  # Here: teams of one process must not start MPI.
+
     world = MPI.COMM_WORLD
     os.environ["GLOO_SOCKET_IFNAME"] = _loopback()
     address = f"tcp://127.0.0.1:{world.bcast(_free_port() if world.rank == 0 else None)}"
@@ -68,13 +65,6 @@ def _ddp_loop(task: Task, rank: int, size: int) -> Run:
     return plain_loop(task, parallel, _adam(model), endless(task.loader(rank, size)))
 
 
-@contextmanager
-def _bare(task: Task) -> Iterator[Run]:
-    model = task.network()
-    batch = next(endless(task.loader()))
-    yield plain_loop(task, model, _adam(model), itertools.repeat(batch))
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -86,8 +76,5 @@ def _loopback() -> str:
     return next((name for name in names if name.startswith("lo")), names[0])
 
 
-TWO_RANKS = (
-    Side("raw_horovod", "raw Horovod, a hook a tensor", _raw_horovod),
-    Side("ddp", "PyTorch DDP (gloo), bucket views, static graph", _ddp),
-)
-ONE_PROCESS = (Side("bare", "forward, backward and fused Adam alone", _bare, ranks=1),)
+RAW_HOROVOD = Side("raw_horovod", "raw Horovod, a hook a tensor", _raw_horovod)
+DDP = Side("ddp", "PyTorch DDP (gloo), bucket views, static graph", _ddp)

@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.horovod_environment import horovod_environment
 from benchmarks.side import Run, Side, plain_loop
 from benchmarks.task import LEARNING_RATE, SEED, Task, endless
 from hvdvae import DistributedOptimizer, Trainer, World
@@ -68,12 +67,11 @@ def train(
 @contextmanager
 def _two_ranks(task: Task, *, engine: str) -> Iterator[Run]:
     # A world of its own, because closing it is what stops Horovod's thread.
-    with horovod_environment():
-        world = World.create(device="cpu", deadline=DEADLINE)
-        try:
-            yield train(task, world, strategy="allreduce", engine=engine)
-        finally:
-            world.close()
+    world = World.create(device="cpu", deadline=DEADLINE)
+    try:
+        yield train(task, world, strategy="allreduce", engine=engine)
+    finally:
+        world.close()
 
 
 @contextmanager
@@ -83,34 +81,37 @@ def _one_process(task: Task, *, precision: str = "fp32", channels_last: bool = F
 
 
 @contextmanager
+def _bare(task: Task) -> Iterator[Run]:
+    model = task.network()
+    adam = torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=True)
+    yield plain_loop(task, model, adam, _one_batch(task))
+
+
+@contextmanager
 def _our_optimizer(task: Task) -> Iterator[Run]:
     model = task.network()
     adam = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     optimizer = DistributedOptimizer(adam, model, world=World.alone(device="cpu"), strategy="local")
-    batch = next(endless(task.loader()))
-    yield plain_loop(task, model, optimizer, itertools.repeat(batch))
+    yield plain_loop(task, model, optimizer, _one_batch(task))
 
 
-TWO_RANKS = (
-    Side("mpi", "our Trainer, engine mpi", partial(_two_ranks, engine="mpi")),
-    Side("horovod", "our Trainer, engine horovod", partial(_two_ranks, engine="horovod")),
-)
+def _one_batch(task: Task) -> Iterator[Tensor]:
+    return itertools.repeat(next(endless(task.loader())))
+
+
+MPI = Side("mpi", "our Trainer, engine mpi", partial(_two_ranks, engine="mpi"))
+HOROVOD = Side("horovod", "our Trainer, engine horovod", partial(_two_ranks, engine="horovod"))
+APART = Side("apart", "our Trainer twice, which exchange nothing", _one_process)
 ONE_PROCESS = (
-    Side("local", "our Trainer, one process", _one_process, ranks=1),
-    Side("optimizer", "forward, backward and our optimizer alone", _our_optimizer, ranks=1),
-    Side("bf16", "our Trainer, bf16", partial(_one_process, precision="bf16"), ranks=1),
-    Side(
-        "local_cl",
-        "our Trainer, channels last",
-        partial(_one_process, channels_last=True),
-        ranks=1,
-        models=("conv",),
-    ),
+    Side("local", "our Trainer, one process", _one_process),
+    Side("bare", "forward, backward and fused Adam alone", _bare),
+    Side("optimizer", "forward, backward and our optimizer alone", _our_optimizer),
+    Side("bf16", "our Trainer, bf16", partial(_one_process, precision="bf16")),
+    Side("local_cl", "our Trainer, channels last", partial(_one_process, channels_last=True), ("conv",)),
     Side(
         "bf16_cl",
         "our Trainer, bf16, channels last",
         partial(_one_process, precision="bf16", channels_last=True),
-        ranks=1,
-        models=("conv",),
+        ("conv",),
     ),
 )

@@ -19,6 +19,7 @@ DATA_COPIES = 1.1
 """Of the uint8 bytes; the rest allows for the pages of the libraries that read them."""
 
 OURS = {"mpi": "engine mpi", "horovod": "engine horovod"}
+OTHERS = {"raw_horovod": "raw Horovod", "ddp": "DDP", "apart": "two that exchange nothing"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Verdict:
 
 
 def verdicts(content: Mapping[str, Any]) -> list[Verdict]:
-    """All ratios of a result file (ranks.Record), model by model, then memory."""
+    """All ratios of a result file (record.Record), model by model, then memory."""
     bf16 = bool(content["hardware"]["avx512_bf16"])
     found = []
     for model, measured in content["models"].items():
@@ -65,7 +66,7 @@ def _scaling(model: str, sides: Mapping[str, Rounds]) -> list[Verdict]:
             spread(paired_ratios(sides[key], sides["local"], 0.5)),
             EFFICIENCY if key == best else None,
         )
-        for key, what in (*OURS.items(), ("raw_horovod", "raw Horovod"), ("ddp", "DDP"))
+        for key, what in (*OURS.items(), *OTHERS.items())
     ]
 
 
@@ -131,22 +132,14 @@ def added_share(whole: Rounds, part: Rounds) -> list[float | None]:
 
 def _memory(memory: Mapping[str, list[dict[str, int]]]) -> list[Verdict]:
     rows = []
-    for engine, ranks in memory.items():
+    for team, what in OURS.items():
+        ranks = memory.get(team, [])
         growth = spread([(rank["with_data"] - rank["before_data"]) / rank["data"] for rank in ranks])
-        peak = spread([rank["peak"] / 2**20 for rank in ranks])
-        megabytes = ranks[0]["data"] / 2**20
-        note = f"of {megabytes:.1f} MiB, a rank"
-        rows += [
-            Verdict(
-                "memory",
-                f"{OURS[engine]}: growth by the data / uint8",
-                growth,
-                DATA_COPIES,
-                at_most=True,
-                note=note,
-            ),
-            Verdict("memory", f"{OURS[engine]}: peak resident, MiB a rank", peak),
-        ]
+        note = f"of {ranks[0]['data'] / 2**20:.1f} MiB, a rank" if ranks else ""
+        rows.append(Verdict("memory", f"{what}: growth by the data / uint8", growth, DATA_COPIES, True, note))
+    for team, ranks in memory.items():
+        peak = spread([rank["peak"] / 2**20 if "peak" in rank else None for rank in ranks])
+        rows.append(Verdict("memory", f"peak resident, MiB a rank, team {team}", peak))
     return rows
 
 
