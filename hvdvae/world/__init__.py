@@ -196,6 +196,8 @@ def _join_mpi(launch: Launch) -> tuple[Collectives, Any, Any]:
     # Open MPI waits by spinning. Yielding in the spin gives the core to whoever computes on it: Horovod's other thread,
     # a rank that is late, another job. Read by MPI_Init; the user's own setting wins.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    # Its shared windows need no UCX, which complains on every host that it does not find its way on.
+    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
     try:
         from mpi4py import MPI
 
