@@ -48,7 +48,7 @@ def _panel(axes: Any, model: str, sides: Mapping[str, Any]) -> None:
         axes.text(0.01 * found.median, place, f"{found.median:,.0f}", va="center", color="white", fontsize=8)
         if key == "local":
             axes.axvline(2 * found.median, linestyle="--", color="black", linewidth=1)
-            axes.text(2 * found.median, -0.75, "2 x one process", ha="center", fontsize=8)
+            axes.text(1.98 * found.median, len(shown) - 0.45, "2 x one process", ha="right", fontsize=8)
     labels = [
         f"{side['what']} ({side['ranks']}{' ranks' if side['ranks'] > 1 else ' process'})" for _, side, _ in shown
     ]

@@ -32,14 +32,14 @@ def main(team: Team, batch: int, data: str | None, tune_peers: bool) -> None:
     `tune_peers`: settings that the Trainer makes for its process, this one gets too.
     """
     torch.set_num_threads(1)
-    if tune_peers:
-        keep_freed_memory()
     crew = _crew(team.ranks, as_trainer=team.joins_as_trainer or tune_peers)
     before = _resident()
     splits, description = open_splits(data)
     gc.collect()
     memory = {"data": sum(split.nbytes for split in splits), "before_data": before, "with_data": _resident()}
     crew.answer({"data": description, "memory": crew.gather(memory)})
+    if tune_peers:
+        keep_freed_memory()
     for order in crew.orders():
         if "finish" in order:
             crew.answer({"peaks": crew.gather(_peak())})

@@ -26,8 +26,11 @@ class SharedVectors:
     """One vector (P,) a rank. Making it blocks; every rank of `comm` must do it."""
 
     def __init__(self, comm: MPI.Intracomm, like: Tensor) -> None:
-        """Allocate vectors of `like`'s length and dtype, filled with zeros. `comm`: ranks of one host."""
-        self._comm = comm
+        """Allocate vectors of `like`'s length and dtype, filled with zeros. `comm`: ranks of one host.
+
+        The barriers are on a duplicate: one of the user's that another rank skipped must not pass for one of ours.
+        """
+        comm = self._comm = comm.Dup()
         bytes_each = like.numel() * like.element_size()
         self._window = MPI.Win.Allocate_shared(bytes_each, like.element_size(), comm=comm)
         self._window.Lock_all()
