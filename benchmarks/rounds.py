@@ -62,5 +62,6 @@ def _ask(
         return running[name].ask(order, limit)
     except TeamError as error:
         del running[name]
-        say(record.failure(f"team {name}, in {order}", str(error)))
+        when = f"{order['model']} round {order['round'] + 1}" if "model" in order else "at the end"
+        say(record.failure(f"team {name}, {when}", str(error)))
         return None

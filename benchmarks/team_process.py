@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ class TeamProcess:
         )
         self._last_words: deque[str] = deque(maxlen=40)
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def ready(self) -> dict[str, Any]:
         """Its first answer. Blocks; raises TeamError."""
@@ -64,15 +66,17 @@ class TeamProcess:
     def end(self) -> None:
         """Let it end, by force where it does not. Blocks for some seconds at most."""
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with suppress(OSError):  # It has ended already.
+                self._process.stdin.close()
         for stop in (None, self._process.terminate, self._kill):
             if stop is not None:
                 stop()
             try:
                 self._process.wait(10)
-                return
+                break
             except subprocess.TimeoutExpired:
                 continue
+        self._listener.join(10)  # Its last words tell why.
 
     def _answer(self, seconds: float) -> dict[str, Any]:
         try:
