@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from hvdvae.cli.values import checked, expected, shown
-from hvdvae.config import TrainConfig
+from hvdvae.config import TrainConfig, flag
 from hvdvae.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
@@ -15,17 +15,32 @@ CONFIG_FILE = "config.yaml"
 
 
 def load_yaml(text: str) -> Any:
-    """YAML whose keys may be spelled as the flags are: batch-size is batch_size."""
+    """YAML whose keys may be spelled as the flags are: batch-size is batch_size, and `out: 2026` is a name."""
     loaded = yaml.safe_load(text)
-    if isinstance(loaded, dict):
-        return {str(key).replace("-", "_"): value for key, value in loaded.items()}
-    return loaded
+    if not isinstance(loaded, dict):
+        return loaded
+    hints = get_type_hints(TrainConfig)
+    return {key: _as_text(value, hints.get(key)) for key, value in _keys(loaded)}
+
+
+def _keys(loaded: dict[Any, Any]) -> list[tuple[str, Any]]:
+    return [(str(key).replace("-", "_"), value) for key, value in loaded.items()]
+
+
+def _as_text(value: Any, hint: Any) -> Any:
+    """A number where text is expected, as that text; all else as it is, for the parser to judge."""
+    if hint not in (str, str | None):
+        return value
+    try:
+        return checked(value, hint)
+    except ValueError:
+        return value
 
 
 def read_values(path: Path, name: str) -> dict[str, Any]:
     """Keys and values of a YAML file, of the types of TrainConfig. `name` is for messages; raises ConfigError."""
     try:
-        loaded = load_yaml(path.read_text(encoding="utf-8"))
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{name}: {error.strerror or error}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -33,8 +48,10 @@ def read_values(path: Path, name: str) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{name}: found {type(loaded).__name__}, expected lines of `key: value`")
     hints = get_type_hints(TrainConfig)
-    values = {}
-    for key, value in loaded.items():
+    values: dict[str, Any] = {}
+    for key, value in _keys(loaded):
+        if key in values:
+            raise ConfigError(f"{name} has {key} twice, also spelled as {flag(key)[2:]}: keep one of them")
         if key not in hints:
             near = get_close_matches(key, hints, 1)
             hint = f": did you mean {near[0]}?" if near else "; `hvdvae train --help` lists the keys"
