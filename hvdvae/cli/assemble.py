@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from hvdvae.cli.agreement import check_same_data
 from hvdvae.config import TrainConfig
 from hvdvae.data import Dataset, open_dataset
 from hvdvae.errors import ConfigError
@@ -28,12 +29,16 @@ def nll_samples(config: TrainConfig) -> int:
 
 
 def data(name_or_path: str, world: World, *, validation: int | None = None) -> Dataset:
-    """Open a data set on every rank. Blocks; every rank must call it: rank 0 first, since it may download."""
+    """Open a data set on every rank. Blocks; every rank must call it: rank 0 first, since it may download.
+
+    Raises DataError where ranks find different data.
+    """
     if world.is_first:
         dataset = open_dataset(name_or_path, validation=validation)
     world.barrier("rank 0 opens the data")
     if not world.is_first:
         dataset = open_dataset(name_or_path, validation=validation)
+    check_same_data(dataset, world)
     return dataset
 
 

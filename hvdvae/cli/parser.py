@@ -1,7 +1,7 @@
 """Flags, YAML keys and help, made from the dataclasses that hold the options (config.py, cli/options.py)."""
 
+import glob
 import inspect
-import os
 from argparse import ArgumentError, ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import fields
@@ -14,6 +14,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_loader
 
 from hvdvae import config as training
 from hvdvae.cli import options
+from hvdvae.cli.asked import Asked
 from hvdvae.cli.config_file import CONFIG_FILE, load_yaml, read_values
 from hvdvae.cli.help import Help
 from hvdvae.cli.wording import reworded
@@ -33,10 +34,37 @@ set_loader("yaml_with_flags", load_yaml, exceptions=(yaml.YAMLError,))
 
 
 def parse(argv: list[str]) -> tuple[Command, Any]:
-    """The subcommand's function and its options object. Exits with status 2 and a message on a bad command line."""
+    """The subcommand's function and what it takes: its options object, or `Asked` of train.
+
+    Raises ConfigError on a bad command line.
+    """
+    try:
+        _check_files(argv)
+        parsed = _parser().parse_args(_files_first(argv))
+        name, given = parsed.subcommand, _plain(parsed[parsed.subcommand])
+        if name != "train":
+            module = __import__(f"hvdvae.cli.{name}", fromlist=[name])
+            return getattr(module, name), options.SUBCOMMANDS[name][0](**given)
+        # Only now it is known what --out and --resume are: a file of --config may say so, too.
+        values, saved = given, _saved_config(given)
+        if saved is not None:
+            read_values(saved, str(saved))
+            values = _plain(_parser(saved).parse_args(_files_first(argv))["train"])
+    except (ArgumentError, ArgumentTypeError) as error:
+        known = {"train": TrainConfig, **{name: kind for name, (kind, _) in options.SUBCOMMANDS.items()}}
+        name = argv[0] if argv and argv[0] in known else ""
+        hints = get_type_hints(known[name]) if name else {}
+        raise ConfigError(reworded(str(error), name, hints, list(known))) from error
+    from hvdvae.cli.train import train
+
+    return train, Asked(given, values)
+
+
+def _parser(saved: Path | None = None) -> ArgumentParser:
+    """All subcommands. `saved`: a YAML file whose values are the defaults of train."""
     parser = ArgumentParser(
         prog="hvdvae",
-        # An abbreviated --config or --resume would not be seen below; the subcommands inherit this.
+        # An abbreviated --config would not be seen below; the subcommands inherit this.
         allow_abbrev=False,
         description=DESCRIPTION,
         version=_version(),
@@ -45,25 +73,10 @@ def parse(argv: list[str]) -> tuple[Command, Any]:
         exit_on_error=False,
     )
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
-    commands.add_subcommand("train", _train_parser(argv), help="train a model")
+    commands.add_subcommand("train", _train_parser(saved), help="train a model")
     for name, (kind, summary) in options.SUBCOMMANDS.items():
         commands.add_subcommand(name, _options_parser(kind, name), help=summary)
-    try:
-        _check_files(argv)
-        parsed = parser.parse_args(_files_first(argv))
-    except (ArgumentError, ArgumentTypeError) as error:
-        known = {"train": TrainConfig, **{name: kind for name, (kind, _) in options.SUBCOMMANDS.items()}}
-        name = argv[0] if argv and argv[0] in known else ""
-        hints = get_type_hints(known[name]) if name else {}
-        raise ConfigError(reworded(str(error), name, hints, list(known))) from error
-    name = parsed.subcommand
-    values = parsed[name]
-    if name == "train":
-        from hvdvae.cli.train import train
-
-        return train, _deferred(TrainConfig, values)
-    module = __import__(f"hvdvae.cli.{name}", fromlist=[name])
-    return getattr(module, name), _deferred(options.SUBCOMMANDS[name][0], values)
+    return parser
 
 
 def _files_first(argv: list[str]) -> list[str]:
@@ -85,14 +98,11 @@ def _check_files(argv: list[str]) -> None:
     files += [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
     for file in files:
         read_values(Path(file), f"--config {file}")
-    for saved in _saved_config(argv):
-        read_values(Path(saved), str(saved))
 
 
-def _deferred(kind: type, values: Namespace) -> Any:
-    return kind(
-        **{key: value for key, value in values.as_dict().items() if key not in ("config", "__default_config__")}
-    )
+def _plain(values: Namespace) -> dict[str, Any]:
+    """Keys and values of the options, without what the parser keeps beside them."""
+    return {key: value for key, value in values.as_dict().items() if key not in ("config", "__default_config__")}
 
 
 def _version() -> str:
@@ -101,10 +111,11 @@ def _version() -> str:
     return __version__
 
 
-def _train_parser(argv: list[str]) -> ArgumentParser:
+def _train_parser(saved: Path | None) -> ArgumentParser:
     parser = ArgumentParser(
         description="Train a model. Every flag is also a key of --config FILE.yaml; flags win.",
-        default_config_files=_saved_config(argv),
+        # The parser expands patterns: a folder called "a[1]" is none.
+        default_config_files=[glob.escape(str(saved))] if saved else [],
         parser_mode="yaml_with_flags",
         formatter_class=Help,
         exit_on_error=False,
@@ -146,14 +157,9 @@ def _add_options(target: Any, kind: type) -> None:
             target.add_argument(flag(name), type=hints[name], default=field.default, help=text)
 
 
-def _saved_config(argv: list[str]) -> list[str | os.PathLike[Any]]:
+def _saved_config(given: dict[str, Any]) -> Path | None:
     """With --resume, the configuration saved in --out is the default, so that a resumed run is the same run."""
-    if "--resume" not in argv:
-        return []
-    for number, argument in enumerate(argv):
-        folder = argument.removeprefix("--out=") if argument.startswith("--out=") else None
-        if argument == "--out" and number + 1 < len(argv):
-            folder = argv[number + 1]
-        if folder is not None and (Path(folder) / CONFIG_FILE).is_file():
-            return [os.fspath(Path(folder) / CONFIG_FILE)]
-    return []
+    if not given["resume"] or given["out"] is None:
+        return None
+    path = Path(given["out"]) / CONFIG_FILE
+    return path if path.is_file() else None

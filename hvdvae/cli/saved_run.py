@@ -1,7 +1,8 @@
 """A finished or interrupted run, opened again: its configuration, data and trained model."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hvdvae import checkpoint as checkpoints
 from hvdvae.cli import assemble
@@ -36,14 +37,21 @@ def open_run(folder: str, choice: str, world: World, *, data: str | None = None)
     file.
     """
     path = Path(folder)
-    if not path.is_dir():
-        raise ConfigError(f"{folder} is no folder: expected the --out of a training run")
-    config = read_config(path / CONFIG_FILE)
+    # Rank 0 alone needs to see the folder, as in training.
+    seen = _look(path, choice) if world.is_first else None
+    values, file = world.gather_objects(seen, "configuration of the run")[0]
+    config = TrainConfig(**values)
     dataset = assemble.data(data or config.data, world, validation=None if data else config.validation)
     model = assemble.model(config, dataset.shape, world.device)
     check_support(dataset.test, config.likelihood, assemble.binarization(config))
-    file = assemble.checkpoint_file(path, choice)
-    found = checkpoints.spread(file if world.is_first else None, world)
+    found = checkpoints.spread(Path(file) if world.is_first else None, world)
     assert found is not None
     load_weights(model, found, ema=True)
-    return SavedRun(config, dataset, model, str(file))
+    return SavedRun(config, dataset, model, file)
+
+
+def _look(path: Path, choice: str) -> tuple[dict[str, Any], str]:
+    """The configuration's values and the checkpoint's file."""
+    if not path.is_dir():
+        raise ConfigError(f"{path} is no folder: expected the --out of a training run")
+    return asdict(read_config(path / CONFIG_FILE)), str(assemble.checkpoint_file(path, choice))

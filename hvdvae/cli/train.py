@@ -1,5 +1,6 @@
 """`hvdvae train`: from a configuration to a trained model, its likelihood, pictures and a summary."""
 
+import os
 import signal
 import sys
 import time
@@ -11,12 +12,15 @@ from torch import nn
 from hvdvae import checkpoint as checkpoints
 from hvdvae.checkpoint import Checkpoint
 from hvdvae.cli import assemble
+from hvdvae.cli.agreement import agreed_config
+from hvdvae.cli.asked import Asked
 from hvdvae.cli.assessment import Pictures, assess
 from hvdvae.cli.config_file import CONFIG_FILE, write_config
 from hvdvae.cli.results import prepare_folder, versions, write_json
 from hvdvae.config import TrainConfig
 from hvdvae.cores import threads_of_rank
 from hvdvae.data import Dataset, Loader, check_dataset, mean_example
+from hvdvae.launcher import detect
 from hvdvae.monitor.jsonl import JsonLines
 from hvdvae.monitor.progress import Progress
 from hvdvae.monitor.tensorboard import TensorBoard
@@ -28,10 +32,13 @@ from hvdvae.vae import VAE, set_output_bias
 from hvdvae.world import World
 
 
-def train(config: TrainConfig) -> int:
+def train(asked: Asked) -> int:
     """Run the whole job. Blocks; every rank must call it. Returns the exit status."""
     started = time.time()
-    world = World.create(device=config.device, deadline=config.deadline)
+    asked.check(detect(os.environ))
+    world = World.create(device=asked.values["device"], deadline=asked.values["deadline"])
+    config = agreed_config(asked, world)
+    world.watchdog.seconds = config.deadline
     torch.set_num_threads(config.threads or threads_of_rank(world))
     dataset = assemble.data(config.data, world, validation=config.validation)
     binarization = assemble.binarization(config)

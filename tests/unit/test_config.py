@@ -21,10 +21,9 @@ from hvdvae.errors import ConfigError
 
 
 def resolved(*argv: str) -> TrainConfig:
-    command, options = parse(["train", *argv])
+    command, asked = parse(["train", *argv])
     assert command.__name__ == "train"
-    assert isinstance(options, TrainConfig)
-    return options
+    return TrainConfig(**asked.values)
 
 
 def written(path: Path, text: str) -> str:
@@ -167,6 +166,42 @@ def test_resume_takes_the_saved_configuration_and_flags_still_win(tmp_path: Path
         assert not found.overwrite, "how an earlier launch treated the folder is no property of the run"
     assert resolved("--out", str(tmp_path)).lr == TrainConfig().lr, "without --resume nothing is read"
     assert resolved("--resume", "--out", str(tmp_path / "new")).lr == TrainConfig().lr
+
+
+@pytest.mark.parametrize("where", ["out in the file", "resume in the file", "both in the file", "a pattern"])
+def test_resume_takes_the_saved_configuration_wherever_it_is_asked_for(tmp_path: Path, where: str) -> None:
+    folder = tmp_path / "a[1]*" if where == "a pattern" else tmp_path / "run"
+    folder.mkdir()
+    write_config(TrainConfig(lr=0.125, epochs=2, out=str(folder)), folder / "config.yaml")
+    out, resume = f"out: {folder}\n", "resume: true\n"
+    argv = {
+        "out in the file": ["--resume", "--config", written(tmp_path / "a.yaml", out)],
+        "resume in the file": ["--out", str(folder), "--config", written(tmp_path / "b.yaml", resume)],
+        "both in the file": ["--config", written(tmp_path / "c.yaml", out + resume)],
+        "a pattern": ["--resume", "--out", str(folder)],
+    }
+    found = resolved(*argv[where], "--epochs", "5")
+    assert (found.resume, found.out, found.lr, found.epochs) == (True, str(folder), 0.125, 5)
+
+
+def test_a_saved_configuration_that_is_broken_is_named(tmp_path: Path) -> None:
+    written(tmp_path / "config.yaml", "lr: fast\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml: lr is 'fast', expected a number"):
+        resolved("--resume", "--config", written(tmp_path / "a.yaml", f"out: {tmp_path}\n"))
+
+
+def test_numbers_in_a_file_are_names_where_names_are_expected(tmp_path: Path) -> None:
+    found = resolved("--config", written(tmp_path / "a.yaml", "out: 2026\ndata: 7\n"))
+    assert (found.out, found.data) == ("2026", "7")
+    for text in ("out: [1]\n", "data: null\n"):
+        with pytest.raises(ConfigError, match="expected text"):
+            resolved("--config", written(tmp_path / "b.yaml", text))
+
+
+def test_one_key_in_two_spellings_is_refused(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.yaml", "batch-size: 7\nlr: 1\nbatch_size: 8\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml has batch_size twice, also spelled as batch-size"):
+        resolved("--config", file)
 
 
 def test_the_saved_configuration_reads_back_as_it_was(tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""A run opened again by ranks of which the first alone sees its folder."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hvdvae import checkpoint as checkpoints
+from hvdvae.checkpoint import Checkpoint
+from hvdvae.cli import assemble
+from hvdvae.cli.config_file import write_config
+from hvdvae.cli.saved_run import open_run
+from hvdvae.config import TrainConfig
+from hvdvae.errors import ConfigError
+from hvdvae.world import World
+
+
+class Second:
+    """Rank 1 of two: gathers put its record behind what rank 0 sent."""
+
+    rank, size, is_first, device = 1, 2, False, torch.device("cpu")
+
+    def __init__(self, sent: list[Any]) -> None:
+        self.sent = iter(sent)
+
+    def gather_objects(self, record: Any, what: str = "") -> list[Any]:
+        return [next(self.sent), record]
+
+    def barrier(self, what: str = "") -> None: ...
+
+
+class First(World):
+    """Rank 0, alone, that keeps what it sends."""
+
+    sent: list[Any]
+
+    def gather_objects(self, record: Any, what: str = "gather") -> list[Any]:
+        self.__dict__.setdefault("sent", []).extend(found := super().gather_objects(record, what))
+        return found
+
+
+def test_a_rank_without_the_folder_gets_the_run_of_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(hidden=[5], latent=[3], seed=4)
+    write_config(config, tmp_path / "config.yaml")
+    model = assemble.model(config, (1, 8, 8), torch.device("cpu"))
+    saved = Checkpoint({f"model/{name}": tensor + 1 for name, tensor in model.state_dict().items()}, {"step": 7})
+    checkpoints.Folder(tmp_path / "checkpoints", 3).save(saved, is_best=True)
+    first = First.alone(device="cpu")
+    found = open_run(str(tmp_path), "best", first)
+    monkeypatch.setattr(checkpoints, "spread", lambda path, world: checkpoints.load(Path(found.checkpoint)))
+    other = open_run(str(tmp_path / "not here"), "best", Second(first.sent))  # type: ignore[arg-type]
+    assert other.config == found.config == config
+    assert other.checkpoint == found.checkpoint
+    ours, theirs = found.model.state_dict(), other.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with pytest.raises(ConfigError, match="not here is no folder"):
+        open_run(str(tmp_path / "not here"), "best", first)
