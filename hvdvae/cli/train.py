@@ -75,9 +75,15 @@ def train(asked: Asked) -> int:
 
 def _distribute(config: TrainConfig, world: World, model: VAE, dataset: Dataset) -> tuple[nn.Module, Strategy]:
     """The model as it is trained, and its optimizer over all ranks. Blocks; every rank must call it."""
-    if world.is_first and config.likelihood == "bernoulli":
-        # The other ranks get it with the broadcast of the weights.
-        set_output_bias(model, mean_example(dataset.train))
+    if config.likelihood == "bernoulli":
+        # All read a share: a source that takes rank 0 minutes would have the others wait to their deadline.
+        mean = mean_example(
+            dataset.train,
+            rank=world.rank,
+            size=world.size,
+            sum_over_ranks=lambda total: world.sum_(total, "sum of the training examples"),
+        )
+        set_output_bias(model, mean)
     trained: nn.Module = model
     if config.sync_batch_norm:
         trained = convert_sync_batch_norm(model, world)

@@ -1,9 +1,13 @@
 """From stored values to what a model takes: float32, binarized or scaled."""
 
+from collections.abc import Callable
+from itertools import islice
+
 import numpy as np
 import torch
 
 from hvdvae.data.binarize import EVALUATION_SEED, binarize, binarize_on_device, evaluation_key
+from hvdvae.data.read import read
 from hvdvae.data.source import Indices, Source, Values
 
 
@@ -52,12 +56,20 @@ def evaluation_batch(
     return batch.to(device)
 
 
-def mean_example(source: Source) -> torch.Tensor:
+def mean_example(
+    source: Source,
+    *,
+    rank: int = 0,
+    size: int = 1,
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda total: total,
+) -> torch.Tensor:
     """Mean of all examples, float32 (*shape), in units of `to_input` without binarization: [0, 1] for uint8.
 
-    Reads the source once in chunks. Serves to set the output bias of a Bernoulli decoder (Burda et al. 2016).
+    Each rank reads its share of the source in chunks; `sum_over_ranks` adds float64 totals in place, the same bits on
+    all. Blocks; every rank must call it. Serves to set the output bias of a Bernoulli decoder (Burda et al. 2016).
     """
     total = np.zeros(source.shape, np.float64)
-    for _, values in source.chunks():
-        total += values.sum(axis=0, dtype=np.float64)
+    for span in islice(source.spans(), rank, None, size):
+        total += read(source, span).sum(axis=0, dtype=np.float64)
+    total = sum_over_ranks(torch.from_numpy(total)).numpy()
     return torch.from_numpy((total / (len(source) * source.peak)).astype(np.float32))
