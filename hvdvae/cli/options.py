@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from hvdvae.config import TrainConfig
 from hvdvae.errors import ConfigError
+
+DEADLINE = TrainConfig.deadline
 
 _AT_LEAST = {"samples": 1, "count": 1, "threads": 1, "seed": 0}
 _BELOW = {"seed": 2**63}
@@ -19,6 +22,8 @@ class Checked:
                 raise ConfigError(f"--{key} is {value}, expected at least {_AT_LEAST[key]}")
             if key in _BELOW and value >= _BELOW[key]:
                 raise ConfigError(f"--{key} is {value}, expected less than 2**63")
+            if key == "deadline" and not 0 < value < float("inf"):
+                raise ConfigError(f"--{key} is {value}, expected a finite number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,8 @@ class EvaluateOptions(Checked):
     """Seed of the samples."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
+    deadline: float = DEADLINE
+    """Seconds that a rank waits for others before it says for whom, and ends the job."""
     threads: int | None = None
     """CPU threads a rank [the cores this rank has]."""
 
@@ -62,6 +69,8 @@ class SampleOptions(Checked):
     """Where the data is now, if it was moved since: its shape is needed."""
     output: str | None = None
     """PNG file [DIR/samples.png]."""
+    deadline: float = DEADLINE
+    """Seconds that a rank waits for others before it says for whom, and ends the job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +89,8 @@ class ReconstructOptions(Checked):
     """Other data than it was trained on."""
     output: str | None = None
     """PNG file [DIR/reconstructions.png]."""
+    deadline: float = DEADLINE
+    """Seconds that a rank waits for others before it says for whom, and ends the job."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from hvdvae.world import World
 
 def reconstruct(options: ReconstructOptions) -> int:
     """Encode, decode and write a PNG. Under a launcher rank 0 does it. Returns the exit status."""
-    world = World.create()
+    world = World.create(deadline=options.deadline)
     run = open_run(options.folder, options.checkpoint, world, data=options.data)
     if world.is_first:
         source = run.split(options.split)

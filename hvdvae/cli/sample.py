@@ -13,7 +13,7 @@ from hvdvae.world import World
 
 def sample(options: SampleOptions) -> int:
     """Draw and write a PNG. Under a launcher rank 0 does it. Returns the exit status."""
-    world = World.create()
+    world = World.create(deadline=options.deadline)
     run = open_run(options.folder, options.checkpoint, world, data=options.data)
     if world.is_first:
         generator = torch.Generator(world.device).manual_seed(options.seed)

@@ -1,7 +1,7 @@
 """Variational autoencoders: networks, likelihoods, objectives, evaluation, pictures."""
 
 from hvdvae.vae.build import MODELS, build_model, set_output_bias
-from hvdvae.vae.evaluate import evaluate, evaluate_part
+from hvdvae.vae.evaluate import evaluate
 from hvdvae.vae.evaluation import Evaluation, Part, combine
 from hvdvae.vae.generate import reconstruct, sample_images
 from hvdvae.vae.likelihoods import LIKELIHOODS, Likelihood, build_likelihood
@@ -25,7 +25,6 @@ __all__ = [
     "build_model",
     "combine",
     "evaluate",
-    "evaluate_part",
     "image_grid",
     "pair_grid",
     "reconstruct",

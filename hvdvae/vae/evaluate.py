@@ -2,7 +2,8 @@
 
 Examples are cut into fixed chunks, whatever the number of ranks. Each chunk has its own generator, seeded by
 (seed, chunk number), and chunks are dealt to ranks round robin; results are kept an example (or a chunk) and
-put together in chunk order in float64. So the numbers are the same, bit for bit, at every world size.
+put together in chunk order in float64, whenever ranks exchange them. So the numbers are the same, bit for bit,
+at every world size.
 """
 
 import math
@@ -23,6 +24,7 @@ Gather = Callable[[int, int], Tensor]
 _CHUNK_EXAMPLES = 32
 _CHUNK_ROWS = 512  # rows of a decoder pass: enough for the matrix products, few enough for the cache
 _CHUNK_NUMBERS = 2**20  # pixels of a decoder pass, the bound for large images
+_ROUND_NUMBERS = 2**28  # pixels that a rank decodes between two meetings: seconds, where a meeting takes milliseconds
 
 
 def chunk_sizes(shape: tuple[int, ...], samples: int) -> tuple[int, int]:
@@ -30,6 +32,12 @@ def chunk_sizes(shape: tuple[int, ...], samples: int) -> tuple[int, int]:
     rows = max(1, min(_CHUNK_ROWS, _CHUNK_NUMBERS // math.prod(shape)))
     examples = min(_CHUNK_EXAMPLES, rows)
     return examples, min(samples, max(1, rows // examples))
+
+
+def round_chunks(shape: tuple[int, ...], samples: int) -> int:
+    """Chunks of a rank between two meetings: of shape and samples alone, so that every rank comes to as many."""
+    examples, _ = chunk_sizes(shape, samples)
+    return max(1, _ROUND_NUMBERS // (examples * samples * math.prod(shape)))
 
 
 def evaluate(
@@ -47,42 +55,31 @@ def evaluate(
     """Evaluates `count` examples over all ranks; every rank must call it, and every rank gets the result.
 
     gather: (start, stop) -> those examples, (stop - start, *shape) float; must not depend on the rank.
-    samples: k of the importance-weighted bound. gather_objects: JSON-able object -> list of every rank's.
-    progress: called with (chunks done, chunks of this rank). Memory: one decoder pass and 24 bytes an
-    example. Raises ConfigError for no examples or samples.
+    samples: k of the importance-weighted bound. gather_objects: JSON-able object -> list of every rank's; called after
+    every few chunks, so that ranks of unequal speed wait for each other no longer than these differ.
+    progress: called with (chunks done, chunks of this rank). The model is in eval mode meanwhile. Memory: one decoder
+    pass and 24 bytes an example. Raises ConfigError for no examples or samples.
     """
-    part = evaluate_part(model, gather, count, samples=samples, seed=seed, rank=rank, size=size, progress=progress)
-    return combine([Part.from_json(other) for other in gather_objects(part.to_json())])
-
-
-def evaluate_part(
-    model: VAE,
-    gather: Gather,
-    count: int,
-    *,
-    samples: int = 5000,
-    seed: int = 0,
-    rank: int = 0,
-    size: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-) -> Part:
-    """This rank's share of `evaluate`, without communication; the model is in eval mode meanwhile."""
     if count < 1 or samples < 1:
         raise ConfigError(f"evaluate: found {count} examples, {samples} samples, expected at least 1 of each")
     examples, chunk_samples = chunk_sizes(model.shape, samples)
-    chunks = range(rank, math.ceil(count / examples), size)
-    part = Part.empty(count, samples, examples, model.latent)
-    device = next(model.parameters()).device
-    generator = torch.Generator(device)
-    with evaluating(model):
-        for done, chunk in enumerate(chunks, start=1):
-            start, stop = chunk * examples, min((chunk + 1) * examples, count)
-            generator.manual_seed(_seed_of(seed, chunk))
-            x = gather(start, stop).to(device, torch.float32)
-            part.add(chunk, *_evaluate_chunk(model, x, samples, chunk_samples, generator))
-            if progress is not None:
-                progress(done, len(chunks))
-    return part
+    chunks = math.ceil(count / examples)
+    mine = range(rank, chunks, size)
+    generator = torch.Generator(next(model.parameters()).device)
+    parts: list[Part] = []
+    per_round = round_chunks(model.shape, samples)
+    # Every rank has as many rounds, though its last may be empty.
+    for start in range(0, math.ceil(chunks / size), per_round):
+        part = Part.empty(count, samples, examples, model.latent)
+        with evaluating(model):
+            for done, chunk in enumerate(mine[start : start + per_round], start=start + 1):
+                generator.manual_seed(_seed_of(seed, chunk))
+                x = gather(chunk * examples, min((chunk + 1) * examples, count)).to(generator.device, torch.float32)
+                part.add(chunk, *_evaluate_chunk(model, x, samples, chunk_samples, generator))
+                if progress is not None:
+                    progress(done, len(mine))
+        parts += [Part.from_json(other) for other in gather_objects(part.to_json())]
+    return combine(parts)
 
 
 @dataclass

@@ -224,6 +224,14 @@ def test_every_option_has_a_help_text(kind: type) -> None:
         assert len(texts.get(field.name) or "") > 5, f"{kind.__name__}.{field.name} has no docstring"
 
 
+@pytest.mark.parametrize("name", ["evaluate", "sample", "reconstruct"])
+def test_who_waits_for_other_ranks_can_be_told_how_long(name: str) -> None:
+    assert parse([name, "DIR"])[1].deadline == TrainConfig().deadline
+    assert parse([name, "DIR", "--deadline", "7"])[1].deadline == 7
+    with pytest.raises(ConfigError, match=r"--deadline is 0\.0, expected a finite number above 0"):
+        parse([name, "DIR", "--deadline", "0"])
+
+
 def test_help_shows_every_flag_and_loads_nothing_heavy() -> None:
     code = f"""
 import sys

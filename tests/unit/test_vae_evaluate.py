@@ -1,8 +1,12 @@
 """Evaluation against a model whose likelihood is known, and at several world sizes."""
 
+import copy
 import json
 import math
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -10,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hvdvae.errors import ConfigError
-from hvdvae.vae import VAE, Evaluation, Part, build_model, combine, evaluate, evaluate_part
+from hvdvae.vae import VAE, Evaluation, Part, build_model, combine, evaluate
+from hvdvae.vae.evaluate import chunk_sizes, round_chunks
 from hvdvae.vae.likelihoods import Gaussian
 from hvdvae.vae.mlp import MLPDecoder, MLPEncoder
 
@@ -81,18 +86,47 @@ def same(left: Evaluation, right: Evaluation) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(*arrays, strict=True))
 
 
-def deal(parts: list[dict[str, object]]) -> Callable[[dict[str, object]], list[dict[str, object]]]:
-    """A gather_objects that has heard of the other ranks: this rank's part must be among theirs."""
+class Meeting:
+    """gather_objects over threads; keeps what was sent."""
 
-    def gather_objects(part: dict[str, object]) -> list[dict[str, object]]:
-        assert part in parts
-        return parts
+    def __init__(self, size: int) -> None:
+        self.barrier = Barrier(size, timeout=30)
+        self.sent: list[list[dict[str, object]]] = [[] for _ in range(size)]
 
-    return gather_objects
+    def gather_objects(self, rank: int, part: dict[str, object]) -> list[dict[str, object]]:
+        self.sent[rank].append(json.loads(json.dumps(part)))
+        self.barrier.wait()
+        meeting = len(self.sent[rank]) - 1
+        return [sent[meeting] for sent in self.sent]
 
 
+def evaluate_together(
+    model: VAE, gather: Callable[[int, int], Tensor], count: int, *, size: int, samples: int, seed: int = 0
+) -> tuple[list[Evaluation], Meeting]:
+    """The results of all ranks."""
+    meeting = Meeting(size)
+
+    def one(rank: int) -> Evaluation:
+        return evaluate(
+            copy.deepcopy(model),
+            gather,
+            count,
+            samples=samples,
+            seed=seed,
+            rank=rank,
+            size=size,
+            gather_objects=lambda part: meeting.gather_objects(rank, part),
+        )
+
+    with ThreadPoolExecutor(size) as threads:
+        return list(threads.map(one, range(size))), meeting
+
+
+@pytest.mark.parametrize("meetings", ["one", "many"])
 @pytest.mark.parametrize("name", ["mlp", "mlp2", "conv"])
-def test_the_same_numbers_bit_for_bit_at_every_world_size(name: str) -> None:
+def test_the_same_numbers_bit_for_bit_at_every_world_size(
+    monkeypatch: pytest.MonkeyPatch, name: str, meetings: str
+) -> None:
     torch.manual_seed(0)
     sizes = {"mlp": ((16,), (4,)), "mlp2": ((16, 8), (4, 2)), "conv": (None, (4,))}[name]
     model = build_model(name, (1, 8, 8), hidden=sizes[0], latent=sizes[1], channels=(4,))
@@ -102,12 +136,14 @@ def test_the_same_numbers_bit_for_bit_at_every_world_size(name: str) -> None:
         return x[start:stop]
 
     alone = evaluate(model, gather, 150, samples=20, seed=1)
+    if meetings == "many":
+        module = sys.modules["hvdvae.vae.evaluate"]  # the package has a function of this name
+        monkeypatch.setattr(module, "_ROUND_NUMBERS", 1)
+        assert same(evaluate(model, gather, 150, samples=20, seed=1), alone)
     for size in (2, 3, 7):  # with 7 ranks two have nothing to do
-        parts = [evaluate_part(model, gather, 150, samples=20, seed=1, rank=r, size=size) for r in range(size)]
-        sent = [json.loads(json.dumps(part.to_json())) for part in parts]
-        assert same(combine(parts[::-1]), alone)
-        last = evaluate(model, gather, 150, samples=20, seed=1, rank=size - 1, size=size, gather_objects=deal(sent))
-        assert same(last, alone)
+        results, meeting = evaluate_together(model, gather, 150, size=size, samples=20, seed=1)
+        assert all(same(result, alone) for result in results)
+        assert {len(sent) for sent in meeting.sent} == {-(-5 // size) if meetings == "many" else 1}
     assert not same(evaluate(model, gather, 150, samples=20, seed=2), alone)
 
 
@@ -145,9 +181,18 @@ def test_bound_of_mlp2_is_at_least_its_elbo() -> None:
     assert sum(kl.sum() for kl in result.kl_per_dimension) == pytest.approx(result.rate)
 
 
+def test_ranks_meet_after_a_bounded_number_of_decoded_pixels() -> None:
+    for shape, samples in (((1, 28, 28), 5000), ((3, 64, 64), 500), ((6,), 1)):
+        examples, _ = chunk_sizes(shape, samples)
+        pixels = examples * samples * math.prod(shape)
+        assert round_chunks(shape, samples) == 1 or round_chunks(shape, samples) * pixels <= 2**28
+    assert round_chunks((1, 28, 28), 1) * 32 > 10_000, "a validation is one meeting"
+
+
 def test_missing_and_doubled_chunks_are_refused() -> None:
     model, _ = linear_gaussian()
-    parts = [evaluate_part(model, lambda a, b: torch.zeros(b - a, 6), 70, samples=2, rank=r, size=2) for r in (0, 1)]
+    _, meeting = evaluate_together(model, lambda a, b: torch.zeros(b - a, 6), 70, size=2, samples=2)
+    parts = [Part.from_json(sent) for (sent,) in meeting.sent]
     with pytest.raises(ValueError, match=r"found chunks \[0, 2\]"):
         combine(parts[:1])
     with pytest.raises(ValueError, match="once"):
