@@ -20,6 +20,9 @@ from hvdvae.abort import abort_job
 EXIT_CODE = 75
 """Exit status of a job that a watchdog ended (EX_TEMPFAIL: restart from the checkpoint)."""
 
+PATIENCE = 12
+"""Deadlines that a patient wait lasts where nobody can be asked."""
+
 ANSWER_SECONDS = 3.0
 """How long the others have to say what they are doing."""
 
@@ -74,7 +77,7 @@ class Watchdog:
         self._host = socket.gethostname()
         self._inquiry = inquiry
         self._watched = threading.get_ident()
-        self._wait: tuple[str, float] | None = None
+        self._wait: tuple[str, float, bool] | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hvdvae-watchdog", daemon=True)
 
@@ -89,11 +92,15 @@ class Watchdog:
             self._thread.join()
 
     @contextmanager
-    def waiting(self, operation: str) -> Iterator[None]:
-        """Mark that the body waits for other ranks, in `operation`. Costs about a microsecond."""
+    def waiting(self, operation: str, *, patient: bool = False) -> Iterator[None]:
+        """Mark that the body waits for other ranks, in `operation`. Costs about a microsecond.
+
+        `patient`: another rank may be busy for long (a download, say). Past the deadline the wait then goes on as long
+        as every other rank answers; where ranks cannot ask each other, for PATIENCE deadlines.
+        """
         outer = self._wait
         start = time.monotonic()
-        self._wait = (operation, start)
+        self._wait = (operation, start, patient)
         try:
             yield
         finally:
@@ -121,13 +128,20 @@ class Watchdog:
             if self._inquiry is not None:
                 self._inquiry.answer(self.state)
             wait = self._wait
-            if wait is not None and time.monotonic() - wait[1] > self.seconds:
-                self._expire()
+            if wait is None:
+                continue
+            _, start, patient = wait
+            lasted = time.monotonic() - start
+            if lasted > self.seconds * (1 if not patient or self._inquiry is not None else PATIENCE):
+                self._expire(wait)
 
-    def _expire(self) -> None:
+    def _expire(self, wait: tuple[str, float, bool]) -> None:
         mine = self.state()
         others = self._inquiry.ask(self.state, ANSWER_SECONDS) if self._inquiry is not None else {}
-        if self._wait is None:  # The others came while we asked.
+        if self._wait is not wait:  # The others came while we asked.
+            return
+        _, _, patient = wait
+        if patient and self._inquiry is not None and len(others) == self._size - 1:
             return
         sys.stderr.write(self.report(mine, others))
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)

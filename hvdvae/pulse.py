@@ -1,11 +1,13 @@
 """The heartbeat of a run: at agreed steps all ranks lay down what they did, and agree whether to stop.
 
-    sums, one row a rank, float64: [stop, steps, examples, loss, rate, distortion, data s, exchange s, step s]
+    sums, one row a rank, float64:
+        [stop, steps, examples, finite examples, loss, rate, distortion, data s, exchange s, step s]
 
-One small sum of an (N, 9) matrix in which every rank filled its own row. All ranks get the same matrix, so whatever
+One small sum of an (N, 10) matrix in which every rank filled its own row. All ranks get the same matrix, so whatever
 they decide from it (stop now, when to meet next) they decide alike.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -16,7 +18,7 @@ from hvdvae.world import World
 PERIOD_SECONDS = 0.1
 """How often ranks meet, about: a signal is acted on within this time."""
 
-STOP, STEPS, EXAMPLES, LOSS, RATE, DISTORTION, DATA, EXCHANGE, TOTAL = range(9)
+STOP, STEPS, EXAMPLES, FINITE, LOSS, RATE, DISTORTION, DATA, EXCHANGE, TOTAL = range(10)
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,12 @@ class Beat:
     signal: int
     """Number of the signal that some rank got; 0: go on."""
     examples: int
+    finite_examples: int
+    """Those whose loss was finite."""
     loss: float
     rate: float
     distortion: float
-    """Means over examples of all ranks, nats per example."""
+    """Means over the finite examples of all ranks, nats per example; NaN if there were none."""
     seconds: float
     """Longest time a rank took, since the last beat."""
     data_share: float
@@ -47,6 +51,7 @@ class Pulse:
         self._world = world
         self._every = 1
         self._terms: list[torch.Tensor] = []
+        self._weights: list[int] = []
         self.start()
 
     def start(self) -> None:
@@ -54,12 +59,17 @@ class Pulse:
         self._steps = self._examples = 0
         self._data = 0.0
         self._terms.clear()
+        self._weights.clear()
         self._waited = self._world.watchdog.waited
         self._start = time.perf_counter()
 
-    def count(self, terms: torch.Tensor, examples: int, data_seconds: float) -> None:
-        """Note one step. `terms` (3,): loss, rate, distortion, means over `examples`; they stay on their device."""
-        self._terms.append(terms)
+    def count(self, loss: torch.Tensor, rate: torch.Tensor, distortion: torch.Tensor, examples: int) -> None:
+        """Note one pass: means over `examples`, scalars without a gradient; they stay on their device until a beat."""
+        self._terms += (loss, rate, distortion)
+        self._weights.append(examples)
+
+    def count_step(self, examples: int, data_seconds: float) -> None:
+        """Note one step, after its passes."""
         self._steps += 1
         self._examples += examples
         self._data += data_seconds
@@ -74,13 +84,14 @@ class Pulse:
         world = self._world
         waited = world.watchdog.waited - self._waited
         total = time.perf_counter() - self._start
-        table = torch.zeros(world.size, 9, dtype=torch.float64)
-        terms = torch.stack(self._terms).double().cpu() if self._terms else torch.zeros(1, 3)
-        # Steps that were skipped because they were not finite have no say in the means.
-        finite = terms[terms.isfinite().all(1)]
-        means = finite.mean(0) if len(finite) else torch.zeros(3)
+        table = torch.zeros(world.size, 10, dtype=torch.float64)
+        terms = torch.stack(self._terms).cpu().double().view(-1, 3) if self._terms else torch.zeros(0, 3)
+        # Passes that were not finite have no say in the means.
+        finite = terms.isfinite().all(1)
+        weights = torch.tensor(self._weights, dtype=torch.float64)[finite]
+        mine = weights @ terms[finite].double()
         table[world.rank] = torch.tensor(
-            [signal, self._steps, self._examples, *(means * self._examples), self._data, waited, total],
+            [signal, self._steps, self._examples, weights.sum(), *mine, self._data, waited, total],
             dtype=torch.float64,
         )
         world.sum_(table, "pulse")
@@ -89,13 +100,17 @@ class Pulse:
         self._every = min(max(int(PERIOD_SECONDS / max(slowest, 1e-6)), 1), 1000)
         self.start()
         sums = table.sum(0)
-        examples = max(float(sums[EXAMPLES]), 1.0)
+        finite_examples = float(sums[FINITE])
+        loss, rate, distortion = (
+            float(sums[term]) / (finite_examples or math.nan) for term in (LOSS, RATE, DISTORTION)
+        )
         return Beat(
             signal=int(table[:, STOP].max()),
             examples=int(sums[EXAMPLES]),
-            loss=float(sums[LOSS]) / examples,
-            rate=float(sums[RATE]) / examples,
-            distortion=float(sums[DISTORTION]) / examples,
+            finite_examples=int(finite_examples),
+            loss=loss,
+            rate=rate,
+            distortion=distortion,
             seconds=float(table[:, TOTAL].max()),
             data_share=float(sums[DATA] / sums[TOTAL]),
             exchange_share=float(sums[EXCHANGE] / sums[TOTAL]),

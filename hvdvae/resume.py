@@ -48,7 +48,11 @@ def snapshot(trainer: "Trainer", config: Mapping[str, Any]) -> Checkpoint:
     rows[world.rank] = optimizer.flat.buffers
     world.sum_(rows, "gather of buffers")
     state = optimizer.state_dict()
-    tensors = {f"model/{name}": tensor for name, tensor in trainer.model.state_dict().items()}
+    with optimizer.averaged_buffers():
+        # What is evaluated and selected is the model with the mean of all ranks' buffers.
+        own = dict(trainer.model.named_buffers())
+        state_dict = trainer.model.state_dict().items()
+        tensors = {f"model/{name}": tensor.clone() if name in own else tensor for name, tensor in state_dict}
     tensors["buffers"] = rows
     scalars: dict[str, dict[str, Any]] = {}
     for number, entries in state["state"].items():
@@ -66,6 +70,8 @@ def snapshot(trainer: "Trainer", config: Mapping[str, Any]) -> Checkpoint:
         "world_size": world.size,
         "best": trainer.best,
         "names": optimizer.flat.names,
+        "optimizer": optimizer.wrapped_class,
+        "examples": trainer.batches.examples,
         "optimizer_groups": state["param_groups"],
         "optimizer_scalars": scalars,
         "skipped_steps": optimizer.skipped_steps,
@@ -89,6 +95,7 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
             f"({_difference(record['names'], optimizer.flat.names)}): resume with the --model, --hidden, --latent it "
             "was saved with"
         )
+    _check_same_run(trainer, checkpoint)
     load_weights(trainer.model, checkpoint)
     rows = tensors["buffers"]
     if rows.shape[1] == optimizer.flat.buffers.numel():
@@ -101,19 +108,38 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
         if name.startswith("optimizer/"):
             _, number, key = name.split("/", 2)
             state.setdefault(int(number), {})[key] = tensor
-    lrs = [group["lr"] for group in optimizer.param_groups]
+    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": state, "param_groups": record["optimizer_groups"]})
     if trainer.ema is not None:
         for name, average in optimizer.flat.views(trainer.ema.average).items():
             average.copy_(tensors.get(f"ema/{name}", tensors[f"model/{name}"]))
     if trainer.scaler is not None and record["scaler"] is not None:
         trainer.scaler.load_state_dict(record["scaler"])
-    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-        # The base rate of this run rules (another world size may scale it); its schedule sets the present one.
-        group["lr"] = lr
+    for group, mine in zip(optimizer.param_groups, options, strict=True):
+        # The options of this run rule: whoever resumes with another rate or decay wants it.
+        group.update(mine)
     optimizer.skipped_steps, trainer.overflows = record["skipped_steps"], record["overflows"]
     trainer.position = Position(**record["position"])
     trainer.best = record["best"]
+
+
+FIXED = ("seed", "binarization", "likelihood")
+"""Keys of the configuration that a resume may not change: data order and what the loss measures follow from them."""
+
+
+def _check_same_run(trainer: "Trainer", checkpoint: Checkpoint) -> None:
+    record, file = checkpoint.record, checkpoint.name
+    mine = {"optimizer": trainer.optimizer.wrapped_class, "examples": trainer.batches.examples}
+    mine |= {key: trainer.configuration[key] for key in FIXED if key in trainer.configuration}
+    saved = {**record["config"], **{key: record[key] for key in ("optimizer", "examples") if key in record}}
+    for key, value in mine.items():
+        if key in saved and saved[key] != value:
+            what = "an epoch of" if key == "examples" else f"--{key}"
+            hint = "the same --data and --validation" if key == "examples" else f"--{key} {saved[key]}"
+            raise CheckpointError(
+                f"{file} was trained with {what} {saved[key]}{' examples' if key == 'examples' else ''}, this run has "
+                f"{value}: resume with {hint}, or start anew in another --out"
+            )
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, *, ema: bool = False) -> None:

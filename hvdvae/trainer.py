@@ -4,7 +4,8 @@
     trainer.fit(epochs=20)
 
 `loss(model, batch, epoch)` returns a scalar, or a mapping with `loss` and, for VAEs, `rate` and `distortion`; means
-over the batch. `epoch` is the fractional count of epochs done.
+over the batch. `batch` is whatever `batches` yields: a tensor, or a tuple or mapping of tensors. `epoch` is the
+fractional count of epochs done.
 """
 
 import math
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdvae.allocator import keep_freed_memory
+from hvdvae.batch import Batch, chunks, examples_of
 from hvdvae.checkpoint import Checkpoint, Folder
 from hvdvae.ema import MovingAverage
 from hvdvae.errors import NonFiniteError
@@ -30,7 +32,7 @@ from hvdvae.seeding import seed_everything
 from hvdvae.signals import caught
 from hvdvae.strategies import Strategy
 
-Loss = Callable[[nn.Module, Tensor, float], Tensor | Mapping[str, Tensor]]
+Loss = Callable[[nn.Module, Any, float], Tensor | Mapping[str, Tensor]]
 
 
 class Batches(Protocol):
@@ -43,7 +45,7 @@ class Batches(Protocol):
     def steps(self, start: int = 0) -> int:
         """Steps from position `start` (examples that all ranks together have seen in this epoch) to its end."""
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This rank's batches from position `start` of an epoch; equally many on every rank."""
 
 
@@ -105,8 +107,10 @@ class Trainer:
         self._monitors = list(monitors) if self.world.is_first else []
         self._checkpoints, self._checkpoint_every = checkpoints, checkpoint_every
         self._validate, self._validate_every = validate, validate_every
-        self._config = dict(config or {})
+        self.configuration = dict(config or {})
+        """Saved with checkpoints, and compared when one is resumed."""
         self._pulse = Pulse(self.world)
+        self._nothing = torch.zeros((), device=self.world.device)
 
     def fit(self, epochs: int) -> Outcome:
         """Train until `epochs` are done or a signal comes. Blocks; every rank must call it.
@@ -121,8 +125,10 @@ class Trainer:
                 while self.position.epoch < epochs and not signal_number:
                     signal_number, seen, took = self._run_epoch(lambda: flag.number)
                     examples, seconds = examples + seen, seconds + took
-                    if not signal_number:
+                    if not self.position.examples:
                         self._end_epoch(epochs, seen, took)
+                        # A signal during validation, or in the last step, is heard here.
+                        signal_number = signal_number or self._agreed(flag.number)
                 if signal_number:
                     self._save(is_best=False)
         finally:
@@ -150,9 +156,10 @@ class Trainer:
         self.model.train()
         start = self.position.examples
         steps = self.batches.steps(start)
-        total, self._epoch_sums = 0, torch.zeros(3, dtype=torch.float64)
+        total, self._epoch_sums = 0, torch.zeros(4, dtype=torch.float64)
         begin = time.perf_counter()
         self._pulse.start()
+        signal_given = 0
         batches = self.batches.epoch(self.position.epoch, start)
         for number in range(steps):
             before = time.perf_counter()
@@ -163,37 +170,39 @@ class Trainer:
                 beat = self._pulse.beat(signal_number())
                 total += beat.examples
                 self._report(beat)
-                if beat.signal and number < steps - 1:
-                    return beat.signal, total, time.perf_counter() - begin
+                signal_given = beat.signal
+                if signal_given and number < steps - 1:
+                    return signal_given, total, time.perf_counter() - begin
         self.position.next_epoch()
-        return 0, total, time.perf_counter() - begin
+        return signal_given, total, time.perf_counter() - begin
 
-    def _step(self, batch: Tensor, data_seconds: float) -> None:
+    def _agreed(self, signal_number: int) -> int:
+        return int(self.world.max_(torch.tensor([signal_number]), "agreement on a signal"))
+
+    def _step(self, batch: Batch, data_seconds: float) -> None:
         position, optimizer = self.position, self.optimizer
+        examples = examples_of(batch)
         self.world.watchdog.step = position.step
-        epoch = position.epoch + (position.examples + 0.5 * len(batch) * self.world.size) / self.batches.examples
+        epoch = position.epoch + (position.examples + 0.5 * examples * self.world.size) / self.batches.examples
         self._set_learning_rate(epoch)
         seed_everything(self.world.device, self._seed, self.world.rank, position.step)
         optimizer.zero_grad()
         passes = optimizer.backward_passes_per_step
-        terms = torch.zeros(3, device=batch.device)
-        for micro in batch.chunk(passes):
+        for micro in chunks(batch, passes):
             with self._autocast:
                 result = self._loss(self.model, micro, epoch)
             values = result if isinstance(result, Mapping) else {"loss": result}
             loss = values["loss"]
-            share = len(micro) / len(batch)
+            micro_examples = examples if passes == 1 else examples_of(micro)
             # The strategy averages over passes; unequal micro-batches count by their examples.
-            scaled = loss * (share * passes) if passes > 1 else loss
+            scaled = loss * (micro_examples / examples * passes) if passes > 1 else loss
             (self.scaler.scale(scaled) if self.scaler else scaled).backward()  # type: ignore[no-untyped-call]
             optimizer.watch(loss)
-            kept = [
-                values[name].detach() if name in values else terms[0] * 0 for name in ("loss", "rate", "distortion")
-            ]
-            terms = terms + share * torch.stack(kept).float()
+            rate, distortion = (values.get(name, self._nothing).detach() for name in ("rate", "distortion"))
+            self._pulse.count(loss.detach(), rate, distortion, micro_examples)
         self._update()
-        position.advance(len(batch) * self.world.size)
-        self._pulse.count(terms, len(batch), data_seconds)
+        position.advance(examples * self.world.size)
+        self._pulse.count_step(examples, data_seconds)
 
     def _update(self) -> None:
         optimizer = self.optimizer
@@ -225,7 +234,9 @@ class Trainer:
             group["lr"] = base * factor
 
     def _report(self, beat: Beat) -> None:
-        self._epoch_sums += beat.examples * torch.tensor([beat.loss, beat.rate, beat.distortion], dtype=torch.float64)
+        if beat.finite_examples:
+            means = torch.tensor([1.0, beat.loss, beat.rate, beat.distortion], dtype=torch.float64)
+            self._epoch_sums += beat.finite_examples * means
         epoch = self.position.epoch + self.position.examples / self.batches.examples
         lr = float(self.optimizer.param_groups[0]["lr"])
         for monitor in self._monitors:
@@ -233,7 +244,8 @@ class Trainer:
 
     def _end_epoch(self, epochs: int, examples: int, seconds: float) -> None:
         epoch, last = self.position.epoch, self.position.epoch >= epochs
-        loss, rate, distortion = (self._epoch_sums / max(examples, 1)).tolist()
+        # Examples whose loss was finite, and sums over them; no mean of none.
+        loss, rate, distortion = (self._epoch_sums[1:] / self._epoch_sums[0]).tolist()
         metrics = {
             "loss": loss,
             "rate": rate,
@@ -270,7 +282,7 @@ class Trainer:
     def _save(self, *, is_best: bool) -> None:
         if self._checkpoints is None:
             return
-        checkpoint = snapshot(self, self._config)
+        checkpoint = snapshot(self, self.configuration)
         if self.world.is_first:
             self._checkpoints.save(checkpoint, is_best=is_best)
 

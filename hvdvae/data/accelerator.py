@@ -9,10 +9,10 @@ import torch
 
 from hvdvae.data.binarize import binarize, training_key
 from hvdvae.data.inputs import to_input_on_device
-from hvdvae.data.noise import stream_key
 from hvdvae.data.prefetch import prefetched
 from hvdvae.data.read import read
 from hvdvae.data.source import Indices, Source
+from hvdvae.seeding import stream
 
 RESIDENT_FRACTION = 10
 """A source lives on the device if it takes at most one part in so many of the device's free memory."""
@@ -43,7 +43,7 @@ class AcceleratorFeed:
             pinned = prefetched((cut, self._pin(self._host(cut))) for cut in cuts)
             stored = ((cut, self._send(values)) for cut, values in pinned)
         for cut, values in stored:
-            self._generator.manual_seed(stream_key(self._seed, epoch, int(cut[0])) >> 1)
+            self._generator.manual_seed(stream(self._seed, epoch, int(cut[0])) >> 1)
             yield to_input_on_device(
                 values,
                 peak=self._peak,

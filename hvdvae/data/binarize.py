@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hvdvae.data.noise import stream_key, uniform_bytes, uniform_floats
+from hvdvae.data.noise import uniform_bytes, uniform_floats
 from hvdvae.data.source import Indices, Values
+from hvdvae.seeding import stream
 
 _DYNAMIC, _STATIC, _EVALUATION = 3, 4, 5  # tell the streams apart
 EVALUATION_SEED = 0
@@ -19,12 +20,12 @@ EVALUATION_SEED = 0
 
 def training_key(binarization: str, seed: int, epoch: int) -> int:
     """The noise's key in `epoch`: a new one each epoch if dynamic, always the same if static."""
-    return stream_key(_DYNAMIC, seed, epoch) if binarization == "dynamic" else stream_key(_STATIC)
+    return stream(_DYNAMIC, seed, epoch) if binarization == "dynamic" else stream(_STATIC)
 
 
 def evaluation_key(binarization: str, seed: int = EVALUATION_SEED) -> int:
     """The noise's key of validation and test, which are binarized once, the same at every world size."""
-    return stream_key(_EVALUATION, seed) if binarization == "dynamic" else stream_key(_STATIC)
+    return stream(_EVALUATION, seed) if binarization == "dynamic" else stream(_STATIC)
 
 
 def binarize(values: Values, peak: int, key: int, examples: Indices) -> NDArray[np.bool_]:

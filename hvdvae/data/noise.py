@@ -8,17 +8,9 @@ Shapes: B examples, D positions.
 import numpy as np
 from numpy.typing import NDArray
 
-_MASK = (1 << 64) - 1
-_GAMMA, _M1, _M2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+from hvdvae.seeding import GAMMA, M1, M2
+
 _Words = NDArray[np.uint64]
-
-
-def stream_key(*parts: int) -> int:
-    """One 64-bit key from several integers, such as (purpose, seed, epoch); any of them changes all of it."""
-    key = 0
-    for part in parts:
-        key = _mix_one((key + _GAMMA) & _MASK ^ _mix_one(part & _MASK))
-    return key
 
 
 def uniform_bytes(key: int, examples: NDArray[np.int64], width: int) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
@@ -34,23 +26,17 @@ def uniform_floats(key: int, examples: NDArray[np.int64], width: int) -> NDArray
 
 
 def _words(key: int, examples: NDArray[np.int64], count: int) -> _Words:
-    rows = _mix(examples.astype(np.uint64) * np.uint64(_GAMMA) + np.uint64(key))
-    columns = np.arange(count, dtype=np.uint64) * np.uint64(_GAMMA)
+    rows = _mix(examples.astype(np.uint64) * np.uint64(GAMMA) + np.uint64(key))
+    columns = np.arange(count, dtype=np.uint64) * np.uint64(GAMMA)
     return _mix(rows[:, None] + columns)
 
 
 def _mix(words: _Words) -> _Words:
     """Scramble each word in place."""
     shifted = np.empty_like(words)
-    for shift, factor in ((30, _M1), (27, _M2)):
+    for shift, factor in ((30, M1), (27, M2)):
         np.right_shift(words, shift, out=shifted)
         np.bitwise_xor(words, shifted, out=words)
         np.multiply(words, np.uint64(factor), out=words)
     np.right_shift(words, 31, out=shifted)
     return np.bitwise_xor(words, shifted, out=words)
-
-
-def _mix_one(word: int) -> int:
-    word = ((word ^ (word >> 30)) * _M1) & _MASK
-    word = ((word ^ (word >> 27)) * _M2) & _MASK
-    return word ^ (word >> 31)

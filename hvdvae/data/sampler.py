@@ -8,9 +8,9 @@ not fill a last step are left out, the same number on every rank.
 
 import numpy as np
 
-from hvdvae.data.noise import stream_key
 from hvdvae.data.source import Indices
 from hvdvae.errors import DataError
+from hvdvae.seeding import stream
 
 QUARTERS = 4
 _BASE, _EPOCH = 1, 2  # tell the streams of the fixed and of the epoch's order apart
@@ -63,4 +63,4 @@ def rank_indices(order: Indices, start: int, batch: int, rank: int, size: int) -
 
 
 def _generator(*parts: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(stream_key(*parts)))
+    return np.random.Generator(np.random.PCG64(stream(*parts)))

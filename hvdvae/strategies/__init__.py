@@ -53,7 +53,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
         return Local(optimizer, model, world, **options)
     if strategy != "allreduce":
         raise ConfigError(f"strategy (--strategy) is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
-    chosen = choose_engine(engine, world, compression=compression, reduce_op=reduce_op)
+    chosen = choose_engine(engine, world, compression=compression, reduce_op=reduce_op, process_set=process_set)
     wrapped = _wrap(chosen.name, optimizer, model, world, compression, reduce_op, process_set, options)
     wrapped.engine, wrapped.engine_reason = chosen
     return wrapped

@@ -57,13 +57,11 @@ class HorovodAllreduce(Strategy):
         if self._vector.grad.data_ptr() != gradient.data_ptr():
             gradient.copy_(self._vector.grad)
 
-    def broadcast_model(self) -> None:
-        """Overwrite parameters and buffers with those of the process set's first rank."""
-        root = self._first_rank()
-        with self.world.watchdog.waiting("horovod broadcast of parameters"):
-            for name, vector in (("parameters", self.flat.parameters), ("buffers", self.flat.buffers)):
-                if vector.numel():
-                    self._hvd.broadcast_(vector, root, name=f"hvdvae.broadcast.{name}", process_set=self._process_set)
+    def broadcast_bytes(self, data: Tensor) -> None:
+        """Overwrite with the bytes of the process set's first rank."""
+        if data.numel():
+            with self.world.watchdog.waiting("horovod broadcast of the model"):
+                self._hvd.broadcast_(data, self._first_rank(), name="hvdvae.broadcast", process_set=self._process_set)
 
     def average_(self, vector: Tensor) -> None:
         """The mean over the process set."""
@@ -94,7 +92,8 @@ class HorovodAdasum(Strategy):
 
     def exchange(self, gradient: Tensor) -> None:
         """Gradients stay this rank's own; only a non-finite one is made known to all."""
-        bad = torch.tensor([0 if bool(torch.isfinite(gradient).all()) else 1])
+        # By the number that `step` decides by: ranks that disagree would hang.
+        bad = torch.tensor([0 if bool(torch.isfinite(torch.dot(gradient, gradient))) else 1])
         if int(self.world.max_(bad, "agreement on a finite gradient")):
             gradient.fill_(float("nan"))
 

@@ -1,6 +1,6 @@
 """Which library carries the allreduce, and why."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hvdvae.errors import ConfigError, WorldError
 from hvdvae.world import World
@@ -15,7 +15,14 @@ class Engine(NamedTuple):
     reason: str
 
 
-def choose_engine(engine: str, world: World, *, compression: str = "none", reduce_op: str = "average") -> Engine:
+def choose_engine(
+    engine: str,
+    world: World,
+    *,
+    compression: str = "none",
+    reduce_op: str = "average",
+    process_set: Any = None,
+) -> Engine:
     """Resolve `auto`, and refuse what an engine cannot do. Local and pure but for the world's facts.
 
     Raises ConfigError or WorldError, naming the flag to change.
@@ -30,13 +37,15 @@ def choose_engine(engine: str, world: World, *, compression: str = "none", reduc
         raise WorldError(f"--reduce-op adasum needs a power of two of ranks, found {world.size}")
     if reduce_op == "adasum" and compression != "none":
         raise ConfigError("--compression fp16 does not go with --reduce-op adasum: choose one of them")
-    only_horovod = compression != "none" or reduce_op != "average"
+    if reduce_op == "adasum" and process_set is not None:
+        raise ConfigError("process_set does not go with reduce_op (--reduce-op) adasum, which is over all ranks")
+    only_horovod = compression != "none" or reduce_op != "average" or process_set is not None
     if engine == "auto":
         return _choose(world, only_horovod)
     if engine == "mpi":
         if only_horovod:
             raise ConfigError(
-                "--engine mpi reduces plain float32 averages: --compression fp16 and --reduce-op adasum need "
+                "--engine mpi averages over all ranks: --compression fp16, --reduce-op adasum and a process_set need "
                 "--engine horovod"
             )
         if world.launcher == "horovodrun-gloo":
@@ -52,7 +61,7 @@ def choose_engine(engine: str, world: World, *, compression: str = "none", reduc
 
 def _choose(world: World, only_horovod: bool) -> Engine:
     if only_horovod:
-        return Engine("horovod", "fp16 compression and Adasum are Horovod's")
+        return Engine("horovod", "fp16 compression, Adasum and process sets are Horovod's")
     if world.launcher == "horovodrun-gloo":
         return Engine("horovod", "horovodrun --gloo has no MPI")
     if world.device.type == "cuda":

@@ -1,7 +1,7 @@
 """The user's torch optimizer, rebuilt over flat vectors: one fused kernel for all parameters of a group.
 
-Exact for optimizers that treat each element by itself (Adam, SGD, ...). Others (LBFGS, Adafactor, Muon, anybody's
-own) keep their per-tensor form: the tensors are views of the same vectors, so the strategies do not notice.
+Exact for optimizers that treat each element by itself (Adam, SGD, ...). Others (Adafactor, Muon, anybody's own)
+keep their per-tensor form: the tensors are views of the same vectors, so the strategies do not notice.
 """
 
 import inspect
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hvdvae.errors import CheckpointError
+from hvdvae.errors import CheckpointError, ConfigError
 from hvdvae.flat import FlatModel
 
 ELEMENTWISE: tuple[type[Optimizer], ...] = (
@@ -31,6 +31,16 @@ ELEMENTWISE: tuple[type[Optimizer], ...] = (
 
 _COUNTERS = ("step", "mu_product", "eta", "mu")
 """Entries of their states that are one number a parameter, whatever its shape: steps taken, and functions of them."""
+
+
+def check_supported(optimizer: Optimizer) -> None:
+    """Raises ConfigError for optimizers whose step needs more than gradients of one moment."""
+    if isinstance(optimizer, torch.optim.LBFGS | torch.optim.SparseAdam):
+        several = isinstance(optimizer, torch.optim.LBFGS)
+        why = "evaluates the loss several times a step" if several else "needs sparse gradients"
+        raise ConfigError(
+            f"optimizer {type(optimizer).__name__} {why}, which ranks cannot average: use another one of torch.optim"
+        )
 
 
 def is_elementwise(optimizer: Optimizer) -> bool:
@@ -101,7 +111,7 @@ def load_per_tensor(inner: Optimizer, flat: FlatModel, state: dict[int, dict[str
             if isinstance(present, Tensor) and key not in _COUNTERS:
                 inner.state[vector][key] = _joined(flat, index, vector, [entries.get(key) for entries in mine])
             else:
-                inner.state[vector][key] = _clone(present)
+                inner.state[vector][key] = _counter(present, vector, bool(group.get("fused")))
 
 
 def _joined(flat: FlatModel, group: int, vector: Tensor, values: list[Tensor | None]) -> Tensor:
@@ -121,6 +131,13 @@ def _joined(flat: FlatModel, group: int, vector: Tensor, values: list[Tensor | N
 
 def _is_aligned(value: Any, vector: Tensor) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape == vector.shape
+
+
+def _counter(value: Any, vector: Tensor, fused: bool) -> Any:
+    # A fused kernel reads its count of steps where the parameters are, as float32.
+    if fused and isinstance(value, Tensor):
+        return value.detach().clone().to(vector.device, torch.float32)
+    return _clone(value)
 
 
 def _clone(value: Any) -> Any:

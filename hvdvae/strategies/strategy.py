@@ -5,7 +5,7 @@ optimizers (schedules, clipping, AMP, state_dict, zero_grad) works on it as on a
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,7 +15,13 @@ from torch.optim import Optimizer
 
 from hvdvae.errors import CheckpointError, ConfigError, WorldError
 from hvdvae.flat import FlatModel
-from hvdvae.strategies.flat_optimizer import flat_optimizer, is_elementwise, load_per_tensor, per_tensor_state
+from hvdvae.strategies.flat_optimizer import (
+    check_supported,
+    flat_optimizer,
+    is_elementwise,
+    load_per_tensor,
+    per_tensor_state,
+)
 from hvdvae.world import World
 
 
@@ -48,23 +54,32 @@ class Strategy(Optimizer):
             raise ConfigError(f"backward_passes_per_step is {backward_passes_per_step}, expected at least 1")
         if clip_norm is not None and clip_norm <= 0:
             raise ConfigError(f"clip_norm (--clip-norm) is {clip_norm}, expected a number above 0, or none")
+        check_supported(optimizer)
         self.world = world
-        self.flat = FlatModel(model, [group["params"] for group in optimizer.param_groups])
+        everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._numbers = [number for number, parameter in enumerate(everything) if parameter.requires_grad]
+        """In the optimizer's numbering of parameters: those that are trained. Frozen ones are nobody's to change."""
+        self.flat = FlatModel(
+            model, [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
+        )
+        _check_device(self.flat, world)
         self.backward_passes_per_step = backward_passes_per_step
         self.clip_norm = clip_norm
         self.skipped_steps = 0
         self.gradient_norm = 0.0
         self._exchanged = False
         self._poison: Tensor | None = None
+        self._step_supports_amp_scaling = True  # Then GradScaler always calls `step`, on all ranks.
         saved = optimizer.state_dict() if optimizer.state else None
         # LR schedulers that are built already hold `optimizer`: its groups stay the ones that rule.
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups = optimizer.param_groups
         self._wrapped = optimizer
+        self.wrapped_class = type(optimizer).__name__
         self.inner = flat_optimizer(optimizer, self.flat)
         self._is_flat = is_elementwise(optimizer)
         if saved is not None and self._is_flat:
-            load_per_tensor(self.inner, self.flat, saved["state"])
+            load_per_tensor(self.inner, self.flat, self._of_trained(saved["state"]))
         _check_same_model(self.flat, world)
         self.broadcast_model()
 
@@ -79,9 +94,16 @@ class Strategy(Optimizer):
         """Turn this rank's gradient (P,), in place, into the mean over ranks. Blocks; every rank must call it."""
 
     def broadcast_model(self) -> None:
-        """Overwrite parameters and float buffers with rank 0's. Blocks; every rank must call it."""
-        self.world.broadcast_(self.flat.parameters, what="broadcast of parameters")
-        self.world.broadcast_(self.flat.buffers, what="broadcast of buffers")
+        """Overwrite all that the model holds with rank 0's, frozen parameters too. Blocks; every rank must call it."""
+        for tensor in (self.flat.parameters, self.flat.buffers, *self.flat.rest):
+            # As bytes: whatever the dtype.
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            self.broadcast_bytes(data)
+            tensor.detach().copy_(data.view(tensor.dtype).view(tensor.shape))
+
+    def broadcast_bytes(self, data: Tensor) -> None:
+        """Overwrite bytes (n,) uint8, on the host, with the first rank's. Blocks; every rank must call it."""
+        self.world.broadcast_(data, what="broadcast of the model")
 
     def average_(self, vector: Tensor) -> None:
         """Replace a vector by its mean over the ranks that train together. Blocks; every rank must call it."""
@@ -106,13 +128,16 @@ class Strategy(Optimizer):
         Zero times the loss is added to the gradient: nothing if it is finite, NaN if not, and the exchange carries it
         on.
         """
+        if loss.device.type == "cpu" and _is_finite(loss.item()):
+            return
         poison = loss.detach() * 0
         self._poison = poison if self._poison is None else self._poison + poison
 
     def synchronize(self) -> None:
         """Exchange gradients now, so that `.grad` holds the mean over ranks (to clip or unscale them before `step`).
 
-        Blocks; every rank must call it. `step` calls it unless it was called since the last step.
+        Blocks; every rank must call it. `step` calls it unless it was called since the last step. Call it before
+        GradScaler's `unscale_` and `step`: whether a gradient overflowed is then the same on all ranks.
         """
         if self._exchanged:
             return
@@ -136,9 +161,20 @@ class Strategy(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.synchronize()
+        if self._exchanged:
+            self.flat.gather_gradient()  # Somebody may have assigned other gradients since.
+        elif self.world.size > 1 and getattr(self, "found_inf", None) is not None:
+            raise ConfigError(
+                "GradScaler.step was called before the gradients were exchanged, so ranks would disagree on overflows: "
+                "call optimizer.synchronize() after backward(), then scaler.unscale_ or scaler.step"
+            )
+        else:
+            self.synchronize()
         self._exchanged = False
         gradient = self.flat.gradient
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            gradient.div_(scale)  # GradScaler.step without unscale_ leaves that to the optimizer.
         # One pass of BLAS; a third quicker than vector_norm. Not finite beyond 1e19, where no step is worth taking.
         self.gradient_norm = float(torch.dot(gradient, gradient)) ** 0.5
         if not _is_finite(self.gradient_norm):
@@ -169,8 +205,10 @@ class Strategy(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As a plain torch optimizer of the wrapped class would save it: loads there, and into any other strategy."""
         packed = self._packed_groups()
-        state = per_tensor_state(self.inner, self.flat) if self._is_flat else self.inner.state_dict()["state"]
-        return {"state": state, "param_groups": packed}
+        if not self._is_flat:
+            return {"state": self.inner.state_dict()["state"], "param_groups": packed}
+        state = per_tensor_state(self.inner, self.flat)
+        return {"state": {self._numbers[n]: entries for n, entries in state.items()}, "param_groups": packed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` of any strategy, or of the plain torch optimizer, saved. Local: call it on all ranks.
@@ -186,9 +224,12 @@ class Strategy(Optimizer):
         for group, values in zip(self.param_groups, saved, strict=True):
             group.update({key: value for key, value in values.items() if key not in ("params", "fused")})
         if self._is_flat:
-            load_per_tensor(self.inner, self.flat, state_dict["state"])
+            load_per_tensor(self.inner, self.flat, self._of_trained(state_dict["state"]))
         else:
             self.inner.load_state_dict(state_dict)
+
+    def _of_trained(self, state: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        return {place: state[number] for place, number in enumerate(self._numbers) if number in state}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once wrapped: the vectors are laid out. Raises ConfigError."""
@@ -221,6 +262,22 @@ class Strategy(Optimizer):
 
 def _is_finite(value: float) -> bool:
     return value - value == 0.0
+
+
+def _check_device(flat: FlatModel, world: World) -> None:
+    found, where = flat.parameters.dtype, flat.parameters.device
+    if world.size == 1:
+        return
+    if found not in (torch.float32, torch.float64):
+        raise ConfigError(
+            f"the model's parameters are {found}, expected float32 or float64: keep the weights so, and use autocast "
+            "(--precision) to compute in less"
+        )
+    if where.type != world.device.type or (where.type == "cuda" and where.index != world.device.index):
+        raise ConfigError(
+            f"the model is on {where}, but rank {world.rank} was given {world.device}: move it with "
+            "model.to(world.device) before the optimizer is built, or make the World with device='cpu'"
+        )
 
 
 def _check_same_model(flat: FlatModel, world: World) -> None:

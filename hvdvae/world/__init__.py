@@ -7,6 +7,7 @@ With no launcher the world has size 1 and imports neither MPI nor Horovod. Horov
 needs it (`world.horovod()`), because its background thread takes cycles from the core that computes.
 """
 
+import faulthandler
 import json
 import os
 import socket
@@ -58,10 +59,15 @@ class World:
         chosen = _device(device, launch.local_rank)
         if launch.launcher == "none":
             return cls.alone(device=str(chosen))
-        if launch.launcher == "horovodrun-gloo":
-            carrier, inquiry, comm = _join_gloo(), None, None
-        else:
-            carrier, inquiry, comm = _join_mpi(launch)
+        # No watchdog can run before the ranks have met; this one needs no Python, as MPI_Init holds its lock.
+        faulthandler.dump_traceback_later(deadline, exit=True)
+        try:
+            if launch.launcher == "horovodrun-gloo":
+                carrier, inquiry, comm = _join_gloo(), None, None
+            else:
+                carrier, inquiry, comm = _join_mpi(launch)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         watchdog = Watchdog(rank=carrier.rank, size=carrier.size, seconds=deadline, inquiry=inquiry)
         world = cls(launch, carrier, chosen, watchdog, comm)
         if world.size > 1:
@@ -102,9 +108,9 @@ class World:
         with self.watchdog.waiting(what):
             return self._carrier.gather_bytes(data)
 
-    def barrier(self, what: str = "barrier") -> None:
-        """Return once every rank has called."""
-        with self.watchdog.waiting(what):
+    def barrier(self, what: str = "barrier", *, patient: bool = False) -> None:
+        """Return once every rank has called. `patient`: however long one takes, while it lives (see Watchdog)."""
+        with self.watchdog.waiting(what, patient=patient):
             self._carrier.barrier()
 
     def shared_vectors(self, like: torch.Tensor) -> Any:
@@ -179,6 +185,8 @@ def _device(name: str, local_rank: int) -> torch.device:
     if name == "auto":
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         name = f"cuda:{local_rank % gpus}" if gpus else "cpu"
+    elif name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{local_rank % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

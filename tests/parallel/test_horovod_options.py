@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hvdvae.errors import ConfigError
 from hvdvae.strategies import DistributedOptimizer
 from hvdvae.world import World
 from tests.parallel.regression import examples, loss_of, network, share, weights
@@ -79,3 +80,15 @@ def test_process_sets_train_replicas_side_by_side(world: World) -> None:
     torch.testing.assert_close(weights(model), expected)
     for group in sets:
         hvd.remove_process_set(group)
+
+
+@pytest.mark.parametrize("options", [{"engine": "mpi"}, {"engine": "horovod", "reduce_op": "adasum"}])
+def test_a_process_set_is_not_dropped_silently(world: World, options: dict[str, str]) -> None:
+    if world.size not in (1, 2, 4):
+        pytest.skip("Adasum needs a power of two")
+    model = network(seed=100)
+    process_set = world.horovod().global_process_set
+    with pytest.raises(ConfigError, match="process_set"):
+        DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), 1.0), model, world=world, process_set=process_set, **options
+        )

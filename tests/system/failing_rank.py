@@ -11,6 +11,8 @@ from hvdvae.strategies import DistributedOptimizer
 from hvdvae.world import World
 
 way, engine, deadline = sys.argv[1], sys.argv[2], float(sys.argv[3])
+if way == "joins late" and os.environ.get("OMPI_COMM_WORLD_RANK") == "1":
+    time.sleep(3600)
 world = World.create(device="cpu", deadline=deadline)
 model = torch.nn.Linear(3, 2)
 optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, world=world, engine=engine)

@@ -53,6 +53,13 @@ def test_a_rank_that_does_not_come_is_named(start: Start, way: str, engine: str)
     assert "failing_rank.py" in job.output, "the stack says where"
 
 
+def test_a_rank_that_never_joins_ends_the_job(start: Start) -> None:
+    """Before the ranks have met, no watchdog can ask; the stack of the one that waits says where."""
+    job = start(2, CASE, "joins late", "mpi", str(DEADLINE)).finish(DEADLINE + GRACE)
+    assert job.status != 0
+    assert "_join_mpi" in job.output
+
+
 def test_pytest_under_mpirun_ends_when_one_rank_fails(start: Start, tmp_path: Path) -> None:
     """`mpirun -np 2 pytest tests/parallel` must not hang while the rank that passed waits for the one that failed."""
     folder = tmp_path / "parallel"

@@ -7,7 +7,8 @@ import torch
 from hvdvae.data import ArraySource, Subset, evaluation_batch, mean_example, to_input
 from hvdvae.data.accelerator import AcceleratorFeed
 from hvdvae.data.binarize import binarize, binarize_on_device, evaluation_key, training_key
-from hvdvae.data.noise import stream_key, uniform_bytes, uniform_floats
+from hvdvae.data.noise import uniform_bytes, uniform_floats
+from hvdvae.seeding import stream
 
 ROWS = np.arange(4000, dtype=np.int64)
 
@@ -76,7 +77,7 @@ def test_noise_bytes_are_uniform():
 
 def test_keys_differ_by_every_part():
     parts = [(a, b, c) for a in range(5) for b in (0, 1, 2**32, 2**64 - 1) for c in range(50)]
-    assert len({stream_key(*part) for part in parts} | {stream_key(part[0]) for part in parts}) == 1005
+    assert len({stream(*part) for part in parts} | {stream(part[0]) for part in parts}) == 1005
     assert training_key("dynamic", 1, 2) != training_key("dynamic", 1, 3)
     assert training_key("static", 1, 2) == training_key("static", 9, 3) == evaluation_key("static", 5)
     assert evaluation_key("dynamic") != training_key("dynamic", 0, 0)

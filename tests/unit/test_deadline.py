@@ -117,3 +117,30 @@ def test_a_wait_past_its_deadline_ends_the_process_with_its_stack() -> None:
 def test_a_stopped_watchdog_ends_nothing() -> None:
     run = subprocess.run([sys.executable, "-c", CASE, "stop"], capture_output=True, text=True, timeout=30)
     assert (run.returncode, run.stderr) == (0, "")
+
+
+PATIENT = """
+import sys, time
+from hvdvae.deadline import State, Watchdog
+
+class Others:
+    def answer(self, state): ...
+    def ask(self, state, seconds):
+        alive = time.monotonic() - start < 2.0
+        return {1: State(1, "node1", 0, "", 0.0, "download.py:1")} if alive else {}
+
+start = time.monotonic()
+watchdog = Watchdog(rank=0, size=2, seconds=0.4, inquiry=Others())
+watchdog.start()
+with watchdog.waiting("the download of rank 1", patient=True):
+    time.sleep(1.5)
+    print("went on", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_patient_wait_lasts_while_the_others_answer() -> None:
+    run = subprocess.run([sys.executable, "-c", PATIENT], capture_output=True, text=True, timeout=40)
+    assert run.stdout == "went on\n", "past the deadline, for the other rank lived"
+    assert run.returncode == EXIT_CODE
+    assert "rank 1 does not answer" in run.stderr

@@ -184,3 +184,22 @@ def test_impossible_options_are_refused(options: dict[str, Any], words: str) -> 
         DistributedOptimizer(
             torch.optim.Adam(model.parameters()), model, world=World.alone(), strategy="local", **options
         )
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam])
+def test_optimizers_that_need_more_than_a_mean_gradient_are_refused(kind: type[Optimizer]) -> None:
+    model = Scaled()
+    with pytest.raises(ConfigError, match=kind.__name__):
+        DistributedOptimizer(kind(model.parameters()), model, world=World.alone(), strategy="local")  # type: ignore[arg-type]
+
+
+def test_a_sparse_gradient_counts_as_a_dense_one() -> None:
+    results = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Embedding(6, 3, sparse=sparse)
+        optimizer = wrapped(torch.optim.SGD(model.parameters(), 0.5), model)
+        model(torch.tensor([1, 4, 1])).square().sum().backward()
+        optimizer.step()
+        results.append(model.weight.detach().clone())
+    assert torch.equal(*results)

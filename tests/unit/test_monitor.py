@@ -18,6 +18,7 @@ def beat(rate: float = 20.0, distortion: float = 75.5, signal: int = 0) -> Beat:
     return Beat(
         signal=signal,
         examples=5120,
+        finite_examples=5120,
         loss=95.5,
         rate=rate,
         distortion=distortion,

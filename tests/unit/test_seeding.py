@@ -37,3 +37,9 @@ def test_streams_are_seeds_that_torch_takes() -> None:
     values = [stream(0, 0, step) for step in range(200)]
     assert all(0 <= value < 2**64 for value in values)
     assert max(values) > 2**63, "all 64 bits are in use"
+
+
+def test_integers_beyond_32_bits_are_no_others_in_disguise() -> None:
+    assert stream(7, 2**32) != stream(7, 0, 1)
+    assert stream(5 + 2**32, 0, 0) != stream(5, 1, 0)
+    assert len({stream(1), stream(1, 0), stream(1, 0, 0), stream(2**64 + 1), stream(0, 1)}) == 5

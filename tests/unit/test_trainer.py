@@ -1,5 +1,6 @@
 """The loop in one process: any module, a user's loss, a user's own data."""
 
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdvae import pulse
-from hvdvae.checkpoint import Folder, load
+from hvdvae.checkpoint import Checkpoint, Folder, load
 from hvdvae.errors import CheckpointError, NonFiniteError
 from hvdvae.pulse import Beat
 from hvdvae.schedule import learning_rate
@@ -388,6 +389,7 @@ def stops_at(step: int, number: signal.Signals) -> Loss:
         (STEPS, signal.SIGTERM),
         (STEPS + 3, signal.SIGTERM),
         (3 * STEPS - 1, signal.SIGTERM),
+        (3 * STEPS, signal.SIGTERM),
         (2, signal.SIGINT),
         (2, signal.SIGUSR1),
     ],
@@ -422,8 +424,7 @@ def test_a_stopped_and_resumed_run_is_the_run_that_never_stopped(
     outcome = first.fit(3)
     assert outcome.signal == number
     assert exit_status(outcome) == 128 + number
-    # At the last step of an epoch the epoch is ended first; the run stops at the next step.
-    stopped = step + 1 if step % STEPS == 0 else step
+    stopped = step
     assert outcome.step == stopped
     assert outcome.epochs == pytest.approx(stopped // STEPS + stopped % STEPS * BATCH / EXAMPLES)
 
@@ -471,13 +472,85 @@ def test_a_resumed_fp16_run_keeps_its_scale_and_its_pardoned_overflows(tmp_path:
     assert second.optimizer.skipped_steps == first.optimizer.skipped_steps + 1
 
 
-def test_the_resumed_runs_own_learning_rate_rules(tmp_path: Path) -> None:
-    trainer_of(plain_network(), lr=0.01, checkpoints=Folder(tmp_path, 1)).fit(1)
-    newest = Folder(tmp_path, 1).newest_good()
+def saved_run(folder: Path, **options: Any) -> Checkpoint:
+    trainer_of(plain_network(), checkpoints=Folder(folder, 1), **options).fit(1)
+    newest = Folder(folder, 1).newest_good()
     assert newest is not None
+    return load(newest)
+
+
+def test_the_resumed_runs_own_options_rule(tmp_path: Path) -> None:
     trainer = trainer_of(plain_network(), lr=0.5)
-    trainer.resume(load(newest))
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.5]
+    trainer.optimizer.param_groups[0]["weight_decay"] = 0.25
+    trainer.resume(saved_run(tmp_path, lr=0.01))
+    assert [(group["lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups] == [(0.5, 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"optimizer": torch.optim.SGD}, "--optimizer Adam"),
+        ({"data": rows(EXAMPLES - 1)}, "an epoch of 26 examples, this run has 25"),
+        ({"config": {"seed": 2, "lr": 1.0}}, "--seed 1"),
+    ],
+)
+def test_a_run_of_another_kind_is_not_resumed(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    checkpoint = saved_run(tmp_path, config={"seed": 1, "lr": 0.1})
+    model = plain_network()
+    start = weights(model)
+    with pytest.raises(CheckpointError, match=words):
+        trainer_of(model, **options).resume(checkpoint)
+    assert torch.equal(weights(model), start)
+
+
+def test_skipped_steps_have_no_say_in_the_means(beat_every_step: None) -> None:
+    """A beat of nothing but NaN is NaN, and the epoch's mean is of the steps that were taken."""
+    beats: list[Beat] = []
+    epochs: list[dict[str, float]] = []
+
+    class Listener:
+        def on_beat(self, beat: Beat, *, step: int, epoch: float, lr: float) -> None:
+            beats.append(beat)
+
+        def on_epoch(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+            epochs.append(metrics)
+
+        def close(self) -> None: ...
+
+    steps = iter(range(STEPS))
+
+    def loss(model: nn.Module, batch: Tensor, epoch: float) -> Tensor:
+        return squared_error(model, batch, epoch) * 0 + (float("nan") if next(steps) == 2 else 100.0)
+
+    trainer_of(plain_network(), loss, monitors=[Listener()]).fit(1)
+    assert [beat.finite_examples for beat in beats] == [BATCH, BATCH, 0, BATCH, BATCH, BATCH]
+    assert math.isnan(beats[2].loss)
+    assert epochs[0]["loss"] == 100.0
+
+
+@pytest.mark.parametrize("kind", ["tuple", "mapping"])
+def test_batches_of_several_tensors(kind: str) -> None:
+    """Inputs and targets, cut into micro-batches together."""
+
+    class Pairs(Rows):
+        def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+            for x in super().epoch(epoch, start):
+                yield (x, 2 * x) if kind == "tuple" else {"x": x, "y": 2 * x}
+
+    def loss(model: nn.Module, batch: Any, epoch: float) -> Tensor:
+        x, y = batch if kind == "tuple" else (batch["x"], batch["y"])
+        return (model(x) - y).square().mean()
+
+    results = []
+    for wanted, batches in ((loss, Pairs), (lambda m, x, e: (m(x) - 2 * x).square().mean(), Rows)):
+        model = plain_network()
+        optimizer = DistributedOptimizer(
+            torch.optim.Adam(model.parameters(), 0.01), model, world=WORLD, strategy="local", backward_passes_per_step=2
+        )
+        outcome = Trainer(model, optimizer, wanted, batches(rows(), BATCH, WORLD)).fit(2)
+        assert outcome.examples == 2 * STEPS * BATCH
+        results.append(weights(model))
+    assert torch.equal(*results)
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_says_how(tmp_path: Path) -> None:
