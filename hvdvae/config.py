@@ -48,7 +48,8 @@ class ObjectiveOptions:
     """Objective."""
 
     objective: Literal["elbo", "iwae"] = "elbo"
-    """elbo = -(distortion + beta rate), or the importance-weighted bound of --samples samples."""
+    """elbo = -(distortion + beta rate), or the importance-weighted bound of --samples samples. The best epoch is that
+    with the best bound in validation for iwae; else with the best plain ELBO, whatever --beta and --free-bits."""
     samples: int = 1
     """Samples of z an example in training (the k of IWAE)."""
     beta: float = 1.0

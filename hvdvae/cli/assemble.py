@@ -28,6 +28,11 @@ def nll_samples(config: TrainConfig) -> int:
     return 500 if config.model == "conv" else 5000
 
 
+def validation_samples(config: TrainConfig) -> int:
+    """Importance samples of a validation: those of the bound that is trained, one for the ELBO."""
+    return config.samples if config.objective == "iwae" else 1
+
+
 def data(name_or_path: str, world: World, *, validation: int | None = None) -> Dataset:
     """Open a data set on every rank. Blocks; every rank must call it: rank 0 first, since it may download.
 

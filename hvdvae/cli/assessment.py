@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hvdvae.config import TrainConfig
 from hvdvae.data import Source, evaluation_batch
 from hvdvae.errors import ConfigError
 from hvdvae.monitor.counting import counting
@@ -50,6 +51,15 @@ def assess(
             gather_objects=world.gather_objects,
             progress=show,
         )
+
+
+def validation_numbers(config: TrainConfig, found: Evaluation) -> dict[str, float]:
+    """What a validation tells, in nats per example; the epoch with the least `loss` is the best. Pure.
+
+    IWAE is judged by its own bound: its ELBO may well fall while the bound rises.
+    """
+    bound = {"loss": found.nll, "nll": found.nll} if config.objective == "iwae" else {"loss": -found.elbo}
+    return {**bound, "elbo": found.elbo, "rate": found.rate, "distortion": found.distortion}
 
 
 class Pictures:

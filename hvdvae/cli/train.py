@@ -14,7 +14,7 @@ from hvdvae.checkpoint import Checkpoint
 from hvdvae.cli import assemble
 from hvdvae.cli.agreement import agreed_config
 from hvdvae.cli.asked import Asked
-from hvdvae.cli.assessment import Pictures, assess
+from hvdvae.cli.assessment import Pictures, assess, validation_numbers
 from hvdvae.cli.config_file import CONFIG_FILE, write_config
 from hvdvae.cli.results import prepare_folder, versions, write_json
 from hvdvae.config import TrainConfig
@@ -132,11 +132,12 @@ def _trainer(
         monitors = [progress, JsonLines(folder / "metrics.jsonl"), board]
 
     def validate() -> dict[str, float]:
-        found = assess(model, dataset.validation, world, binarization=binarization, samples=1)
+        samples = assemble.validation_samples(config)
+        found = assess(model, dataset.validation, world, binarization=binarization, samples=samples)
         epoch = trainer.position.epoch
         if world.is_first and config.pictures_every and epoch % config.pictures_every == 0:
             pictures.to_tensorboard(board, trainer.position.step)
-        return {"loss": -found.elbo, "elbo": found.elbo, "rate": found.rate, "distortion": found.distortion}
+        return validation_numbers(config, found)
 
     trainer = Trainer(
         trained,
