@@ -5,6 +5,7 @@ They are looked for in $HVDVAE_DATA/NAME, then downloaded there (or into the use
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,18 +61,25 @@ def data_folder() -> Path | None:
 def fetch(name: str) -> Path:
     """Folder with the files of the set `name`; downloads what is missing, which blocks. Any rank may call it.
 
-    A file that is being downloaded gets its name only when its md5 is right. Raises DataError if that fails.
+    A file that is being downloaded gets its name only when its md5 is right. One that is there, packed or not, is
+    taken as it is. Raises DataError if a download fails.
     """
-    root = data_folder()
-    if root is not None and (root / name).is_dir() and any((root / name).iterdir()):
+    root, files = data_folder(), REMOTES[name].md5
+    if root is not None and not _missing(root / name, files):
         return root / name
     import pooch  # type: ignore[import-untyped]  # here: only downloads need it
 
     pooch.get_logger().setLevel(logging.WARNING)
     folder = (root or Path(pooch.os_cache("hvdvae"))) / name
-    for file, md5 in REMOTES[name].md5.items():
-        _retrieve(name, file, md5, folder)
+    # Some files of a set, as an interrupted copy leaves them, would be another set: a test cut from train.
+    for file in _missing(folder, files):
+        _retrieve(name, file, files[file], folder)
     return folder
+
+
+def _missing(folder: Path, files: Iterable[str]) -> list[str]:
+    """Files that are there neither as they are served nor unpacked."""
+    return [file for file in files if not any((folder / one).is_file() for one in (file, file.removesuffix(".gz")))]
 
 
 def _retrieve(name: str, file: str, md5: str, folder: Path) -> None:
