@@ -89,9 +89,9 @@ def _open_folder(folder: Path) -> dict[str, Source]:
     arrays = {file.stem: file for file in entries if file.is_file() and file.suffix.lower() == ".npy"}
     if arrays:
         return {split: open_npy(arrays[key]) for split, key in pick_splits(list(arrays), str(folder)).items()}
-    subfolders = {split_called(entry.name): entry for entry in entries if entry.is_dir()}
-    if "train" in subfolders:
-        return {split: open_images(entry) for split, entry in subfolders.items() if split is not None}
+    subfolders = [entry.name for entry in entries if entry.is_dir()]
+    if "train" in map(split_called, subfolders):
+        return {split: open_images(folder / name) for split, name in _image_splits(folder, subfolders).items()}
     if find_images(folder):
         return {"train": open_images(folder)}
     found = ", ".join(entry.name for entry in entries[:5]) or "nothing"
@@ -100,6 +100,18 @@ def _open_folder(folder: Path) -> dict[str, Source]:
         f"files called train, validation, test, or images ({', '.join(sorted(SUFFIXES))}): name the "
         "folder that has them"
     )
+
+
+def _image_splits(folder: Path, subfolders: list[str]) -> dict[str, str]:
+    chosen = pick_splits(subfolders, str(folder))
+    # A class may be called train: then the others are classes, too, and must not vanish.
+    classes = [name for name in subfolders if name not in chosen.values() and find_images(folder / name)]
+    if classes:
+        raise DataError(
+            f"{folder}: found {chosen['train']!r} for train beside images in {', '.join(classes)}; expected either "
+            "splits (train, validation, test) or classes: rename it if it is a class, or move the others elsewhere"
+        )
+    return chosen
 
 
 def _idx_splits(folder: Path, files: list[Path]) -> dict[str, Path]:

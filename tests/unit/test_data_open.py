@@ -137,6 +137,33 @@ def test_single_files_and_folders_of_arrays_or_images(tmp_path):
         assert rows <= everything if name == "images/train" else rows == everything
 
 
+def write_images(folder, count=3):
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.fromarray(GREY[number]).save(folder / f"{number}.png")
+
+
+def test_a_class_called_like_a_split_is_unclear(tmp_path):
+    for name in ("boat", "plane", "train"):
+        write_images(tmp_path / "vehicles" / name)
+    with pytest.raises(DataError, match="vehicles: found 'train' for train beside images in boat, plane; expected"):
+        open_dataset(str(tmp_path / "vehicles"))
+
+
+def test_folders_without_images_beside_the_splits_do_not_matter(tmp_path):
+    write_images(tmp_path / "set/train", 20)
+    (tmp_path / "set/labels").mkdir()
+    (tmp_path / "set/labels/names.txt").write_text("boat")
+    assert len(open_dataset(str(tmp_path / "set")).train) == 17
+
+
+def test_two_folders_for_one_split_are_unclear(tmp_path):
+    for name in ("train", "val", "validation"):
+        write_images(tmp_path / "set" / name)
+    with pytest.raises(DataError, match="set: found both 'val' and 'validation' for validation"):
+        open_dataset(str(tmp_path / "set"))
+
+
 def test_values_decide_the_scale_of_all_splits_together(tmp_path):
     np.savez(tmp_path / "a.npz", train=GREY, test=np.zeros_like(GREY))
     data = open_dataset(str(tmp_path / "a.npz"))
@@ -276,6 +303,16 @@ def test_named_sets_are_downloaded_from_the_next_mirror_and_cached(mirror):
     before = len(asked)
     assert len(open_dataset("mnist").test) == 5
     assert len(asked) == before
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_only_what_is_missing_of_a_named_set_is_downloaded(mirror, tmp_path, suffix):
+    _, asked = mirror
+    (tmp_path / "cache/mnist").mkdir(parents=True)
+    write_idx(tmp_path / f"cache/mnist/train-images-idx3-ubyte{suffix}", GREY[:40])
+    data = open_dataset("mnist")
+    assert (len(data.train), len(data.validation), len(data.test)) == (36, 4, 5), "the test is not cut from train"
+    assert not [path for path in asked if "train" in path]
 
 
 def test_a_download_with_a_wrong_checksum_is_refused_and_not_kept(mirror):
