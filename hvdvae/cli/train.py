@@ -128,7 +128,8 @@ def _trainer(
     monitors: list[JsonLines | Progress | TensorBoard] = []
     if world.is_first:
         board = TensorBoard(folder / "tensorboard", first_step=step)
-        progress = Progress(epochs=config.epochs, steps_per_epoch=loader.steps(), done=step)
+        position = resumed.record["position"] if resumed else {"epoch": 0, "examples": 0}
+        progress = Progress(epochs=config.epochs, done=position["epoch"] + position["examples"] / loader.examples)
         monitors = [progress, JsonLines(folder / "metrics.jsonl"), board]
 
     def validate() -> dict[str, float]:

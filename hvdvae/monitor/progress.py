@@ -15,19 +15,22 @@ SECONDS_BETWEEN_LINES = 10.0
 class Progress:
     """Examples/s, ELBO, and the time that is left. ELBO here is that of the minibatches, in nats per example."""
 
-    def __init__(self, *, epochs: int, steps_per_epoch: int, done: int = 0, stream: TextIO | None = None) -> None:
-        """`done`: steps that an earlier run has taken. Writes to `stream` (default stderr)."""
+    def __init__(self, *, epochs: int, done: float = 0.0, stream: TextIO | None = None) -> None:
+        """`done`: epochs, with their fraction, of an earlier run. Writes to `stream` (default stderr).
+
+        Epochs measure it, since a step of an earlier run may have been of another size.
+        """
         self._stream = stream or sys.stderr
-        self._epochs, self._total = epochs, epochs * steps_per_epoch
+        self._epochs = epochs
         self._start, self._first = time.monotonic(), done
         self._last_line = self._start
         self._bar: tqdm[Never] | None = None
         if self._stream.isatty():
             self._bar = tqdm(
-                total=self._total,
+                total=epochs,
                 initial=done,
                 file=self._stream,
-                unit="step",
+                unit="epoch",
                 dynamic_ncols=True,
                 bar_format="{desc} |{bar}| {percentage:3.0f}% {elapsed}<{remaining}{postfix}",
             )
@@ -39,13 +42,14 @@ class Progress:
         if self._bar is not None:
             self._bar.set_description_str(f"epoch {min(int(epoch) + 1, self._epochs)}/{self._epochs}", refresh=False)
             self._bar.set_postfix_str(f"{rate}, {elbo}", refresh=False)
-            self._bar.update(step - self._bar.n)
+            self._bar.update(epoch - self._bar.n)
             return
         now = time.monotonic()
         if now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            left = (self._total - step) * (now - self._start) / max(step - self._first, 1)
-            self._print(f"epoch {epoch:.2f}/{self._epochs}  {rate}  {elbo}  lr {lr:.3g}  {clock(left)} left")
+            seen = epoch - self._first
+            left = clock(max(self._epochs - epoch, 0) * (now - self._start) / seen) if seen > 0 else "?"
+            self._print(f"epoch {epoch:.2f}/{self._epochs}  {rate}  {elbo}  lr {lr:.3g}  {left} left")
 
     def on_epoch(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         """One line an epoch, above the bar."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch: pytest.Mon
     clock = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     stream = io.StringIO()
-    told = Progress(epochs=4, steps_per_epoch=50, stream=stream)
+    told = Progress(epochs=4, stream=stream)
     for step in range(1, 101):
         clock[0] += 0.25
         told.on_beat(beat(), step=step, epoch=step / 50, lr=1e-3)
@@ -72,7 +73,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch: pytest.Mon
 def test_a_model_without_rate_shows_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
     stream = io.StringIO()
-    told = Progress(epochs=4, steps_per_epoch=50, stream=stream)
+    told = Progress(epochs=4, stream=stream)
     told.on_beat(beat(0.0, 0.0), step=1, epoch=0.1, lr=1e-3)
     told.on_epoch(1, 50, {"loss": 0.5, "validation_loss": 0.625})
     first, second = stream.getvalue().splitlines()
@@ -81,25 +82,38 @@ def test_a_model_without_rate_shows_its_loss(monkeypatch: pytest.MonkeyPatch) ->
     assert second == "epoch 1/4  loss 0.50  validation loss 0.62"
 
 
-def test_the_time_left_of_a_resumed_run_counts_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_of_a_resumed_run_counts_its_own_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     stream = io.StringIO()
-    told = Progress(epochs=4, steps_per_epoch=50, done=150, stream=stream)
+    told = Progress(epochs=4, done=3.0, stream=stream)
     clock[0] = 20.0
-    told.on_beat(beat(), step=160, epoch=3.2, lr=1e-3)
-    assert "1:20 left" in stream.getvalue(), "40 steps of 2 s"
+    # The earlier run took other steps, at another world size: their count says nothing.
+    told.on_beat(beat(), step=1600, epoch=3.25, lr=1e-3)
+    assert "1:00 left" in stream.getvalue(), "0.75 epochs of 80 s"
+    clock[0] = 100.0
+    told.on_beat(beat(), step=1680, epoch=4.0, lr=1e-3)
+    assert "0:00 left" in stream.getvalue()
 
 
 def test_on_a_terminal_there_is_a_bar() -> None:
     stream = Terminal()
-    told = Progress(epochs=2, steps_per_epoch=2, stream=stream)
+    told = Progress(epochs=2, stream=stream)
     for step in (1, 2, 3):
         told.on_beat(beat(), step=step, epoch=step / 2, lr=1e-3)
     told.on_epoch(1, 2, METRICS)
     told.close()
     assert "%" in stream.getvalue()
     assert "epoch 1/2  elbo -96.00" in stream.getvalue()
+
+
+def test_the_bar_of_a_resumed_run_starts_where_the_epochs_stand() -> None:
+    stream = Terminal()
+    told = Progress(epochs=4, done=2.0, stream=stream)
+    told.on_beat(beat(), step=900, epoch=3.0, lr=1e-3)
+    told.close()
+    shares = re.findall(r"(\d+)%", stream.getvalue())
+    assert (shares[0], shares[-1]) == ("50", "75")
 
 
 def test_json_lines_parse_and_a_resumed_run_appends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
