@@ -1,7 +1,10 @@
 """One rank's batches of an epoch, ready for the model: float32, on its device."""
 
-from collections.abc import Generator
+import itertools
+import math
+from collections.abc import Generator, Iterable
 
+import numpy as np
 import torch
 
 from hvdvae.data.accelerator import AcceleratorFeed
@@ -12,6 +15,9 @@ from hvdvae.data.prefetch import prefetched
 from hvdvae.data.read import read
 from hvdvae.data.sampler import epoch_order, local_batch, rank_indices, steps_left
 from hvdvae.data.source import Indices, Source
+
+BATCHES_AT_ONCE, BYTES_AT_ONCE = 8, 4 << 20
+"""Batches that are made in one go from data in memory, and the most they may take."""
 
 
 class Loader:
@@ -75,8 +81,16 @@ class Loader:
         if self._accelerator is not None:
             return self._accelerator.batches(cuts, epoch)
         key = training_key(self._binarization, self.seed, epoch)
-        batches = (self._host_batch(examples, key) for examples in cuts)
-        return batches if self.source.in_memory else prefetched(batches)
+        if self.source.in_memory:
+            return self._host_batches(cuts, key)
+        return prefetched(self._host_batch(examples, key) for examples in cuts)
+
+    def _host_batches(self, cuts: Iterable[Indices], key: int) -> Generator[torch.Tensor, None, None]:
+        # Several at once: alone, each would find code and tables gone from the cache after a training step.
+        count = max(1, min(BATCHES_AT_ONCE, BYTES_AT_ONCE // (4 * self.batch * math.prod(self.source.shape))))
+        ahead = iter(cuts)
+        while some := list(itertools.islice(ahead, count)):
+            yield from torch.split(self._host_batch(np.concatenate(some), key), self.batch)
 
     def _host_batch(self, examples: Indices, key: int) -> torch.Tensor:
         return to_input(
