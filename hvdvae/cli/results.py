@@ -8,8 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from hvdvae.cli.config_file import CONFIG_FILE
 from hvdvae.config import TrainConfig
 from hvdvae.errors import ConfigError
+from hvdvae.monitor.jsonl import finite
 from hvdvae.world import World
 
 RESULTS = (
@@ -51,16 +55,53 @@ def _claim(folder: Path, config: TrainConfig) -> None:
             f"--out {folder} holds an earlier run ({', '.join(earlier)}): continue it with --resume, delete it with "
             "--overwrite, or choose another folder"
         )
+    if not _is_a_run(folder):
+        raise ConfigError(
+            f"--overwrite: {folder} holds {', '.join(earlier)}, but no config.yaml, summary.json or metrics.jsonl of a "
+            "training run: delete them yourself if they may go, or choose another folder with --out"
+        )
     for name in earlier:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_a_run(folder: Path) -> bool:
+    """Whether a training run wrote here: names such as checkpoints/ are anybody's."""
+    if {"likelihood", "strategy", "nll_samples"} <= _mapping(folder / CONFIG_FILE).keys():
+        return True
+    if {"strategy", "world_size", "skipped_steps"} <= _mapping(folder / "summary.json").keys():
+        return True
+    return {"time", "kind", "step"} <= _mapping(folder / "metrics.jsonl", first_line=True).keys()
+
+
+def _mapping(path: Path, *, first_line: bool = False) -> dict[Any, Any]:
+    """What a file of YAML or JSON (which YAML contains) holds; empty where it is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = yaml.safe_load(text.partition("\n")[0] if first_line else text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def keep_speed(summary: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The summary of a run that was finished before: with the speed and times of the run that trained. Local."""
+    if summary["training_seconds"]:
+        return summary
+    earlier = _mapping(path)
+    return summary | {key: earlier[key] for key in _OF_TRAINING if key in earlier}
+
+
+_OF_TRAINING = ("examples_per_second", "training_seconds", "seconds", "peak_rss_bytes", "world_size", "engine", "host")
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write whole or not at all. Local. Raises ConfigError naming the file."""
     temporary = path.with_suffix(".tmp")
     try:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        # JSON has no NaN and no infinity.
+        text = json.dumps(finite(record), indent=2, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from hvdvae.cli.agreement import agreed_config
 from hvdvae.cli.asked import Asked
 from hvdvae.cli.assessment import Pictures, assess, validation_numbers
 from hvdvae.cli.config_file import CONFIG_FILE, write_config
-from hvdvae.cli.results import prepare_folder, versions, write_json
+from hvdvae.cli.results import keep_speed, prepare_folder, versions, write_json
 from hvdvae.config import TrainConfig
 from hvdvae.cores import threads_of_rank
 from hvdvae.data import Dataset, Loader, check_dataset, mean_example
@@ -54,9 +54,14 @@ def train(asked: Asked) -> int:
     # Last: what cannot be run must not delete the results of an earlier run (--overwrite).
     folder = prepare_folder(config, world)
     resumed = _newest(folder, config, world)
+    if world.is_first and resumed is None:
+        # At once: it also tells --overwrite that what follows is ours.
+        write_config(config, folder / CONFIG_FILE)
     trainer, pictures = _trainer(config, model, trained, optimizer, dataset, folder, resumed)
     if world.is_first:
-        write_config(config, folder / CONFIG_FILE)
+        if resumed is not None:
+            # Only now it is known that the checkpoint fits this configuration.
+            write_config(config, folder / CONFIG_FILE)
         _say(_opening(config, trainer, dataset, folder))
     outcome = trainer.fit(config.epochs)
     if outcome.signal:
@@ -232,7 +237,7 @@ def _conclude(
         board = TensorBoard(folder / "tensorboard")
         pictures.to_tensorboard(board, outcome.step)
         board.close()
-        write_json(folder / "summary.json", summary)
+        write_json(folder / "summary.json", keep_speed(summary, folder / "summary.json"))
         _say(_closing(summary, folder, written))
     world.barrier("rank 0 writes the results")
 

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 from hvdvae.monitor.writing import writing
 from hvdvae.pulse import Beat
@@ -53,11 +54,15 @@ class JsonLines:
             self._file.close()
 
     def _write(self, record: dict[str, object]) -> None:
-        # JSON has no NaN and no infinity: what is not finite is null, so that every reader takes the line.
-        known = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
         with writing(self._path):
-            self._file.write(json.dumps({"time": time.time(), **known}) + "\n")
+            self._file.write(json.dumps(finite({"time": time.time(), **record}), allow_nan=False) + "\n")
             self._file.flush()
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: what is not finite is null, so that every reader takes the line. Pure."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
