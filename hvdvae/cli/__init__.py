@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 
 from hvdvae.abort import abort_job
-from hvdvae.errors import HvdvaeError
-from hvdvae.launcher import detect
+from hvdvae.errors import HvdvaeError, WorldError
+from hvdvae.launcher import Launch, detect
 
 USAGE_STATUS = 2
 """Exit status of an error that the user can mend."""
@@ -33,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fail(message: str, status: int) -> int:
     """Say the error, and end the other ranks, which may be waiting for this one."""
-    launch = detect(os.environ)
+    try:
+        launch = detect(os.environ)
+    except WorldError:  # The message says it already, or will once the user has mended the first error.
+        launch = Launch(launcher="none")
     if launch.rank > 0:
         # Most errors are the same on all ranks: the first says it, and its abort ends the others before they repeat it.
         time.sleep(1.0)

@@ -151,6 +151,19 @@ def test_a_bad_flag_is_one_line_on_stderr_and_status_2(
         assert word in said
 
 
+def test_a_malformed_variable_of_a_launcher_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "a")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    for argv, words in ((["train"], "OMPI_COMM_WORLD_RANK is 'a'"), (["train", "--lr", "0"], "--lr")):
+        assert main(argv) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("hvdvae: error: ")
+        assert words in said or "OMPI_COMM_WORLD_RANK is 'a'" in said
+        assert len(said.splitlines()) == 1
+
+
 def test_a_bad_value_in_a_file_names_the_key(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"(?s)batch_size.*many"):
         resolved("--config", written(tmp_path / "a.yaml", "batch_size: many\n"))
