@@ -11,7 +11,9 @@ _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 def available_cores() -> set[int]:
     """Cores that this process may run on, by affinity (mpirun --bind-to, Slurm, taskset)."""
-    return set(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):  # macOS has no affinity
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))
 
 
 def cgroup_cores() -> float:

@@ -46,3 +46,9 @@ def test_the_control_groups_quota(
 
 def test_one_process_takes_what_it_may_run_on() -> None:
     assert 1 <= cores.threads_of_rank(World.alone(device="cpu")) <= len(cores.available_cores())
+
+
+def test_where_there_is_no_affinity_all_cores_are_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    assert cores.available_cores() == {0, 1, 2}
