@@ -26,7 +26,3 @@ class WorldError(HvdvaeError):
 
 class NonFiniteError(HvdvaeError):
     """Too many steps whose loss or gradient was not finite."""
-
-
-class DeadlineExceeded(HvdvaeError):
-    """A rank waited for others longer than it was allowed to."""
