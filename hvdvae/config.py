@@ -5,9 +5,13 @@ The docstring under a field is its help. Checks of one field or of several toget
 """
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from hvdvae.errors import ConfigError
+
+Likelihood = Literal["bernoulli", "gaussian", "discretized-logistic"]
+LIKELIHOODS: tuple[str, ...] = get_args(Likelihood)
+"""Here, since data checks them and models have them, and neither knows the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,7 @@ class ModelOptions:
     """Nonlinearity [mlp, mlp2 tanh; conv relu]."""
     batch_norm: bool = False
     """BatchNorm after the convolutions of conv."""
-    likelihood: Literal["bernoulli", "gaussian", "discretized-logistic"] = "bernoulli"
+    likelihood: Likelihood = "bernoulli"
     """p(x|z): bernoulli, gaussian with a learned width, or discretized-logistic (256 values)."""
     sigma: float | None = None
     """Fixed standard deviation of --likelihood gaussian, data in [0, 1] [learned for each dimension]."""

@@ -5,11 +5,11 @@ NaN, ranks of arrays and torn files are refused earlier, by `open_dataset`.
 
 import math
 
+from hvdvae.config import LIKELIHOODS
 from hvdvae.data.dataset import Dataset
 from hvdvae.data.source import Source
 from hvdvae.errors import ConfigError, DataError
 
-LIKELIHOODS = ("bernoulli", "gaussian", "discretized-logistic")
 BINARIZATIONS = ("dynamic", "static", "none")
 
 

@@ -1,10 +1,11 @@
 """Variational autoencoders: networks, likelihoods, objectives, evaluation, pictures."""
 
+from hvdvae.config import LIKELIHOODS
 from hvdvae.vae.build import MODELS, build_model, set_output_bias
 from hvdvae.vae.evaluate import evaluate
 from hvdvae.vae.evaluation import Evaluation, Part, combine
 from hvdvae.vae.generate import reconstruct, sample_images
-from hvdvae.vae.likelihoods import LIKELIHOODS, Likelihood, build_likelihood
+from hvdvae.vae.likelihoods import Likelihood, build_likelihood
 from hvdvae.vae.model import VAE, Terms
 from hvdvae.vae.objectives import Elbo, FreeBits, Iwae, Objective
 from hvdvae.vae.pictures import image_grid, pair_grid, save_grid, save_picture

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hvdvae.config import LIKELIHOODS
 from hvdvae.errors import ConfigError
 from hvdvae.vae.bernoulli import bernoulli_log_prob
 
@@ -155,9 +156,6 @@ class DiscretizedLogistic(Likelihood):
 def _floored(raw: Tensor, floor: float) -> Tensor:
     """A smooth max(raw, floor): with a gradient everywhere, a scale can come back from the floor."""
     return floor + functional.softplus(raw - floor)
-
-
-LIKELIHOODS = ("bernoulli", "gaussian", "discretized-logistic")
 
 
 def build_likelihood(name: str, *, sigma: float | None = None) -> Likelihood:

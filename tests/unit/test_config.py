@@ -245,6 +245,16 @@ def test_who_waits_for_other_ranks_can_be_told_how_long(name: str) -> None:
         parse([name, "DIR", "--deadline", "0"])
 
 
+@pytest.mark.parametrize("name", training.LIKELIHOODS)
+def test_models_and_data_know_the_likelihoods_of_the_command_line(name: str) -> None:
+    from hvdvae.data import check_choice
+    from hvdvae.vae import build_likelihood
+
+    assert resolved("--likelihood", name).likelihood == name
+    check_choice(name, "none")
+    build_likelihood(name)
+
+
 def test_help_shows_every_flag_and_loads_nothing_heavy() -> None:
     code = f"""
 import sys
