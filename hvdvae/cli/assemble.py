@@ -40,7 +40,7 @@ def data(name_or_path: str, world: World, *, validation: int | None = None) -> D
     """
     if world.is_first:
         dataset = open_dataset(name_or_path, validation=validation)
-    world.barrier("rank 0 opens the data")
+    world.barrier("rank 0 opens the data", patient=True)
     if not world.is_first:
         dataset = open_dataset(name_or_path, validation=validation)
     check_same_data(dataset, world)
