@@ -106,8 +106,8 @@ class OptimizationOptions:
 class StrategyOptions:
     """Parallelism."""
 
-    strategy: Literal["local", "allreduce"] = "allreduce"
-    """local: one process. allreduce: synchronous SGD, every rank steps on the mean gradient."""
+    strategy: Literal["local", "allreduce", "ps"] = "allreduce"
+    """local: one process. allreduce: synchronous SGD, every rank steps on the mean gradient. ps: parameter servers."""
     engine: Literal["horovod", "mpi", "auto"] = "horovod"
     """What carries the allreduce; auto picks and says why."""
     compression: Literal["none", "fp16"] = "none"
@@ -118,6 +118,32 @@ class StrategyOptions:
     """BatchNorm statistics over the batches of all ranks."""
     deadline: float = 300.0
     """Seconds that a rank waits for others before it says for whom, and ends the job."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Parameter servers (--strategy ps)."""
+
+    servers: int = 1
+    """Ranks that serve, the last ones; the others train."""
+    consistency: Literal["asp", "ssp", "bsp"] = "asp"
+    """Who waits: nobody; who is more than --staleness steps ahead; everybody, for one mean update a step."""
+    staleness: int | None = None
+    """Steps that a worker may be ahead of the slowest (ssp)."""
+    backup_workers: int = 0
+    """Slowest workers of a step that it does not wait for (bsp)."""
+    rule: Literal["plain", "staleness-lr", "dcasgd", "dcasgd-a", "easgd"] = "plain"
+    """How a push changes the weights: the optimizer's step; at lr / staleness; delay compensated; elastic averaging."""
+    dc_strength: float | None = None
+    """Lambda of dcasgd [0.04] and dcasgd-a [2]."""
+    elasticity: float | None = None
+    """Alpha of easgd [0.9 / workers]."""
+    push_every: int = 1
+    """Steps of a worker between two pushes; it steps by itself meanwhile."""
+    fetch_every: int | None = None
+    """Steps of a worker between two pulls, a multiple of --push-every [the same]."""
+    prefetch: bool = False
+    """Compute the next step while push and pull of the last are under way: one more step of staleness."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +190,7 @@ class RunOptions:
 class TrainConfig(
     RunOptions,
     MachineOptions,
+    ServerOptions,
     StrategyOptions,
     OptimizationOptions,
     ObjectiveOptions,
@@ -183,6 +210,7 @@ GROUPS: tuple[type, ...] = (
     ObjectiveOptions,
     OptimizationOptions,
     StrategyOptions,
+    ServerOptions,
     MachineOptions,
     RunOptions,
 )
@@ -197,6 +225,12 @@ _AT_LEAST: dict[str, float] = {
     "validate_every": 1,
     "checkpoint_every": 1,
     "keep": 1,
+    "servers": 1,
+    "push_every": 1,
+    "fetch_every": 1,
+    "staleness": 0,
+    "backup_workers": 0,
+    "dc_strength": 0,
     "validation": 1,
     "skip_limit": 1,
     "nll_samples": 0,
@@ -256,6 +290,16 @@ def check(config: TrainConfig) -> None:
         for key in ("compression", "reduce_op", "sync_batch_norm"):
             if values[key] not in (False, "none", "average"):
                 raise ConfigError(f"{flag(key)} {values[key]} has no meaning with --strategy local: drop it")
+    if config.strategy != "ps":
+        for field in fields(ServerOptions):
+            if values[field.name] != field.default:
+                raise ConfigError(f"{flag(field.name)} is for --strategy ps, found --strategy {config.strategy}")
+    else:
+        for key in ("engine", "compression", "reduce_op", "sync_batch_norm"):
+            if values[key] not in (False, "none", "average", "horovod", "auto"):
+                raise ConfigError(
+                    f"{flag(key)} {values[key]} is for --strategy allreduce, found --strategy ps: drop it"
+                )
     if config.resume and config.overwrite:
         raise ConfigError("--resume continues a run and --overwrite deletes it: give one of them")
     if config.resume and config.out is None:

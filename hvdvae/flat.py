@@ -60,6 +60,13 @@ class FlatModel:
         self.gradient = vector
         self._gradient_views = list(self.views(vector).values())
 
+    def move_parameters(self, vector: Tensor) -> None:
+        """Let `vector` (P,) hold the parameters from now on. Copies them; optimizers over `parameters` must follow."""
+        vector.copy_(self.parameters)
+        self.parameters = vector
+        for parameter, view in zip(self.tensors, self.views(vector).values(), strict=True):
+            parameter.data = view
+
     def gather_gradient(self) -> Tensor:
         """Move all gradients into the vector `gradient` (P,) and make each `.grad` a view of it. Idempotent.
 

@@ -44,9 +44,7 @@ class Position:
 def snapshot(trainer: "Trainer", config: Mapping[str, Any]) -> Checkpoint:
     """All that a run needs to continue. Blocks; every rank must call it (buffers differ per rank, and are gathered)."""
     world, optimizer = trainer.world, trainer.optimizer
-    rows = torch.zeros(world.size, optimizer.flat.buffers.numel())
-    rows[world.rank] = optimizer.flat.buffers
-    world.sum_(rows, "gather of buffers")
+    rows = optimizer.gathered_buffers()
     state = optimizer.state_dict()
     with optimizer.averaged_buffers():
         # What is evaluated and selected is the model with the mean of all ranks' buffers.

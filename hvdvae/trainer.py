@@ -25,7 +25,7 @@ from hvdvae.checkpoint import Checkpoint, Folder
 from hvdvae.ema import MovingAverage
 from hvdvae.errors import NonFiniteError
 from hvdvae.monitor import Monitor
-from hvdvae.pulse import Beat, Pulse
+from hvdvae.pulse import Beat, pulse_of
 from hvdvae.resume import Position, restore, snapshot
 from hvdvae.schedule import Schedule
 from hvdvae.seeding import seed_everything
@@ -109,7 +109,7 @@ class Trainer:
         self._validate, self._validate_every = validate, validate_every
         self.configuration = dict(config or {})
         """Saved with checkpoints, and compared when one is resumed."""
-        self._pulse = Pulse(self.world)
+        self._pulse = pulse_of(optimizer)
         self._nothing = torch.zeros((), device=self.world.device)
 
     def fit(self, epochs: int) -> Outcome:
@@ -125,10 +125,13 @@ class Trainer:
                 while self.position.epoch < epochs and not signal_number:
                     signal_number, seen, took = self._run_epoch(lambda: flag.number)
                     examples, seconds = examples + seen, seconds + took
+                    if signal_number or self.position.epoch >= epochs:
+                        self.optimizer.finish()
                     if not self.position.examples:
                         self._end_epoch(epochs, seen, took)
                         # A signal during validation, or in the last step, is heard here.
                         signal_number = signal_number or self._agreed(flag.number)
+                self.optimizer.finish()
                 if signal_number:
                     self._save(is_best=False)
         finally:
@@ -177,6 +180,8 @@ class Trainer:
         return signal_given, total, time.perf_counter() - begin
 
     def _agreed(self, signal_number: int) -> int:
+        if not self.optimizer.synchronous:
+            return signal_number
         return int(self.world.max_(torch.tensor([signal_number]), "agreement on a signal"))
 
     def _step(self, batch: Batch, data_seconds: float) -> None:
@@ -243,6 +248,8 @@ class Trainer:
             monitor.on_beat(beat, step=self.position.step, epoch=epoch, lr=lr)
 
     def _end_epoch(self, epochs: int, examples: int, seconds: float) -> None:
+        if not (self.optimizer.synchronous or self.world.is_first):
+            return  # Rank 0 evaluates and saves what the servers hold; the others train on.
         epoch, last = self.position.epoch, self.position.epoch >= epochs
         # Examples whose loss was finite, and sums over them; no mean of none.
         loss, rate, distortion = (self._epoch_sums[1:] / self._epoch_sums[0]).tolist()
@@ -273,6 +280,7 @@ class Trainer:
             self._save(is_best=is_best)
 
     def _run_validation(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
+        self.optimizer.fetch()
         self.model.eval()
         with torch.no_grad(), self.optimizer.averaged_buffers(), self.evaluation_weights():
             found = validate()
@@ -280,8 +288,9 @@ class Trainer:
         return found
 
     def _save(self, *, is_best: bool) -> None:
-        if self._checkpoints is None:
+        if self._checkpoints is None or not (self.optimizer.synchronous or self.world.is_first):
             return
+        self.optimizer.fetch(state=True)
         checkpoint = snapshot(self, self.configuration)
         if self.world.is_first:
             self._checkpoints.save(checkpoint, is_best=is_best)

@@ -10,6 +10,7 @@ from hvdvae.cli.agreement import check_same_data
 from hvdvae.config import TrainConfig
 from hvdvae.data import Dataset, open_dataset
 from hvdvae.errors import ConfigError
+from hvdvae.ps.plan import Plan
 from hvdvae.schedule import Schedule, learning_rate, world_scale
 from hvdvae.seeding import seed_everything
 from hvdvae.vae import VAE, Elbo, FreeBits, Iwae, Objective, build_model
@@ -90,6 +91,21 @@ def optimizer(config: TrainConfig, trained: nn.Module, world: World) -> Optimize
         return torch.optim.Adagrad(parameters, lr, eps=config.eps, weight_decay=decay)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     return kind(parameters, lr, eps=config.eps, weight_decay=decay)
+
+
+def plan(config: TrainConfig) -> Plan:
+    """What the parameter servers do."""
+    return Plan(
+        consistency=config.consistency,
+        staleness=config.staleness,
+        backup_workers=config.backup_workers,
+        rule=config.rule,
+        strength=config.dc_strength,
+        elasticity=config.elasticity,
+        push_every=config.push_every,
+        fetch_every=config.fetch_every,
+        prefetch=config.prefetch,
+    )
 
 
 def schedule(config: TrainConfig) -> Schedule:

@@ -36,9 +36,19 @@ def train(asked: Asked) -> int:
     """Run the whole job. Blocks; every rank must call it. Returns the exit status."""
     started = time.time()
     asked.check(detect(os.environ))
-    world = World.create(device=asked.values["device"], deadline=asked.values["deadline"])
+    servers = asked.values["servers"] if asked.values["strategy"] == "ps" else 0
+    world = World.create(device=asked.values["device"], deadline=asked.values["deadline"], servers=servers)
     config = agreed_config(asked, world)
     world.watchdog.seconds = config.deadline
+    if world.servers:
+        plan = assemble.plan(config)
+        plan.check(workers=world.everyone.size - world.servers, servers=world.servers)
+        if world.role == "server":
+            from hvdvae.strategies.ps import serve
+
+            serve(world, plan)
+            world.close()
+            return 0
     torch.set_num_threads(config.threads or threads_of_rank(world))
     dataset = assemble.data(config.data, world, validation=config.validation)
     binarization = assemble.binarization(config)
@@ -102,6 +112,7 @@ def _distribute(config: TrainConfig, world: World, model: VAE, dataset: Dataset)
         clip_norm=config.clip_norm,
         compression=config.compression,
         reduce_op=config.reduce_op,
+        plan=assemble.plan(config),
     )
     if config.compile:
         trained.compile()
@@ -139,7 +150,9 @@ def _trainer(
 
     def validate() -> dict[str, float]:
         samples = assemble.validation_samples(config)
-        found = assess(model, dataset.validation, world, binarization=binarization, samples=samples)
+        # Where ranks do not step together, rank 0 evaluates while the others train on.
+        judges = world if optimizer.synchronous else World.alone(device=str(world.device))
+        found = assess(model, dataset.validation, judges, binarization=binarization, samples=samples)
         epoch = trainer.position.epoch
         if world.is_first and config.pictures_every and epoch % config.pictures_every == 0:
             pictures.to_tensorboard(board, trainer.position.step)
@@ -204,6 +217,7 @@ def _conclude(
         "examples_per_second": outcome.examples / outcome.seconds if outcome.seconds else None,
         "training_seconds": outcome.seconds,
         "peak_rss_bytes": peak_rss(world),
+        **trainer.optimizer.results(),
     }
     if samples:
         binarization = assemble.binarization(config)

@@ -6,12 +6,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hvdvae.errors import ConfigError
+from hvdvae.ps.plan import Plan
 from hvdvae.strategies.engine import choose_engine
 from hvdvae.strategies.local import Local
 from hvdvae.strategies.strategy import Strategy
 from hvdvae.world import World
 
-STRATEGIES = ("local", "allreduce")
+STRATEGIES = ("local", "allreduce", "ps")
 
 
 def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
@@ -26,23 +27,29 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     compression: str = "none",
     reduce_op: str = "average",
     process_set: Any = None,
+    servers: int | None = None,
+    plan: Plan | None = None,
 ) -> Strategy:
     """Wrap a torch optimizer so that its step is taken together with all ranks.
 
     Mutates the model: its parameters become views of one vector, with rank 0's values. Blocks; every rank must call it.
+    On the ranks of parameter servers it serves until the workers have ended, and then ends the process.
 
     world: this process's World (default: one for the launcher that started it).
-    strategy: local, or allreduce (synchronous SGD).
+    strategy: local, allreduce (synchronous SGD), or ps (parameter servers).
     engine: what carries the allreduce: horovod, mpi, or auto.
     backward_passes_per_step: how many gradients are accumulated before a step; they are averaged, not summed.
     clip_norm: global norm at which the mean gradient is clipped.
     compression: none, or fp16 on the wire (engine horovod).
     reduce_op: average, or adasum (engine horovod; Maleki et al. 2021).
     process_set: the horovod ProcessSet that trains this model (engine horovod; default all ranks).
+    servers: ranks that serve, the last ones (ps; default those of `world`, else 1).
+    plan: consistency, rule and periods of the parameter server (ps; default asynchronous).
 
     Raises ConfigError for options that do not go together, WorldError where ranks or libraries do not.
     """
-    world = world if world is not None else World.create()
+    if world is None:
+        world = World.create(servers=servers or 1) if strategy == "ps" else World.create()
     options: dict[str, Any] = {"backward_passes_per_step": backward_passes_per_step, "clip_norm": clip_norm}
     if strategy == "local":
         if world.size > 1:
@@ -51,12 +58,30 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
                 "use --strategy allreduce, or start one process"
             )
         return Local(optimizer, model, world, **options)
+    if strategy == "ps":
+        return _ps(optimizer, model, world, servers, plan or Plan(), options)
     if strategy != "allreduce":
         raise ConfigError(f"strategy (--strategy) is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
     chosen = choose_engine(engine, world, compression=compression, reduce_op=reduce_op, process_set=process_set)
     wrapped = _wrap(chosen.name, optimizer, model, world, compression, reduce_op, process_set, options)
     wrapped.engine, wrapped.engine_reason = chosen
     return wrapped
+
+
+def _ps(
+    optimizer: Optimizer, model: nn.Module, world: World, servers: int | None, plan: Plan, options: dict[str, Any]
+) -> Strategy:
+    if world.servers == 0 or servers not in (None, world.servers):
+        raise ConfigError(
+            f"strategy 'ps' (--strategy) with {servers or 1} servers in a World of {world.servers}: make it with "
+            f"World.create(servers={servers or 1}), under mpirun or srun with two ranks or more"
+        )
+    plan.check(workers=world.everyone.size - world.servers, servers=world.servers)
+    from hvdvae.strategies.ps import ParameterServer, serve_and_exit
+
+    if world.role == "server":
+        serve_and_exit(world, plan)
+    return ParameterServer(optimizer, model, world, plan=plan, **options)
 
 
 def _wrap(
@@ -81,4 +106,4 @@ def _wrap(
     return HorovodAllreduce(optimizer, model, world, compression=compression, process_set=process_set, **options)
 
 
-__all__ = ["STRATEGIES", "DistributedOptimizer", "Strategy"]
+__all__ = ["STRATEGIES", "DistributedOptimizer", "Plan", "Strategy"]

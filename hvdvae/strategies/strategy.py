@@ -30,6 +30,8 @@ class Strategy(Optimizer):
 
     name = ""
     """As in `--strategy`."""
+    synchronous = True
+    """Whether all ranks take the same step at the same time, and hold the same weights after it."""
     engine = "none"
     """What carries the collectives: none, horovod or mpi."""
     engine_reason = "one process exchanges nothing"
@@ -88,6 +90,11 @@ class Strategy(Optimizer):
         if self._is_flat:
             for group, part in zip(self.inner.param_groups, self.flat.group_slices, strict=True):
                 group["params"][0].grad = self.flat.gradient[part]
+
+    def follow_parameters(self) -> None:
+        """Point the inner optimizer at the parameter vector, after it was moved. Local."""
+        for group, part in zip(self.inner.param_groups, self.flat.group_slices, strict=True):
+            group["params"][0].data = self.flat.parameters[part]
 
     @abstractmethod
     def exchange(self, gradient: Tensor) -> None:
@@ -179,6 +186,7 @@ class Strategy(Optimizer):
         self.gradient_norm = float(torch.dot(gradient, gradient)) ** 0.5
         if not _is_finite(self.gradient_norm):
             self.skipped_steps += 1
+            self.skip()
             return loss
         if self.clip_norm is not None and self.gradient_norm > self.clip_norm:
             self.flat.gradient.mul_(self.clip_norm / self.gradient_norm)
@@ -191,6 +199,25 @@ class Strategy(Optimizer):
     def update(self) -> None:
         """Step the inner optimizer on the vectors. Local."""
         self.inner.step()
+
+    def skip(self) -> None:
+        """In place of `update`, where the gradient is not finite."""
+
+    def fetch(self, *, state: bool = False) -> None:
+        """Bring here what lives elsewhere, to be evaluated or saved; `state`: of the optimizer too."""
+
+    def finish(self) -> None:
+        """Return once every rank has taken its last step of a run. Every rank must call it."""
+
+    def results(self) -> dict[str, Any]:
+        """What the summary of a run has to say of this strategy, JSON-able. Local, after `finish`."""
+        return {}
+
+    def gathered_buffers(self) -> Tensor:
+        """Float buffers of all ranks, (size, F). Blocks; every rank must call it where `synchronous`."""
+        rows = torch.zeros(self.world.size, self.flat.buffers.numel())
+        rows[self.world.rank] = self.flat.buffers
+        return self.world.sum_(rows, "gather of buffers")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; forgets an exchange that was not stepped."""

@@ -3,10 +3,14 @@
     world = World.create()          # under mpirun, srun, horovodrun, or alone
     world.rank, world.size, world.local_rank, world.host, world.device, world.launcher
 
+With servers (`World.create(servers=1)`) the last ranks are parameter servers, the others trainers; `rank` and `size`
+are among those of one's own role, and so are all sums and barriers. `everyone` is all of them.
+
 With no launcher the world has size 1 and imports neither MPI nor Horovod. Horovod is started by the first strategy that
 needs it (`world.horovod()`), because its background thread takes cycles from the core that computes.
 """
 
+import atexit
 import faulthandler
 import json
 import os
@@ -14,8 +18,9 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -33,9 +38,20 @@ class World:
     """This process among all. Make one a process, with `World.create` or `World.alone`."""
 
     def __init__(
-        self, launch: Launch, carrier: Collectives, device: torch.device, watchdog: Watchdog, comm: Any = None
+        self,
+        launch: Launch,
+        carrier: Collectives,
+        device: torch.device,
+        watchdog: Watchdog,
+        comm: Any = None,
+        everyone: Any = None,
+        servers: int = 0,
     ) -> None:
-        """Take the parts; `create` makes them. `comm`: the trainers' MPI communicator, None without MPI."""
+        """Take the parts; `create` makes them.
+
+        `comm`: the MPI communicator of this process's role, None without MPI. `everyone`: that of all ranks, the
+        `servers` last of which are parameter servers.
+        """
         self.rank = carrier.rank
         self.size = carrier.size
         self.local_rank = launch.local_rank
@@ -45,17 +61,24 @@ class World:
         self.device = device
         self.watchdog = watchdog
         self.comm = comm
+        self.everyone: Any = everyone
+        self.servers = servers
+        serves = bool(servers) and self.everyone.rank >= self.everyone.size - servers
+        self.role: Literal["trainer", "server"] = "server" if serves else "trainer"
+        self._closing: list[Callable[[], None]] = []
         self._carrier = carrier
         self._horovod: Any = None
 
     @classmethod
-    def create(cls, *, device: str = "auto", deadline: float = DEFAULT_DEADLINE) -> Self:
+    def create(cls, *, device: str = "auto", deadline: float = DEFAULT_DEADLINE, servers: int = 0) -> Self:
         """Join the launcher's ranks. Blocks; every rank must call it.
 
         `device`: auto (a GPU by local rank where there is one), cpu, or a torch device. `deadline`: seconds.
-        Raises WorldError if the launcher's count and MPI's disagree or the library that the launcher needs is missing.
+        `servers`: how many ranks, the last ones, are parameter servers. Raises WorldError if the launcher's count and
+        MPI's disagree or the library that the launcher needs is missing, ConfigError if too few ranks were started.
         """
         launch = detect(os.environ)
+        _check_servers(servers, launch)
         chosen = _device(device, launch.local_rank)
         if launch.launcher == "none":
             return cls.alone(device=str(chosen))
@@ -63,14 +86,17 @@ class World:
         faulthandler.dump_traceback_later(deadline, exit=True)
         try:
             if launch.launcher == "horovodrun-gloo":
-                carrier, inquiry, comm = _join_gloo(), None, None
+                everyone: Collectives = _join_gloo()
+                inquiry: Any = None
+                comm: Any = None
             else:
-                carrier, inquiry, comm = _join_mpi(launch)
+                everyone, inquiry, comm = _join_mpi(launch)
+            carrier = everyone if not servers else _split(comm, comm.rank >= comm.size - servers)
         finally:
             faulthandler.cancel_dump_traceback_later()
-        watchdog = Watchdog(rank=carrier.rank, size=carrier.size, seconds=deadline, inquiry=inquiry)
-        world = cls(launch, carrier, chosen, watchdog, comm)
-        if world.size > 1:
+        watchdog = Watchdog(rank=everyone.rank, size=everyone.size, seconds=deadline, inquiry=inquiry)
+        world = cls(launch, carrier, chosen, watchdog, getattr(carrier, "comm", None), comm, servers)
+        if everyone.size > 1:
             watchdog.start()
             world._end_job_on_uncaught_exception()
         return world
@@ -84,8 +110,8 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which writes files and speaks to the user."""
-        return self.rank == 0
+        """Whether this is the trainers' rank 0, which writes files and speaks to the user."""
+        return self.rank == 0 and self.role == "trainer"
 
     def sum_(self, tensor: torch.Tensor, what: str = "sum") -> torch.Tensor:
         """Sum over ranks in place, the same bits on all. Blocks; every rank must call. Returns the tensor."""
@@ -102,6 +128,15 @@ class World:
     def gather_objects(self, record: Any, what: str = "gather") -> list[Any]:
         """Every rank's JSON-able record, in rank order, on all ranks. Blocks; every rank must call."""
         return [json.loads(data) for data in self.gather_bytes(json.dumps(record).encode(), what)]
+
+    def gather_from_everyone(self, record: Any, what: str) -> list[Any]:
+        """As `gather_objects`, of trainers and servers, in the order of `everyone`. Needs MPI; all must call it."""
+        from hvdvae.world.mpi import MpiCollectives
+
+        with self.watchdog.waiting(what, patient=True):
+            return [
+                json.loads(data) for data in MpiCollectives(self.everyone).gather_bytes(json.dumps(record).encode())
+            ]
 
     def gather_bytes(self, data: bytes, what: str = "gather") -> list[bytes]:
         """Every rank's bytes, in rank order, on all ranks. Blocks; every rank must call."""
@@ -149,9 +184,20 @@ class World:
             self._horovod = hvd
         return self._horovod
 
+    def on_close(self, action: Callable[[], None]) -> None:
+        """Have something done before this process leaves, by `close` or at the program's end."""
+        if not self._closing:
+            atexit.register(self._finish)
+        self._closing.append(action)
+
+    def _finish(self) -> None:
+        while self._closing:
+            self._closing.pop()()
+
     def close(self) -> None:
         """Leave: stops Horovod and the watchdog. Blocks until all ranks have come; every rank must call."""
-        self.barrier("close")
+        self._finish()
+        self.barrier("close", patient=True)
         if self._horovod is not None:
             self._horovod.shutdown()
             self._horovod = None
@@ -179,6 +225,23 @@ class World:
 
         sys.excepthook = end
         threading.excepthook = end_from_thread
+
+
+def _check_servers(servers: int, launch: Launch) -> None:
+    if servers < 0:
+        raise ConfigError(f"--servers is {servers}, expected at least 1")
+    if not servers:
+        return
+    if launch.launcher == "horovodrun-gloo":
+        raise ConfigError(
+            "--strategy ps under horovodrun --gloo: MPI sees one process there. Start with mpirun, srun or "
+            "horovodrun --mpi"
+        )
+    if servers >= launch.size:
+        raise ConfigError(
+            f"--servers {servers} of {launch.size} started ranks leaves none to train, expected at most "
+            f"{max(launch.size - 1, 0)}: start more, mpirun -np {servers + 1} or above"
+        )
 
 
 def _device(name: str, local_rank: int) -> torch.device:
@@ -224,6 +287,17 @@ def _join_mpi(launch: Launch) -> tuple[Collectives, Any, Any]:
     carrier = MpiCollectives(MPI.COMM_WORLD)
     inquiry = MpiInquiry(MPI.COMM_WORLD) if carrier.size > 1 and can_ask_from_threads() else None
     return carrier, inquiry, carrier.comm
+
+
+def _split(comm: Any, color: bool) -> Collectives:
+    """The collectives of the ranks of one role."""
+    from hvdvae.world.mpi import MpiCollectives
+
+    part = comm.Split(int(color), comm.rank)
+    try:
+        return MpiCollectives(part)
+    finally:
+        part.Free()
 
 
 def _join_gloo() -> Collectives:

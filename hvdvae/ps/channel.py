@@ -1,0 +1,149 @@
+"""Headers and vectors between workers and servers: MPI messages, and shared memory where both are on one host.
+
+Shapes: P parameters, F elements of float buffers (the last shard's push carries them behind its slice).
+A worker has two vectors: `outgoing` (P + F), what it pushes, and `incoming` (P), what it pulls.
+"""
+
+import json
+import secrets
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hvdvae.ps.doorbell import Doorbell
+from hvdvae.ps.protocol import HEADER, VECTOR
+from hvdvae.world.mpi import MAX_COUNT
+from hvdvae.world.shared_memory import fits
+
+Header = NDArray[np.float64]
+
+
+class Channel:
+    """One process's end. Ranks are those of `comm`: workers first, then servers."""
+
+    def __init__(self, comm: MPI.Intracomm, workers: int, lengths: tuple[int, int], dtype: torch.dtype) -> None:
+        """Duplicate `comm` and map shared memory. `lengths`: P and F. Blocks; every rank of `comm` must call it."""
+        self.comm: Any = comm.Dup()
+        self.rank: int = self.comm.rank
+        self.workers = workers
+        self.dtype = dtype
+        self.vectors: dict[int, tuple[Tensor, Tensor]] = {}
+        """Outgoing and incoming vector of the workers that share memory with this rank, and of this rank."""
+        token = np.frombuffer(secrets.token_bytes(8), np.uint8).copy()
+        self.comm.Bcast(token)
+        host: Any = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.neighbours: list[int] = host.allgather(self.rank)
+        self._map(host, lengths)
+        peers = range(workers, self.comm.size) if self.rank < workers else range(workers)
+        self._bell = Doorbell(
+            token.tobytes().hex(), self.rank, self.neighbours, all_peers_ring=set(peers) <= set(self.neighbours)
+        )
+        self._sends: list[tuple[MPI.Request, Any]] = []
+        self.comm.Barrier()  # Nobody rings before all bells hang.
+
+    def _map(self, host: MPI.Intracomm, lengths: tuple[int, int]) -> None:
+        parameters, buffers = lengths
+        size = self.dtype.itemsize
+        mine = 2 * parameters + buffers if self.rank < self.workers else 0
+        largest = host.allreduce(mine, MPI.MAX)
+        if host.size > 1 and fits(host, largest * size):
+            window = MPI.Win.Allocate_shared(mine * size, size, comm=host)
+            window.Lock_all()
+            self._window: MPI.Win | None = window
+            for place, rank in enumerate(self.neighbours):
+                if rank < self.workers:
+                    memory, _ = window.Shared_query(place)
+                    whole = torch.frombuffer(memory, dtype=self.dtype, count=2 * parameters + buffers)
+                    self.vectors[rank] = (whole[: parameters + buffers], whole[parameters + buffers :])
+        else:
+            self._window = None
+            if mine:
+                whole = torch.empty(mine, dtype=self.dtype)
+                self.vectors[self.rank] = (whole[: parameters + buffers], whole[parameters + buffers :])
+        if mine:
+            for vector in self.vectors[self.rank]:
+                vector.zero_()
+
+    def shares_memory(self, other: int) -> bool:
+        """Whether vectors between this rank and `other` need no message."""
+        return self._window is not None and other in self.neighbours
+
+    def send(self, to: int, header: Header, tag: int = HEADER) -> None:
+        """Send a small array, and wake the receiver. Does not wait for it; the array may be changed after."""
+        self._post(header.copy(), to, tag)
+        self._bell.ring(to)
+
+    def send_text(self, to: int, record: Any, tag: int) -> None:
+        """Send a JSON-able record."""
+        self._post(np.frombuffer(json.dumps(record).encode(), np.uint8), to, tag)
+
+    def send_vector(self, to: int, vector: Tensor, tag: int = VECTOR) -> None:
+        """Send a vector, which must not change until `flush` has returned."""
+        array = vector.numpy()
+        for start in range(0, array.size, MAX_COUNT):
+            self._post(array[start : start + MAX_COUNT], to, tag)
+
+    def flush(self) -> None:
+        """Return when all that was sent may be changed. Blocks."""
+        while not all(request.Test() for request, _ in self._sends):
+            self._bell.sleep()
+        self._sends.clear()
+
+    def receive_vector(self, source: int, into: Tensor, tag: int = VECTOR) -> None:
+        """Receive a vector. Blocks."""
+        array = into.numpy()
+        for start in range(0, array.size, MAX_COUNT):
+            request = self.comm.Irecv(array[start : start + MAX_COUNT], source, tag)
+            while not request.Test():
+                self._bell.sleep()
+
+    def receive_text(self, source: int, tag: int) -> Any:
+        """Receive a JSON record. Blocks."""
+        status = self._wait(source, tag)
+        data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+        self.comm.Recv(data, source, tag)
+        return json.loads(data.tobytes())
+
+    def receive(self, source: int = MPI.ANY_SOURCE) -> tuple[int, Header]:
+        """The next header, and who sent it. Blocks; sleeps meanwhile."""
+        status = self._wait(source, HEADER)
+        header = np.empty(status.Get_count(MPI.DOUBLE))
+        self.comm.Recv(header, status.source, HEADER)
+        if self._window is not None:
+            self._window.Sync()
+        return status.source, header
+
+    def has_text(self, source: int, tag: int) -> bool:
+        """Whether a text with this tag has come. Does not block."""
+        return bool(self.comm.Iprobe(source, tag))
+
+    def close(self) -> None:
+        """Take the bell down. The memory is given back when MPI ends."""
+        self._bell.close()
+
+    def _wait(self, source: int, tag: int) -> MPI.Status:
+        status = MPI.Status()
+        while not self.comm.Iprobe(source, tag, status):
+            self._bell.sleep()
+        return status
+
+    def _post(self, array: NDArray[Any], to: int, tag: int) -> None:
+        if self._window is not None:
+            self._window.Sync()
+        self._sends = [(request, kept) for request, kept in self._sends if not request.Test()]
+        self._sends.append((self.comm.Isend(array, to, tag), array))
+
+
+def shard_vectors(channel: Channel, worker: int, shard: slice, *, is_last: bool) -> tuple[Tensor, Tensor] | None:
+    """A worker's vectors as a server sees them: its slice of outgoing (the last's with buffers) and of incoming.
+
+    None where they do not share memory.
+    """
+    if not channel.shares_memory(worker):
+        return None
+    outgoing, incoming = channel.vectors[worker]
+    return outgoing[shard.start :] if is_last else outgoing[shard], incoming[shard]

@@ -1,0 +1,181 @@
+"""A worker's side of the parameter server: pushes, pulls, and consistent copies of what the servers hold.
+
+Shapes: P parameters, F elements of float buffers, N workers, G parameter groups.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hvdvae.ps.channel import Channel, Header
+from hvdvae.ps.protocol import ANSWER, OPTIONS, REQUEST, STATE, TEXT, Answer, Kind, Request
+from hvdvae.ps.shards import pieces
+from hvdvae.ps.state import Manifest
+
+
+class Copy(NamedTuple):
+    """What all servers held after the same pushes."""
+
+    buffers: Tensor
+    """(N, F): each worker's."""
+    states: list[tuple[Manifest, list[Tensor]]]
+    """The optimizer's state, a server, of the pieces of its shard; empty if it was not asked for."""
+
+
+class Client:
+    """One worker's requests to all servers. Every method blocks; a thread of its own may call it, one at a time."""
+
+    def __init__(self, channel: Channel, shards: list[slice], groups: list[slice], buffers: int) -> None:
+        """`channel.vectors[rank]` are this worker's vectors from now on. `groups`: slices of the whole vector."""
+        self._channel, self._shards = channel, shards
+        self._servers = [channel.workers + number for number in range(len(shards))]
+        self.outgoing, self.incoming = channel.vectors[channel.rank]
+        """(P + F): what is pushed, gradient and buffers; (P): what was pulled."""
+        self._groups, self._buffers = groups, buffers
+        self._versions = np.zeros(len(shards))
+        """Updates that the pulled weights have had, a server."""
+        self._sequence = 0
+        self.answer: Header = np.zeros(ANSWER + 2 * channel.workers)
+        """The last answer of the first server: totals of all workers."""
+        self.staleness = 0
+        """Of this worker's last push: the largest of all servers."""
+        self.dropped = False
+        """Whether the last push came too late."""
+
+    @property
+    def versions(self) -> NDArray[np.float64]:
+        """Of the pulled weights, (servers,); a push says with which it was computed."""
+        return self._versions.copy()
+
+    @property
+    def clocks(self) -> list[int]:
+        """Finished steps of each worker, as the first server counted when it answered."""
+        return [int(clock) for clock in self.answer[ANSWER : ANSWER + self._channel.workers]]
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """Seconds of each worker's last steps."""
+        return [float(seconds) for seconds in self.answer[ANSWER + self._channel.workers :]]
+
+    def initialize(
+        self, weights: Tensor, options: list[dict[str, Any]], manifest: Manifest, state: list[Tensor]
+    ) -> None:
+        """Give the servers their weights (P,) and the optimizer its options and state, a vector (piece,) a group.
+
+        Worker 0 calls it, before anybody pushes. `state`: of whole groups, in the manifest's order.
+        """
+        for server, shard in zip(self._servers, self._shards, strict=True):
+            self._channel.send(server, self._request(Kind.INIT))
+            self._channel.send_text(server, {"options": options, "state": manifest}, TEXT)
+            self._channel.send_vector(server, weights[shard], STATE)
+            left = iter(state)
+            offsets = pieces(self._groups, shard)
+            for entry, group, piece in zip(manifest, self._groups, offsets, strict=True):
+                start = shard.start + piece.start - group.start
+                for _ in entry["vectors"]:
+                    self._channel.send_vector(server, next(left)[start : start + piece.stop - piece.start], STATE)
+        self._channel.flush()
+
+    def push(
+        self,
+        rates: list[float],
+        report: NDArray[np.float64],
+        *,
+        options: list[dict[str, Any]] | None,
+        versions: NDArray[np.float64],
+        finite: bool,
+        pull: bool,
+    ) -> None:
+        """Push `outgoing`; return once the servers have answered, with their weights in `incoming` if `pull`.
+
+        `rates`: learning rate of each group. `options`: all options of all groups, if they changed. `report`: fields
+        of a request from STEPS on, and SIGNAL. `versions`: of the weights that the push was computed with. Without
+        `finite` the step is counted, and nothing is pushed.
+        """
+        self._sequence += 1
+        kind = Kind.PUSH if finite else Kind.NOTHING
+        for number, server in enumerate(self._servers):
+            request = self._request(kind, report if number == 0 else None, groups=len(rates))
+            request[Request.SIGNAL] = report[Request.SIGNAL]
+            request[Request.VERSION] = versions[number]
+            request[Request.WANTS] = float(pull)
+            request[Request.HAS_OPTIONS] = float(options is not None)
+            request[REQUEST:] = rates
+            if options is not None:
+                self._channel.send_text(server, options, OPTIONS)
+            self._channel.send(server, request)
+            if finite and not self._channel.shares_memory(server):
+                shard = self._shards[number]
+                stop = len(self.outgoing) if number == len(self._servers) - 1 else shard.stop
+                self._channel.send_vector(server, self.outgoing[shard.start : stop])
+        answers = self._collect(pull=pull)
+        self.staleness = int(max(answer[Answer.STALENESS] for answer in answers))
+        self.dropped = any(answer[Answer.DROPPED_MINE] for answer in answers)
+
+    def copy(self, *, state: bool) -> Copy:
+        """What all servers hold after the same pushes; weights go to `incoming`. Others push on meanwhile."""
+        clocks = [0] * self._channel.workers
+        if len(self._servers) > 1:
+            self._sequence += 1
+            for server in self._servers:
+                self._channel.send(server, self._request(Kind.FREEZE))
+            workers = slice(ANSWER, ANSWER + self._channel.workers)
+            clocks = np.max([answer[workers] for answer in self._collect(pull=False)], axis=0).astype(int).tolist()
+        self._sequence += 1
+        for server in self._servers:
+            request = self._request(Kind.CUT)
+            request[Request.WANTS] = float(state)
+            self._channel.send_text(server, clocks, TEXT)
+            self._channel.send(server, request)
+        self._collect(pull=True)
+        buffers = torch.zeros(self._channel.workers, self._buffers, dtype=self._channel.dtype)
+        self._channel.receive_vector(self._servers[-1], buffers.view(-1), STATE)
+        states = [self._receive_state(number) for number in range(len(self._servers))] if state else []
+        return Copy(buffers, states)
+
+    def done(self, report: NDArray[np.float64]) -> list[dict[str, Any]]:
+        """Push no more for now. Returns once no worker does, with the final weights and each server's ledger."""
+        self._sequence += 1
+        for number, server in enumerate(self._servers):
+            self._channel.send(server, self._request(Kind.DONE, report if number == 0 else None))
+        self._collect(pull=True)
+        return [self._channel.receive_text(server, TEXT) for server in self._servers]
+
+    def quit(self) -> None:
+        """Worker 0: end the servers. Does not wait for them."""
+        for server in self._servers:
+            self._channel.send(server, self._request(Kind.QUIT))
+        self._channel.flush()
+
+    def _request(self, kind: Kind, report: NDArray[np.float64] | None = None, groups: int = 0) -> Header:
+        request = np.zeros(REQUEST + groups)
+        if report is not None:
+            request[:REQUEST] = report
+        request[Request.KIND] = kind
+        request[Request.SEQUENCE] = self._sequence
+        return request
+
+    def _collect(self, *, pull: bool) -> list[Header]:
+        answers = []
+        for number, server in enumerate(self._servers):
+            _, answer = self._channel.receive(server)
+            if pull and not self._channel.shares_memory(server):
+                self._channel.receive_vector(server, self.incoming[self._shards[number]])
+            if pull:
+                self._versions[number] = answer[Answer.VERSION]
+            answers.append(answer)
+        self._channel.flush()
+        self.answer = answers[0]
+        return answers
+
+    def _receive_state(self, number: int) -> tuple[Manifest, list[Tensor]]:
+        manifest: Manifest = self._channel.receive_text(self._servers[number], TEXT)
+        vectors = []
+        for entry, piece in zip(manifest, pieces(self._groups, self._shards[number]), strict=True):
+            for _ in entry["vectors"]:
+                vectors.append(torch.empty(piece.stop - piece.start, dtype=self._channel.dtype))
+                self._channel.receive_vector(self._servers[number], vectors[-1], STATE)
+        return manifest, vectors

@@ -1,0 +1,127 @@
+"""What all ranks of a job must agree on before a parameter server starts, and the check that they do."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hvdvae.errors import ConfigError, WorldError
+from hvdvae.ps.rules import RULES
+
+CONSISTENCIES = ("asp", "ssp", "bsp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The options of a parameter server. `check` refuses those that do not go together."""
+
+    consistency: str = "asp"
+    staleness: int | None = None
+    """SSP's bound, in clocks."""
+    backup_workers: int = 0
+    rule: str = "plain"
+    strength: float | None = None
+    """DC-ASGD's lambda; default 0.04, and 2 for the variance-normalized form (Zheng et al. 2017, section 6)."""
+    elasticity: float | None = None
+    """EASGD's alpha; default 0.9 / number of workers (Zhang et al. 2015, section 5)."""
+    push_every: int = 1
+    """Steps of a worker between two pushes."""
+    fetch_every: int | None = None
+    """Steps of a worker between two pulls: a multiple of `push_every`, by default the same."""
+    prefetch: bool = False
+    """Compute the next step while the push and pull of the last are under way."""
+
+    def check(self, *, workers: int, servers: int) -> None:
+        """Raises ConfigError naming the flag to change."""
+        if self.consistency not in CONSISTENCIES:
+            raise ConfigError(f"--consistency is {self.consistency!r}, expected one of {', '.join(CONSISTENCIES)}")
+        if self.rule not in RULES:
+            raise ConfigError(f"--rule is {self.rule!r}, expected one of {', '.join(RULES)}")
+        if self.consistency == "ssp" and (self.staleness is None or self.staleness < 0):
+            raise ConfigError(
+                f"--consistency ssp needs a bound: --staleness {self.staleness} found, expected 0 or more clocks"
+            )
+        if self.consistency != "ssp" and self.staleness is not None:
+            raise ConfigError(f"--staleness bounds --consistency ssp, found with --consistency {self.consistency}")
+        if self.backup_workers and self.consistency != "bsp":
+            raise ConfigError(f"--backup-workers goes with --consistency bsp, found with {self.consistency}")
+        if not 0 <= self.backup_workers < workers:
+            raise ConfigError(
+                f"--backup-workers is {self.backup_workers} of {workers} workers, expected 0 to {workers - 1}: a step "
+                "needs somebody's gradient"
+            )
+        if self.backup_workers and servers > 1:
+            raise ConfigError(
+                f"--backup-workers with --servers {servers}: servers could disagree on which push was late; use one"
+            )
+        self._check_rule()
+        self._check_periods()
+
+    def _check_rule(self) -> None:
+        if self.strength is not None and not self.rule.startswith("dcasgd"):
+            raise ConfigError(f"--dc-strength goes with --rule dcasgd or dcasgd-a, found with {self.rule}")
+        if self.elasticity is not None and (self.rule != "easgd" or not 0 < self.elasticity < 1):
+            raise ConfigError(
+                f"--elasticity is {self.elasticity} with --rule {self.rule}, expected above 0 and below 1, with easgd"
+            )
+        if self.consistency == "bsp" and self.rule != "plain":
+            raise ConfigError(
+                f"--rule {self.rule} is for pushes that come one by one: use --consistency asp or ssp, or --rule plain"
+            )
+        if self.prefetch and self.rule in ("dcasgd", "dcasgd-a", "easgd"):
+            raise ConfigError(
+                f"--prefetch computes with weights that are one pull older than those --rule {self.rule} takes it to "
+                "have: use one of the two"
+            )
+
+    def _check_periods(self) -> None:
+        for flag, found in (("--push-every", self.push_every), ("--fetch-every", self.pull_every)):
+            if found < 1:
+                raise ConfigError(f"{flag} is {found}, expected at least 1 step")
+        if self.pull_every % self.push_every:
+            raise ConfigError(
+                f"--fetch-every {self.fetch_every} is no multiple of --push-every {self.push_every}: weights come with "
+                "the answer to a push"
+            )
+        periodic = self.pull_every > 1
+        if periodic and self.consistency == "bsp":
+            raise ConfigError("--push-every and --fetch-every go with --consistency asp or ssp: bsp is every step")
+        if periodic and self.prefetch:
+            raise ConfigError("--prefetch goes with a push and a pull at every step: leave --push-every, --fetch-every")
+        if self.rule == "easgd" and self.pull_every != self.push_every:
+            raise ConfigError("--rule easgd pulls when it pushes: leave --fetch-every, set --push-every (its period)")
+
+    @property
+    def pull_every(self) -> int:
+        """Steps of a worker between two pulls."""
+        return self.fetch_every if self.fetch_every is not None else self.push_every
+
+    def elasticity_of(self, workers: int) -> float:
+        """EASGD's alpha for so many workers."""
+        return self.elasticity if self.elasticity is not None else 0.9 / max(workers, 1)
+
+    def strength_of(self) -> float:
+        """DC-ASGD's lambda."""
+        default = 2.0 if self.rule == "dcasgd-a" else 0.04
+        return self.strength if self.strength is not None else default
+
+
+def check_hello(hellos: Sequence[dict[str, Any]], workers: int) -> None:
+    """Compare what all ranks say of themselves, workers first; all get the same list, so all raise alike.
+
+    Raises WorldError naming the rank and what differs: version, options, model or optimizer.
+    """
+    for rank, hello in enumerate(hellos):
+        for key in ("version", "plan") if rank >= workers else hellos[0].keys():
+            if hello[key] != hellos[0][key]:
+                mine, theirs = _shortened(hellos[0][key], hello[key])
+                raise WorldError(
+                    f"rank {rank} joins the parameter server with {key} {theirs}, rank 0 has {mine}: start all ranks "
+                    "with the same program and options"
+                )
+
+
+def _shortened(first: Any, other: Any) -> tuple[Any, Any]:
+    if isinstance(first, dict) and isinstance(other, dict):
+        odd = [key for key in first if first[key] != other.get(key)]
+        return {key: first[key] for key in odd}, {key: other.get(key) for key in odd}
+    return first, other

@@ -1,0 +1,115 @@
+"""What workers and servers say to each other, on a communicator that is a duplicate of all ranks' and only theirs.
+
+    tag      direction         payload                       dtype
+    HEADER   worker -> server  fields of Request, then the   float64 (REQUEST + groups)
+                               learning rate of each group
+    HEADER   server -> worker  fields of Answer, then clock  float64 (ANSWER + 2 * workers)
+                               and seconds a step, a worker
+    OPTIONS  worker -> server  JSON: options of all groups   uint8, before the PUSH that they begin with
+    VECTOR   worker -> server  gradient (or weights) of the  the model's, (shard,)
+                               server's shard
+    VECTOR   server -> worker  weights (or elastic force)    the model's, (shard,)
+    TEXT     both              JSON: manifest of a state     uint8
+    STATE    both              state of the optimizer        the model's, (piece of the shard,)
+
+Worker and server on one host exchange vectors in shared memory, and no VECTOR is sent: a worker writes before it sends
+the header, and a server before it answers. Nothing is pickled.
+
+    kind      worker says                                        server answers
+    INIT      worker 0: TEXT and STATE follow, weights first     nothing: all workers hold these weights
+    PUSH      a step is done, its VECTOR follows                 when the policy says so, with weights
+    NOTHING   a step is done, and was skipped: not finite        as PUSH, without its having been applied
+    FREEZE    hold back pushes from now                          with the clocks of what was applied
+    CUT       TEXT: apply up to these clocks, then send all,     weights; STATE: the workers' buffers (workers, F),
+              and go on                                          from the last server; TEXT and STATE if wanted
+    DONE      I push no more, for now                            once all have said it, weights; TEXT: the ledger
+    QUIT      worker 0: end                                      nothing
+"""
+
+from enum import IntEnum
+
+HEADER, OPTIONS, VECTOR, TEXT, STATE = range(1, 6)
+
+
+class Kind(IntEnum):
+    """First field of both headers."""
+
+    INIT = 1
+    PUSH = 2
+    NOTHING = 3
+    FREEZE = 4
+    CUT = 5
+    DONE = 6
+    QUIT = 7
+
+
+class Request(IntEnum):
+    """Fields of a worker's header."""
+
+    KIND = 0
+    SEQUENCE = 1
+    """Number of the request, per worker and server; a repeated one is recognized by it."""
+    VERSION = 2
+    """Updates that the weights had had which the worker computed with."""
+    SIGNAL = 3
+    """Of the operating system, to end the run; 0: none."""
+    WANTS = 4
+    """Of a PUSH: 1, the answer is to carry weights. Of a CUT: 1, the optimizer's state is wanted too."""
+    STEPS = 5
+    EXAMPLES = 6
+    FINITE = 7
+    LOSS = 8
+    RATE = 9
+    DISTORTION = 10
+    """What was done since the last push; sums over the finite examples, nats."""
+    DATA_SECONDS = 11
+    BLOCKED_SECONDS = 12
+    SECONDS = 13
+    HAS_OPTIONS = 14
+    """1: OPTIONS were sent before this."""
+
+
+REQUEST = len(Request)
+
+
+class Answer(IntEnum):
+    """Fields of a server's header. From UPDATES on: totals of all workers since the start."""
+
+    KIND = 0
+    SEQUENCE = 1
+    VERSION = 2
+    STALENESS = 3
+    """Updates between this worker's pull and its push."""
+    DROPPED_MINE = 4
+    """1: the push came too late for its step."""
+    SIGNAL = 5
+    UPDATES = 6
+    DROPPED = 7
+    STEPS = 8
+    EXAMPLES = 9
+    FINITE = 10
+    LOSS = 11
+    RATE = 12
+    DISTORTION = 13
+    DATA_SECONDS = 14
+    BLOCKED_SECONDS = 15
+    SECONDS = 16
+    STALENESS_SUM = 17
+    STALENESS_MAX = 18
+    PUSHES = 19
+
+
+ANSWER = len(Answer)
+
+SUMMED = (
+    Request.STEPS,
+    Request.EXAMPLES,
+    Request.FINITE,
+    Request.LOSS,
+    Request.RATE,
+    Request.DISTORTION,
+    Request.DATA_SECONDS,
+    Request.BLOCKED_SECONDS,
+    Request.SECONDS,
+)
+"""Fields of a request that the answer has the totals of, under the same names."""

@@ -1,0 +1,283 @@
+"""A server: holds a slice of the weights, hears workers, and does what the policy says.
+
+Shapes: P elements of this server's shard, F of the workers' float buffers (on the last server), N workers.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvdvae.deadline import Watchdog
+from hvdvae.ps.channel import Channel, Header, shard_vectors
+from hvdvae.ps.consistency import Action, Apply, Drop, policy
+from hvdvae.ps.consistency import Answer as AnswerIt
+from hvdvae.ps.ledger import Ledger
+from hvdvae.ps.plan import Plan
+from hvdvae.ps.protocol import ANSWER, OPTIONS, REQUEST, STATE, TEXT, Answer, Kind, Request
+from hvdvae.ps.rules import Rule, ShardOptimizer, rule
+from hvdvae.ps.shards import pieces
+from hvdvae.ps.state import packed, unpacked
+
+
+class Server:
+    """One of the servers; `run` serves until worker 0 quits."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        plan: Plan,
+        *,
+        groups: list[slice],
+        shard: slice,
+        is_last: bool,
+        buffers: int,
+        optimizer: str,
+        clip_norm: float | None,
+        watchdog: Watchdog,
+        sum_over_servers: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Lay out memory. `groups`, `shard`: slices of the whole vector; `optimizer`: a class of torch.optim.
+
+        `clip_norm`: global norm at which the mean gradient is clipped (BSP).
+        """
+        self._channel, self._plan, self._watchdog = channel, plan, watchdog
+        self._pieces, self._kind = pieces(groups, shard), optimizer
+        self._clip_norm = clip_norm
+        self._sum_over_servers = sum_over_servers
+        length, workers = shard.stop - shard.start, channel.workers
+        buffers = buffers if is_last else 0
+        self._length = length
+        self.weights = torch.zeros(length, dtype=channel.dtype)
+        self.buffers = torch.zeros(workers, buffers, dtype=channel.dtype)
+        self._mean = torch.empty(length, dtype=channel.dtype) if plan.consistency == "bsp" and workers > 1 else None
+        self._received: list[Tensor] = []
+        """What each worker pushed: its own memory, or the buffer that it is received into."""
+        self._pulled: list[Tensor | None] = []
+        """Where each worker finds the weights, if it shares memory."""
+        for worker in range(workers):
+            views = shard_vectors(channel, worker, shard, is_last=is_last)
+            self._received.append(views[0] if views else torch.empty(length + buffers, dtype=channel.dtype))
+            self._pulled.append(views[1] if views else None)
+        self.ledger = Ledger(workers)
+        self.version = 0
+        self._policy = policy(
+            plan.consistency, range(workers), staleness=plan.staleness or 0, backup=plan.backup_workers
+        )
+        self._requests: dict[int, Header] = {}
+        """The push of each worker that has not been answered."""
+        self._staleness = [0] * workers
+        self._late: set[int] = set()
+        self._sequence = [0] * workers
+        self._held: deque[tuple[int, Header]] = deque()
+        self._frozen = False
+        self._cut: tuple[int, Header, list[int]] | None = None
+        self._done: dict[int, Header] = {}
+        self._ended_at: dict[int, int] = {}
+        self._rule: Rule
+        self._optimizer: ShardOptimizer
+
+    def run(self) -> None:
+        """Serve. Blocks until worker 0 quits."""
+        while True:
+            with self._watchdog.waiting("a push of any worker", patient=True):
+                worker, request = self._channel.receive()
+            kind = Kind(int(request[Request.KIND]))
+            self._watchdog.step = self.version
+            if kind is Kind.QUIT:
+                return
+            self._hear(kind, worker, request)
+
+    def _hear(self, kind: Kind, worker: int, request: Header) -> None:
+        if kind is Kind.INIT:
+            self._initialize(worker)
+        elif kind in (Kind.PUSH, Kind.NOTHING):
+            if self._frozen:
+                self._held.append((worker, request))
+                self._continue_cut()
+            else:
+                self._pushed(worker, request)
+        elif kind is Kind.FREEZE:
+            self._frozen = True
+            self._reply(worker, request)
+        elif kind is Kind.CUT:
+            self._cut = (worker, request, self._channel.receive_text(worker, TEXT))
+            self._continue_cut()
+        elif kind is Kind.DONE:
+            self._ended(worker, request)
+
+    def _initialize(self, worker: int) -> None:
+        start = self._channel.receive_text(worker, TEXT)
+        self._channel.receive_vector(worker, self.weights, STATE)
+        groups = [
+            {**options, "start": piece.start, "stop": piece.stop}
+            for options, piece in zip(start["options"], self._pieces, strict=True)
+        ]
+        self._optimizer = ShardOptimizer(self.weights, getattr(torch.optim, self._kind), groups)
+        vectors = []
+        for entry, piece in zip(start["state"], self._pieces, strict=True):
+            for _ in entry["vectors"]:
+                vectors.append(torch.empty(piece.stop - piece.start, dtype=self.weights.dtype))
+                self._channel.receive_vector(worker, vectors[-1], STATE)
+        unpacked(self._optimizer.optimizer, start["state"], vectors)
+        workers = self._channel.workers
+        self._rule = rule(
+            self._plan.rule,
+            self._optimizer,
+            workers=workers,
+            strength=self._plan.strength_of(),
+            elasticity=self._plan.elasticity_of(workers),
+        )
+
+    def _pushed(self, worker: int, request: Header) -> None:
+        if len(self._done) == self._channel.workers:
+            self._begin_again()
+        if request[Request.HAS_OPTIONS]:
+            self._optimizer.set_options(self._channel.receive_text(worker, OPTIONS))
+        if request[Request.KIND] == Kind.PUSH and not self._channel.shares_memory(worker):
+            self._channel.flush()  # The buffer may still be on its way out, as an answer.
+            self._channel.receive_vector(worker, self._received[worker])
+        if request[Request.SEQUENCE] <= self._sequence[worker]:
+            self.ledger.duplicates += 1
+            self._reply(worker, request)
+            return
+        self._sequence[worker] = int(request[Request.SEQUENCE])
+        self._requests[worker] = request
+        self.ledger.reported(worker, request)
+        if request[Request.KIND] == Kind.PUSH:
+            self.ledger.pushed += 1
+            self.buffers[worker] = self._received[worker][self._length :]
+        self._act(self._policy.push(worker))
+
+    def _act(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Apply(workers):
+                    self._apply(workers)
+                case Drop(worker):
+                    self.ledger.dropped_push(worker)
+                    self._late.add(worker)
+                case AnswerIt(worker):
+                    self._answer(worker)
+
+    def _apply(self, workers: tuple[int, ...]) -> None:
+        requests = {worker: self._requests[worker] for worker in workers}
+        stalenesses = {worker: self.version - int(request[Request.VERSION]) for worker, request in requests.items()}
+        is_step = self._plan.consistency == "bsp"
+        if any(request[Request.KIND] == Kind.NOTHING for request in requests.values()):
+            # In BSP all skip what one must skip, as under allreduce; otherwise it is that worker's affair.
+            self.version += int(is_step)
+            return
+        for worker, staleness in stalenesses.items():
+            self._staleness[worker] = staleness
+        first = workers[0]
+        push = self._received[first][: self._length]
+        if len(workers) > 1:
+            assert self._mean is not None
+            push = self._mean.copy_(push)
+            for worker in workers[1:]:
+                push.add_(self._received[worker][: self._length])
+            push.mul_(1 / len(workers))
+        if self._clip_norm is not None:
+            self._clip(push, self._clip_norm)
+        for group, rate in zip(self._optimizer.optimizer.param_groups, requests[first][REQUEST:], strict=True):
+            group["lr"] = float(rate)
+        self._rule.apply(push, first, stalenesses[first])
+        self.version += 1
+        self.ledger.updated(stalenesses)
+
+    def _clip(self, gradient: Tensor, limit: float) -> None:
+        square = self._sum_over_servers(torch.dot(gradient, gradient).double().view(1))
+        norm = float(square) ** 0.5
+        if norm > limit:
+            gradient.mul_(limit / norm)
+
+    def _answer(self, worker: int) -> None:
+        request = self._requests.pop(worker)
+        if request[Request.WANTS]:
+            self._rule.answered(worker)
+        self._reply(worker, request, self._rule.reply(worker) if request[Request.WANTS] else None)
+
+    def _reply(self, worker: int, request: Header, vector: Tensor | None = None) -> None:
+        workers = self._channel.workers
+        header = np.empty(ANSWER + 2 * workers)
+        header[:ANSWER] = self.ledger.totals
+        header[Answer.KIND] = request[Request.KIND]
+        header[Answer.SEQUENCE] = request[Request.SEQUENCE]
+        header[Answer.VERSION] = self.version
+        header[Answer.STALENESS] = self._staleness[worker]
+        header[Answer.DROPPED_MINE] = worker in self._late
+        self._late.discard(worker)
+        for other in range(workers):
+            header[ANSWER + other] = self._policy.clocks.get(other, self._ended_at.get(other, 0))
+        header[ANSWER + workers :] = self.ledger.step_seconds
+        pulled = self._pulled[worker]
+        if vector is not None and pulled is not None:
+            pulled.copy_(vector)
+        self.ledger.pulled += int(vector is not None)
+        self._channel.send(worker, header)
+        if vector is not None and pulled is None:
+            # From the buffer of this worker, whose push is done with: the weights may change while they travel.
+            self._channel.flush()
+            outgoing = self._received[worker][: self._length]
+            self._channel.send_vector(worker, outgoing.copy_(vector))
+
+    def _continue_cut(self) -> None:
+        """Apply what belongs to the cut; once it is complete, send it and go on."""
+        if self._cut is None:
+            return
+        worker, request, target = self._cut
+        clocks = self._policy.clocks
+        waiting = len(self._held)
+        for _ in range(waiting):
+            other, push = self._held.popleft()
+            if clocks.get(other, 0) < target[other]:
+                self._pushed(other, push)
+            else:
+                self._held.append((other, push))
+        if any(clocks[other] < target[other] for other in clocks):
+            return
+        self._cut, self._frozen = None, False
+        self._reply(worker, request, self.weights)
+        if self.buffers.shape[1]:
+            self._send_state(worker, self.buffers.view(-1))
+        if request[Request.WANTS]:
+            manifest, vectors = packed(self._optimizer.optimizer)
+            self._channel.send_text(worker, manifest, TEXT)
+            for vector in vectors:
+                self._send_state(worker, vector)
+        held, self._held = self._held, deque()
+        for other, push in held:
+            self._pushed(other, push)
+
+    def _send_state(self, worker: int, vector: Tensor) -> None:
+        self._channel.send_vector(worker, vector, STATE)
+        self._channel.flush()
+
+    def _ended(self, worker: int, request: Header) -> None:
+        self.ledger.reported(worker, request)
+        self._sequence[worker] = int(request[Request.SEQUENCE])
+        self._ended_at[worker] = self._policy.clocks.get(worker, self._ended_at.get(worker, 0))
+        self._done[worker] = request
+        self._act(self._policy.leave(worker))
+        if len(self._done) == self._channel.workers:
+            for other, ended in sorted(self._done.items()):
+                self._reply(other, ended, self.weights)
+                self._channel.send_text(other, self._summary(), TEXT)
+
+    def _summary(self) -> dict[str, Any]:
+        return {
+            **self.ledger.summary(),
+            "bytes_pushed": self.ledger.pushed * self._received[0].nbytes,
+            "bytes_pulled": self.ledger.pulled * self.weights.nbytes,
+            "clocks": [self._ended_at.get(worker, 0) for worker in range(self._channel.workers)],
+        }
+
+    def _begin_again(self) -> None:
+        """All had ended and one pushes: another run of the same job, by all of them."""
+        for worker in sorted(self._done):
+            self._policy.join(worker, self._ended_at[worker])
+        self._done.clear()

@@ -1,0 +1,300 @@
+"""Laws 2, 3, 6, 7 of the parameter server, at every split of the ranks into workers and servers."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hvdvae.ps.plan import Plan
+from hvdvae.strategies import DistributedOptimizer
+from hvdvae.world import World
+from tests.parallel.regression import loss_of, weights
+
+pytest.importorskip("mpi4py")
+
+STEPS, EXAMPLES = 7, 12
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1),
+    "momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adam": lambda p: torch.optim.Adam(p, 0.05),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.05, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.1),
+}
+ALWAYS_ALIKE = (Plan(), Plan(consistency="ssp", staleness=0), Plan(consistency="bsp"))
+WITHOUT_DELAY = (Plan(rule="staleness-lr"), Plan(rule="dcasgd"), Plan(rule="dcasgd-a"))
+
+
+class Net(nn.Module):
+    """BatchNorm, so that there are buffers, and enough parameters for cuts at multiples of the alignment."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.Sequential(nn.Linear(6, 37), nn.BatchNorm1d(37), nn.Tanh(), nn.Linear(37, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out
+
+
+class Smooth(nn.Module):
+    """Without BatchNorm, whose statistics are each worker's own: for what must equal the whole batch."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.Sequential(nn.Linear(6, 37), nn.Tanh(), nn.Linear(37, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    return torch.randn(EXAMPLES, 6, generator=generator), torch.randn(EXAMPLES, 3, generator=generator)
+
+
+def plain(kind: type[nn.Module], build: Callable[..., Optimizer], each_step: Any = None) -> nn.Module:
+    model = kind(100)
+    optimizer = build(model.parameters())
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model, *data()).backward()
+        if each_step:
+            each_step(step, optimizer)
+        optimizer.step()
+    return model
+
+
+@contextmanager
+def served(world: World, servers: int, plan: Plan, kind: type[nn.Module], build: Any, **options: Any) -> Iterator[Any]:
+    """On workers (optimizer, model, world of the workers), all connected; None on servers, once they have served."""
+    from hvdvae.strategies.ps import serve
+
+    if world.launcher == "horovodrun-gloo" or servers >= world.size:
+        pytest.skip(f"needs MPI and more than {servers} ranks")
+    joined = World.create(device="cpu", deadline=60, servers=servers)
+    if joined.role == "server":
+        serve(joined, plan)
+        joined.close()
+        yield None
+        return
+    model = kind(100 + joined.rank)
+    optimizer = DistributedOptimizer(
+        build(model.parameters()), model, world=joined, strategy="ps", plan=plan, **options
+    )
+    yield optimizer, model, joined
+    joined.close()
+
+
+def train(optimizer: Any, model: nn.Module, world: World, each_step: Any = None) -> None:
+    """This worker's examples, equal shares of all."""
+    part = EXAMPLES // world.size
+    mine = slice(world.rank * part, (world.rank + 1) * part)
+    x, y = data()
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model, x[mine], y[mine]).backward()
+        if each_step:
+            each_step(step, optimizer)
+        optimizer.step()
+    optimizer.finish()
+
+
+def splits(world: World) -> list[int]:
+    return [servers for servers in (1, 2, 3) if servers < world.size and EXAMPLES % (world.size - servers) == 0]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("plan", [*ALWAYS_ALIKE, *WITHOUT_DELAY], ids=str)
+def test_one_worker_is_local_training_bit_for_bit(world: World, name: str, plan: Plan) -> None:
+    """Law 2, also over several servers, and with the buffers of BatchNorm."""
+    model = Net(100)
+    local = DistributedOptimizer(
+        OPTIMIZERS[name](model.parameters()), model, world=World.alone(device="cpu"), strategy="local"
+    )
+    for _ in range(STEPS):
+        local.zero_grad()
+        loss_of(model, *data()).backward()
+        local.step()
+    with served(world, world.size - 1, plan, Net, OPTIMIZERS[name]) as worker:
+        if worker is None:
+            return
+        train(*worker)
+        optimizer, ours, _ = worker
+        optimizer.fetch(state=True)
+        with optimizer.averaged_buffers():
+            for (key, mine), theirs in zip(ours.state_dict().items(), model.state_dict().values(), strict=True):
+                assert torch.equal(mine, theirs), key
+        theirs = local.state_dict()["state"]
+        for number, entries in optimizer.state_dict()["state"].items():
+            for key, value in entries.items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[number][key])), (number, key)
+
+
+@pytest.mark.parametrize("servers", [1, 2, 3])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_bsp_is_one_process_with_the_whole_batch(world: World, name: str, servers: int) -> None:
+    """Law 2: so BSP is allreduce, for every optimizer."""
+    with served(world, servers, Plan(consistency="bsp"), Smooth, OPTIMIZERS[name]) as worker:
+        if worker:
+            train(*worker)
+            reference = weights(plain(Smooth, OPTIMIZERS[name]))
+            torch.testing.assert_close(weights(worker[1]), reference, atol=3e-6, rtol=2e-5)
+            assert worker[0].ledgers[0]["updates"] == STEPS
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_ssp_0_is_bsp_for_plain_sgd_with_pushes_scaled(world: World, servers: int) -> None:
+    with served(world, servers, Plan(consistency="ssp", staleness=0), Smooth, OPTIMIZERS["sgd"]) as worker:
+        if worker:
+            for group in worker[0].param_groups:
+                group["lr"] /= worker[2].size
+            train(*worker)
+            torch.testing.assert_close(
+                weights(worker[1]), weights(plain(Smooth, OPTIMIZERS["sgd"])), atol=3e-6, rtol=2e-5
+            )
+
+
+def test_schedules_and_changed_options_act_on_the_servers(world: World) -> None:
+    """Law 7: learning rate and weight decay of two groups, changed while it runs; clipping of the mean gradient."""
+
+    def two_groups(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        first, *rest = list(parameters)
+        return torch.optim.AdamW([{"params": [first], "lr": 0.2, "weight_decay": 0.3}, {"params": rest}], 0.05)
+
+    def change(step: int, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.7
+        optimizer.param_groups[1]["weight_decay"] = 0.1 * step
+
+    for servers in splits(world):
+        with served(world, servers, Plan(consistency="bsp"), Smooth, two_groups) as worker:
+            if worker:
+                train(*worker, change)
+                torch.testing.assert_close(
+                    weights(worker[1]), weights(plain(Smooth, two_groups, change)), atol=3e-6, rtol=2e-5
+                )
+
+
+def test_bsp_clips_the_mean_gradient(world: World) -> None:
+    def clip(step: int, optimizer: Optimizer) -> None:
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 0.05)
+
+    for servers in splits(world):
+        plan = Plan(consistency="bsp")
+        with served(world, servers, plan, Smooth, OPTIMIZERS["sgd"], clip_norm=0.05) as worker:
+            if worker:
+                train(*worker)
+                torch.testing.assert_close(
+                    weights(worker[1]), weights(plain(Smooth, OPTIMIZERS["sgd"], clip)), atol=3e-6, rtol=2e-5
+                )
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(),
+        Plan(prefetch=True),
+        Plan(consistency="ssp", staleness=1),
+        Plan(consistency="ssp", staleness=1, prefetch=True),
+        Plan(rule="staleness-lr"),
+        Plan(rule="dcasgd"),
+        Plan(rule="dcasgd-a"),
+        Plan(consistency="bsp", prefetch=True),
+    ],
+    ids=str,
+)
+def test_every_push_is_applied_once_and_the_bound_holds(world: World, plan: Plan) -> None:
+    """Law 3, counted on both sides, with workers of different speed; and all end with the same weights."""
+    for servers in splits(world):
+        with served(world, servers, plan, Smooth, OPTIMIZERS["sgd"]) as worker:
+            if not worker:
+                continue
+            optimizer, model, mine = worker
+            lags = []
+
+            def slow(step: int, optimizer: Any, mine: World = mine, lags: list[int] = lags) -> None:
+                if mine.rank == 0:
+                    torch.randn(300, 300) @ torch.randn(300, 300)
+                clocks = optimizer.client.clocks
+                lags.append(clocks[mine.rank] - min(clocks))
+
+            train(optimizer, model, mine, slow)
+            if plan.consistency == "ssp":
+                assert plan.staleness is not None
+                assert max(lags) <= plan.staleness
+            for ledger in optimizer.ledgers:
+                assert ledger["applied_by_worker"] == [STEPS] * mine.size
+                assert ledger["pushes"] == STEPS * mine.size == sum(ledger["staleness_histogram"].values())
+                assert ledger["duplicate_pushes"] == ledger["dropped_pushes"] == 0
+                assert ledger["updates"] == (STEPS if plan.consistency == "bsp" else STEPS * mine.size)
+            final = weights(model)
+            assert mine.gather_bytes(final.numpy().tobytes()) == [final.numpy().tobytes()] * mine.size
+            assert float((final - weights(Smooth(100))).norm()) > 0.01
+
+
+def test_backup_workers_drop_what_comes_late(world: World) -> None:
+    plan = Plan(consistency="bsp", backup_workers=1)
+    if world.size < 3:
+        pytest.skip("needs two workers")
+    with served(world, 1, plan, Smooth, OPTIMIZERS["sgd"]) as worker:
+        if worker:
+            train(*worker)
+            (ledger,) = worker[0].ledgers
+            assert ledger["pushes"] + ledger["dropped_pushes"] <= STEPS * worker[2].size
+            assert ledger["pushes"] == ledger["updates"] * (worker[2].size - 1)
+            assert ledger["updates"] <= STEPS * worker[2].size
+
+
+@pytest.mark.parametrize("plan", [Plan(rule="easgd", push_every=2), Plan(push_every=2, fetch_every=4)], ids=str)
+def test_workers_that_step_by_themselves_come_together(world: World, plan: Plan) -> None:
+    """Elastic averaging, and Downpour with periods: fewer messages, and the loss falls."""
+    for servers in splits(world):
+        with served(world, servers, plan, Smooth, OPTIMIZERS["sgd"]) as worker:
+            if worker:
+                optimizer, model, mine = worker
+                train(optimizer, model, mine)
+                assert optimizer.ledgers[0]["pushes"] == STEPS // 2 * mine.size
+                assert float(loss_of(model, *data())) < float(loss_of(Smooth(100), *data()))
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(world: World) -> None:
+    """Under ASP it is that worker's step; under BSP all skip it, as with allreduce."""
+    for consistency, updates in (("asp", lambda n: STEPS * n - 1), ("bsp", lambda n: STEPS - 1)):
+        with served(world, 1, Plan(consistency=consistency), Smooth, OPTIMIZERS["adam"]) as worker:
+            if not worker:
+                continue
+            optimizer, model, mine = worker
+
+            def poison(step: int, optimizer: Any, mine: World = mine) -> None:
+                if step == 2 and mine.rank == mine.size - 1:
+                    optimizer.param_groups[0]["params"][0].grad[0, 0] = float("nan")
+
+            train(optimizer, model, mine, poison)
+            assert torch.isfinite(weights(model)).all()
+            assert optimizer.ledgers[0]["updates"] == updates(mine.size)
+            assert optimizer.skipped_steps == int(mine.rank == mine.size - 1)
+
+
+def test_a_copy_is_of_one_moment_on_all_servers(world: World) -> None:
+    """While the others push, worker 0 copies: every server has applied the same pushes in it."""
+    for servers in splits(world):
+        with served(world, servers, Plan(), Smooth, OPTIMIZERS["adam"]) as worker:
+            if not worker:
+                continue
+            optimizer, model, mine = worker
+
+            def copy(step: int, optimizer: Any, mine: World = mine) -> None:
+                if mine.rank == 0 and step:
+                    optimizer.fetch(state=True)
+                    steps = {float(entries["step"]) for entries in optimizer.state_dict()["state"].values()}
+                    assert len(steps) == 1, "Adam counts its steps: pieces of all servers have taken the same"
+
+            train(optimizer, model, mine, copy)
