@@ -127,7 +127,8 @@ class Channel:
 
     def _wait(self, source: int, tag: int) -> MPI.Status:
         status = MPI.Status()
-        while not self.comm.Iprobe(source, tag, status):
+        # Twice: MPI looks first, and only then at what has come in meanwhile.
+        while not (self.comm.Iprobe(source, tag, status) or self.comm.Iprobe(source, tag, status)):
             self._bell.sleep()
         return status
 

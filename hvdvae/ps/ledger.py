@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdvae.ps.protocol import SUMMED, Answer, Request
+from hvdvae.ps.protocol import REPORTED, TOTALS, Answer, Request
 
 
 class Ledger:
@@ -29,8 +29,7 @@ class Ledger:
 
     def reported(self, worker: int, request: NDArray[np.float64]) -> None:
         """A worker said what it did since its last push."""
-        for field in SUMMED:
-            self.totals[Answer[field.name]] += request[field]
+        self.totals[TOTALS] += request[REPORTED]
         if request[Request.STEPS]:
             self.step_seconds[worker] = request[Request.SECONDS] / request[Request.STEPS]
         self.totals[Answer.SIGNAL] = max(self.totals[Answer.SIGNAL], request[Request.SIGNAL])

@@ -101,15 +101,6 @@ class Answer(IntEnum):
 
 ANSWER = len(Answer)
 
-SUMMED = (
-    Request.STEPS,
-    Request.EXAMPLES,
-    Request.FINITE,
-    Request.LOSS,
-    Request.RATE,
-    Request.DISTORTION,
-    Request.DATA_SECONDS,
-    Request.BLOCKED_SECONDS,
-    Request.SECONDS,
-)
-"""Fields of a request that the answer has the totals of, under the same names."""
+REPORTED = slice(Request.STEPS, Request.SECONDS + 1)
+TOTALS = slice(Answer.STEPS, Answer.SECONDS + 1)
+"""Fields of a request, and of the answer that has their totals; the same fields in the same order."""

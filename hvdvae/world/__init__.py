@@ -30,6 +30,13 @@ from hvdvae.errors import ConfigError, WorldError
 from hvdvae.launcher import Launch, Launcher, detect
 from hvdvae.world.collectives import Alone, Collectives
 
+# Open MPI waits by spinning. Yielding in the spin gives the core to whoever computes on it: Horovod's other thread, a
+# rank that is late, another job. Read by MPI_Init, so it stands here, before anything of ours imports mpi4py; the user's
+# own setting wins.
+os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+# Its shared windows need no UCX, which complains on every host that it does not find its way on.
+os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+
 DEFAULT_DEADLINE = 300.0
 """Seconds that a rank waits for others before it ends the job."""
 
@@ -264,11 +271,6 @@ def _device(name: str, local_rank: int) -> torch.device:
 
 
 def _join_mpi(launch: Launch) -> tuple[Collectives, Any, Any]:
-    # Open MPI waits by spinning. Yielding in the spin gives the core to whoever computes on it: Horovod's other thread,
-    # a rank that is late, another job. Read by MPI_Init; the user's own setting wins.
-    os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-    # Its shared windows need no UCX, which complains on every host that it does not find its way on.
-    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
     try:
         from mpi4py import MPI
 
