@@ -9,18 +9,14 @@ them.
 """
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from hvdvae.version import __version__
 
 if TYPE_CHECKING:
     from hvdvae.strategies import DistributedOptimizer
     from hvdvae.trainer import Trainer
     from hvdvae.world import World
-
-try:
-    __version__ = version("hvdvae")
-except PackageNotFoundError:  # A checkout that is on the path but not installed.
-    __version__ = "0.0.0"
 
 _HOME = {
     "DistributedOptimizer": "hvdvae.strategies",

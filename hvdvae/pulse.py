@@ -10,11 +10,9 @@ they decide from it (stop now, when to meet next) they decide alike.
 import math
 import time
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from hvdvae.strategies import Strategy
 from hvdvae.world import World
 
 PERIOD_SECONDS = 0.1
@@ -45,36 +43,25 @@ class Beat:
     """Mean time of a step, one number a rank."""
 
 
-class Heartbeat(Protocol):
-    """What the loop tells, and when it looks up from its steps."""
+@dataclass(frozen=True)
+class ServedBeat(Beat):
+    """What all workers of parameter servers did since this worker's last beat, and how stale."""
 
-    @property
-    def due(self) -> bool:
-        """Whether to beat after this step."""
-
-    def start(self) -> None:
-        """Begin anew now: time that was spent since the last beat (in validation, say) is no step's. Local."""
-
-    def count(self, loss: torch.Tensor, rate: torch.Tensor, distortion: torch.Tensor, examples: int) -> None:
-        """Note one pass, before the optimizer's step: means over `examples`, scalars without a gradient."""
-
-    def count_step(self, examples: int, data_seconds: float) -> None:
-        """Note one step, after it."""
-
-    def beat(self, signal: int) -> Beat:
-        """What all ranks did since the last, and whether to stop. `signal`: that this rank got, or 0."""
-
-
-def pulse_of(optimizer: Strategy) -> Heartbeat:
-    """The heartbeat that goes with a strategy: a meeting where ranks step together, else what the servers tell."""
-    if optimizer.synchronous:
-        return Pulse(optimizer.world)
-    # Imported here: it needs MPI.
-    from hvdvae.pulse_served import ServedPulse
-    from hvdvae.strategies.ps import ParameterServer
-
-    assert isinstance(optimizer, ParameterServer)
-    return ServedPulse(optimizer)
+    updates: int
+    dropped: int
+    """Pushes that came too late."""
+    staleness_mean: float
+    """Updates between pull and push, mean over pushes; NaN if there were none."""
+    staleness_max: int
+    """Since the start."""
+    lags: list[int]
+    """Steps that each worker is behind the fastest."""
+    staleness: list[int]
+    """Pushes that were applied with a staleness of 0, 1, ...; the last counts all beyond."""
+    queue_seconds: float
+    """Mean time that a push waited at a server for its answer."""
+    bytes_pushed: int
+    bytes_pulled: int
 
 
 class Pulse:

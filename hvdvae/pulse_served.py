@@ -5,29 +5,13 @@ own times.
 """
 
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from hvdvae.ps.protocol import ANSWER, Answer
-from hvdvae.pulse import PERIOD_SECONDS, Beat
+from hvdvae.pulse import PERIOD_SECONDS, ServedBeat
 from hvdvae.strategies.ps import ParameterServer
-
-
-@dataclass(frozen=True)
-class ServedBeat(Beat):
-    """What all workers did since this worker's last beat, and how stale."""
-
-    updates: int
-    dropped: int
-    """Pushes that came too late."""
-    staleness_mean: float
-    """Updates between pull and push, mean over pushes; NaN if there were none."""
-    staleness_max: int
-    """Since the start."""
-    lags: list[int]
-    """Steps that each worker is behind the fastest."""
 
 
 class ServedPulse:
@@ -93,4 +77,8 @@ class ServedPulse:
             staleness_mean=float(since[Answer.STALENESS_SUM] / pushes) if pushes else float("nan"),
             staleness_max=int(now[Answer.STALENESS_MAX]),
             lags=[max(clocks) - clock for clock in clocks],
+            staleness=optimizer.client.histogram,
+            queue_seconds=float(since[Answer.QUEUE_SECONDS] / pushes) if pushes else float("nan"),
+            bytes_pushed=int(now[Answer.BYTES_PUSHED]),
+            bytes_pulled=int(now[Answer.BYTES_PULLED]),
         )

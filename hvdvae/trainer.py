@@ -24,8 +24,9 @@ from hvdvae.batch import Batch, chunks, examples_of
 from hvdvae.checkpoint import Checkpoint, Folder
 from hvdvae.ema import MovingAverage
 from hvdvae.errors import NonFiniteError
+from hvdvae.heartbeat import pulse_of
 from hvdvae.monitor import Monitor
-from hvdvae.pulse import Beat, pulse_of
+from hvdvae.pulse import Beat
 from hvdvae.resume import Position, restore, snapshot
 from hvdvae.schedule import Schedule
 from hvdvae.seeding import seed_everything

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdvae.monitor.writing import writing
-from hvdvae.pulse import Beat
+from hvdvae.pulse import Beat, ServedBeat
 
 SECONDS_BETWEEN_LINES = 2.0
 
@@ -41,6 +41,7 @@ class JsonLines:
                 "data_share": beat.data_share,
                 "exchange_share": beat.exchange_share,
                 "step_seconds": beat.step_seconds,
+                **(_served(beat) if isinstance(beat, ServedBeat) else {}),
             }
         )
 
@@ -66,3 +67,15 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _served(beat: ServedBeat) -> dict[str, object]:
+    return {
+        "updates_per_second": beat.updates / beat.seconds,
+        "staleness_mean": beat.staleness_mean,
+        "staleness_max": beat.staleness_max,
+        "lags": beat.lags,
+        "queue_seconds": beat.queue_seconds,
+        "bytes_pushed": beat.bytes_pushed,
+        "bytes_pulled": beat.bytes_pulled,
+    }

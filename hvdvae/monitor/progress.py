@@ -7,7 +7,7 @@ from typing import Never, TextIO
 from tqdm import tqdm
 
 from hvdvae.monitor.counting import clock
-from hvdvae.pulse import Beat
+from hvdvae.pulse import Beat, ServedBeat
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -38,6 +38,8 @@ class Progress:
     def on_beat(self, beat: Beat, *, step: int, epoch: float, lr: float) -> None:
         """Move the bar, or print a line if the last is old."""
         rate = f"{beat.examples / beat.seconds:,.0f} examples/s"
+        if isinstance(beat, ServedBeat):
+            rate += f", {_staleness(beat)}"
         elbo = f"ELBO {-(beat.rate + beat.distortion):.2f}" if beat.rate or beat.distortion else f"loss {beat.loss:.4g}"
         if self._bar is not None:
             self._bar.set_description_str(f"epoch {min(int(epoch) + 1, self._epochs)}/{self._epochs}", refresh=False)
@@ -72,3 +74,9 @@ class Progress:
         else:
             self._stream.write(text + "\n")
             self._stream.flush()
+
+
+def _staleness(beat: ServedBeat) -> str:
+    lags = "/".join(str(lag) for lag in beat.lags)
+    updates = f"{beat.updates / beat.seconds:,.0f} updates/s"
+    return f"{updates}, staleness {beat.staleness_mean:.1f} (max {beat.staleness_max}), lag {lags}"

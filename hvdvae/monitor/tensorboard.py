@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from hvdvae.monitor.writing import writing
-from hvdvae.pulse import Beat
+from hvdvae.pulse import Beat, ServedBeat
 
 SECONDS_BETWEEN_POINTS = 2.0
 
@@ -22,6 +22,7 @@ class TensorBoard:
         with writing(folder):
             self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
         self._last = 0.0
+        self._staleness = np.zeros(1, np.int64)
 
     def on_beat(self, beat: Beat, *, step: int, epoch: float, lr: float) -> None:
         """Points of the training curves, every two seconds."""
@@ -43,6 +44,28 @@ class TensorBoard:
                 **{f"step_seconds/rank_{rank}": value for rank, value in enumerate(beat.step_seconds)},
             },
         )
+
+        if isinstance(beat, ServedBeat):
+            self._on_served(beat, step)
+
+    def _on_served(self, beat: ServedBeat, step: int) -> None:
+        self._points(
+            step,
+            {
+                "servers/updates_per_second": beat.updates / beat.seconds,
+                "servers/queue_milliseconds": 1e3 * beat.queue_seconds,
+                "servers/bytes_pushed": beat.bytes_pushed,
+                "servers/bytes_pulled": beat.bytes_pulled,
+                "staleness/mean": beat.staleness_mean,
+                "staleness/max": beat.staleness_max,
+                **{f"lag/worker_{worker}": lag for worker, lag in enumerate(beat.lags)},
+            },
+        )
+        counts = np.array(beat.staleness) - self._staleness
+        self._staleness = np.array(beat.staleness)
+        if counts.sum():
+            with writing(self._folder):
+                self._writer.add_histogram("staleness/pushes", np.repeat(np.arange(len(counts)), counts), step)
 
     def on_epoch(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         """Points of the epoch's means and of the validation."""

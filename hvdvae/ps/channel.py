@@ -39,11 +39,12 @@ class Channel:
         self.neighbours: list[int] = host.allgather(self.rank)
         self._map(host, lengths)
         peers = range(workers, self.comm.size) if self.rank < workers else range(workers)
-        self._bell = Doorbell(
-            token.tobytes().hex(), self.rank, self.neighbours, all_peers_ring=set(peers) <= set(self.neighbours)
-        )
+        self._bell = Doorbell(token.tobytes().hex(), self.rank)
+        self.comm.Barrier()
+        self._bell.connect(self.neighbours, all_peers_ring=set(peers) <= set(self.neighbours))
+        self.comm.Barrier()
+        self._bell.unlink()
         self._sends: list[tuple[MPI.Request, Any]] = []
-        self.comm.Barrier()  # Nobody rings before all bells hang.
 
     def _map(self, host: MPI.Intracomm, lengths: tuple[int, int]) -> None:
         parameters, buffers = lengths

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdvae.ps.channel import Channel, Header
-from hvdvae.ps.protocol import ANSWER, OPTIONS, REQUEST, STATE, TEXT, Answer, Kind, Request
+from hvdvae.ps.protocol import ANSWER, BINS, OPTIONS, REQUEST, STATE, TEXT, Answer, Kind, Request
 from hvdvae.ps.shards import pieces
 from hvdvae.ps.state import Manifest
 
@@ -38,7 +38,7 @@ class Client:
         self._versions = np.zeros(len(shards))
         """Updates that the pulled weights have had, a server."""
         self._sequence = 0
-        self.answer: Header = np.zeros(ANSWER + 2 * channel.workers)
+        self.answer: Header = np.zeros(ANSWER + 2 * channel.workers + BINS)
         """The last answer of the first server: totals of all workers."""
         self.staleness = 0
         """Of this worker's last push: the largest of all servers."""
@@ -58,7 +58,12 @@ class Client:
     @property
     def step_seconds(self) -> list[float]:
         """Seconds of each worker's last steps."""
-        return [float(seconds) for seconds in self.answer[ANSWER + self._channel.workers :]]
+        return [float(seconds) for seconds in self.answer[ANSWER + self._channel.workers :][: self._channel.workers]]
+
+    @property
+    def histogram(self) -> list[int]:
+        """Pushes that were applied with a staleness of 0, 1, ...; the last counts all beyond."""
+        return [int(count) for count in self.answer[ANSWER + 2 * self._channel.workers :]]
 
     def initialize(
         self, weights: Tensor, options: list[dict[str, Any]], manifest: Manifest, state: list[Tensor]
@@ -169,6 +174,8 @@ class Client:
             answers.append(answer)
         self._channel.flush()
         self.answer = answers[0]
+        for field in (Answer.BYTES_PUSHED, Answer.BYTES_PULLED):
+            self.answer[field] = sum(answer[field] for answer in answers)
         return answers
 
     def _receive_state(self, number: int) -> tuple[Manifest, list[Tensor]]:

@@ -1,14 +1,17 @@
 """How a process sleeps until a peer has sent it something, without burning a core and without being late.
 
-MPI waits by spinning. Here a waiting process sleeps in the kernel instead, and who has sent it a message rings: an
-empty datagram on a Unix socket, if both are on one host. From other hosts nobody can ring; then the sleep is short,
-and the process looks again.
+MPI waits by spinning. Here a waiting process sleeps in the kernel instead, and who has sent it a message rings: posts a
+named semaphore, if both are on one host. From other hosts nobody can ring; then the sleep is short, and the process
+looks again.
+
+A semaphore and not a socket: a socket's wake-up tells the scheduler that the waker is about to sleep, so that the woken
+one queues on its core. A server that has answered one worker goes on with the next, and the first would wait for that.
 """
 
-import contextlib
+import ctypes
+import errno
 import os
-import select
-import socket
+import time
 from collections.abc import Iterable
 
 NAP_SECONDS = 60e-6
@@ -18,37 +21,62 @@ LONG_SLEEP_SECONDS = 0.01
 """Where all peers can ring: a safety, should a ring have come before its message."""
 
 
-class Doorbell:
-    """One a process. `token` names the job, and is the same on all its ranks."""
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
-    def __init__(self, token: str, rank: int, neighbours: Iterable[int], *, all_peers_ring: bool) -> None:
-        """Open this rank's bell. `neighbours`: ranks on this host, which can be rung and can ring."""
-        self._addresses = {other: _address(token, other) for other in neighbours if other != rank}
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.setblocking(False)
-        self._socket.bind(_address(token, rank))
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.sem_open.restype = ctypes.c_void_p
+_libc.sem_open.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_uint)
+for _name in ("sem_post", "sem_trywait", "sem_close"):
+    getattr(_libc, _name).argtypes = (ctypes.c_void_p,)
+_libc.sem_timedwait.argtypes = (ctypes.c_void_p, ctypes.POINTER(_Timespec))
+
+
+class Doorbell:
+    """One a process. Hang it, let all hang theirs, connect it, let all connect, and take the name down."""
+
+    def __init__(self, token: str, rank: int) -> None:
+        """Hang this rank's bell. `token` names the job, and is the same on all its ranks."""
+        self._token, self._rank = token, rank
+        self._sleep = NAP_SECONDS
+        self._mine = self._open(rank, os.O_CREAT | os.O_EXCL)
+        self._others: dict[int, int] = {}
+
+    def connect(self, neighbours: Iterable[int], *, all_peers_ring: bool) -> None:
+        """Find the bells of the ranks on this host; `all_peers_ring`: nobody else will send anything."""
+        self._others = {other: self._open(other, 0) for other in neighbours if other != self._rank}
         self._sleep = LONG_SLEEP_SECONDS if all_peers_ring else NAP_SECONDS
+
+    def unlink(self) -> None:
+        """Forget the name, which all have used; a killed process then leaves no file behind."""
+        _libc.sem_unlink(self._name(self._rank))
 
     def ring(self, rank: int) -> None:
         """Wake that rank, if it is on this host. Does not block."""
-        address = self._addresses.get(rank)
-        if address is not None:
-            # A full queue means that it was rung already; no listener, that it has ended.
-            with contextlib.suppress(BlockingIOError, ConnectionRefusedError, FileNotFoundError):
-                self._socket.sendto(b"\0", address)
+        if rank in self._others:
+            _libc.sem_post(self._others[rank])
 
     def sleep(self) -> None:
         """Return when rung, or after a while. Rings that came before are spent by it."""
-        if select.select([self._socket], [], [], self._sleep)[0]:
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    self._socket.recv(1)
+        until = time.time() + self._sleep
+        limit = _Timespec(int(until), int(until % 1 * 1e9))
+        if _libc.sem_timedwait(self._mine, ctypes.byref(limit)) == 0:
+            while _libc.sem_trywait(self._mine) == 0:
+                pass
 
     def close(self) -> None:
-        """Take the bell down."""
-        self._socket.close()
+        """Let go of all bells."""
+        for bell in (self._mine, *self._others.values()):
+            _libc.sem_close(bell)
+        self._others.clear()
 
+    def _name(self, rank: int) -> bytes:
+        return f"/hvdvae-{self._token}-{rank}".encode()
 
-def _address(token: str, rank: int) -> str:
-    # The abstract namespace of Linux: no file that a killed process leaves behind.
-    return f"\0hvdvae-{os.getuid()}-{token}-{rank}"
+    def _open(self, rank: int, flags: int) -> int:
+        bell: int | None = _libc.sem_open(self._name(rank), flags, 0o600, 0)
+        if not bell:
+            code = ctypes.get_errno()
+            raise OSError(code, f"semaphore {self._name(rank).decode()}: {errno.errorcode.get(code, code)}")
+        return bell

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdvae.ps.protocol import REPORTED, TOTALS, Answer, Request
+from hvdvae.ps.protocol import BINS, REPORTED, TOTALS, Answer, Request
 
 
 class Ledger:
@@ -16,14 +16,13 @@ class Ledger:
         """All zero."""
         self.totals: NDArray[np.float64] = np.zeros(len(Answer))
         """In the fields of an answer, from UPDATES on."""
+        self.histogram = np.zeros(BINS)
         self.staleness: Counter[int] = Counter()
         """Updates between pull and push -> pushes that were applied so."""
         self.applied: Counter[int] = Counter()
         self.dropped: Counter[int] = Counter()
         """Pushes, by worker."""
         self.duplicates = 0
-        self.pushed = self.pulled = 0
-        """Vectors that came and that went."""
         self.step_seconds = np.zeros(workers)
         """Of each worker's last steps."""
 
@@ -40,6 +39,7 @@ class Ledger:
         for worker, staleness in stalenesses.items():
             self.applied[worker] += 1
             self.staleness[staleness] += 1
+            self.histogram[min(staleness, BINS - 1)] += 1
             self.totals[Answer.PUSHES] += 1
             self.totals[Answer.STALENESS_SUM] += staleness
             self.totals[Answer.STALENESS_MAX] = max(self.totals[Answer.STALENESS_MAX], staleness)
@@ -56,6 +56,9 @@ class Ledger:
             "pushes": int(self.totals[Answer.PUSHES]),
             "dropped_pushes": int(self.totals[Answer.DROPPED]),
             "duplicate_pushes": self.duplicates,
+            "bytes_pushed": int(self.totals[Answer.BYTES_PUSHED]),
+            "bytes_pulled": int(self.totals[Answer.BYTES_PULLED]),
+            "queue_seconds_mean": self.totals[Answer.QUEUE_SECONDS] / max(self.totals[Answer.PUSHES], 1),
             "staleness_mean": self.totals[Answer.STALENESS_SUM] / max(self.totals[Answer.PUSHES], 1),
             "staleness_quantiles": quantiles(self.staleness),
             "staleness_histogram": {str(value): self.staleness[value] for value in sorted(self.staleness)},

@@ -3,8 +3,10 @@
     tag      direction         payload                       dtype
     HEADER   worker -> server  fields of Request, then the   float64 (REQUEST + groups)
                                learning rate of each group
-    HEADER   server -> worker  fields of Answer, then clock  float64 (ANSWER + 2 * workers)
-                               and seconds a step, a worker
+    HEADER   server -> worker  fields of Answer, then of     float64 (ANSWER + 2 * workers + BINS)
+                               each worker its clock and
+                               seconds a step, then pushes
+                               by staleness 0, 1, ...
     OPTIONS  worker -> server  JSON: options of all groups   uint8, before the PUSH that they begin with
     VECTOR   worker -> server  gradient (or weights) of the  the model's, (shard,)
                                server's shard
@@ -97,9 +99,17 @@ class Answer(IntEnum):
     STALENESS_SUM = 17
     STALENESS_MAX = 18
     PUSHES = 19
+    QUEUE_SECONDS = 20
+    """From a push to its answer, summed over pushes."""
+    BYTES_PUSHED = 21
+    BYTES_PULLED = 22
+    """Of vectors, also where they are in shared memory."""
 
 
 ANSWER = len(Answer)
+
+BINS = 64
+"""Of the staleness histogram; the last holds all that is beyond."""
 
 REPORTED = slice(Request.STEPS, Request.SECONDS + 1)
 TOTALS = slice(Answer.STEPS, Answer.SECONDS + 1)

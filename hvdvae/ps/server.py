@@ -3,6 +3,7 @@
 Shapes: P elements of this server's shard, F of the workers' float buffers (on the last server), N workers.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from hvdvae.ps.consistency import Action, Apply, Drop, policy
 from hvdvae.ps.consistency import Answer as AnswerIt
 from hvdvae.ps.ledger import Ledger
 from hvdvae.ps.plan import Plan
-from hvdvae.ps.protocol import ANSWER, OPTIONS, REQUEST, STATE, TEXT, Answer, Kind, Request
+from hvdvae.ps.protocol import ANSWER, BINS, OPTIONS, REQUEST, STATE, TEXT, Answer, Kind, Request
 from hvdvae.ps.rules import Rule, ShardOptimizer, rule
 from hvdvae.ps.shards import pieces
 from hvdvae.ps.state import packed, unpacked
@@ -69,6 +70,7 @@ class Server:
         )
         self._requests: dict[int, Header] = {}
         """The push of each worker that has not been answered."""
+        self._arrived = [0.0] * workers
         self._staleness = [0] * workers
         self._late: set[int] = set()
         self._sequence = [0] * workers
@@ -146,9 +148,10 @@ class Server:
             return
         self._sequence[worker] = int(request[Request.SEQUENCE])
         self._requests[worker] = request
+        self._arrived[worker] = time.perf_counter()
         self.ledger.reported(worker, request)
         if request[Request.KIND] == Kind.PUSH:
-            self.ledger.pushed += 1
+            self.ledger.totals[Answer.BYTES_PUSHED] += self._received[worker].nbytes
             self.buffers[worker] = self._received[worker][self._length :]
         self._act(self._policy.push(worker))
 
@@ -197,13 +200,14 @@ class Server:
 
     def _answer(self, worker: int) -> None:
         request = self._requests.pop(worker)
+        self.ledger.totals[Answer.QUEUE_SECONDS] += time.perf_counter() - self._arrived[worker]
         if request[Request.WANTS]:
             self._rule.answered(worker)
         self._reply(worker, request, self._rule.reply(worker) if request[Request.WANTS] else None)
 
     def _reply(self, worker: int, request: Header, vector: Tensor | None = None) -> None:
         workers = self._channel.workers
-        header = np.empty(ANSWER + 2 * workers)
+        header = np.empty(ANSWER + 2 * workers + BINS)
         header[:ANSWER] = self.ledger.totals
         header[Answer.KIND] = request[Request.KIND]
         header[Answer.SEQUENCE] = request[Request.SEQUENCE]
@@ -213,11 +217,13 @@ class Server:
         self._late.discard(worker)
         for other in range(workers):
             header[ANSWER + other] = self._policy.clocks.get(other, self._ended_at.get(other, 0))
-        header[ANSWER + workers :] = self.ledger.step_seconds
+        header[ANSWER + workers : ANSWER + 2 * workers] = self.ledger.step_seconds
+        header[ANSWER + 2 * workers :] = self.ledger.histogram
         pulled = self._pulled[worker]
         if vector is not None and pulled is not None:
             pulled.copy_(vector)
-        self.ledger.pulled += int(vector is not None)
+        if vector is not None:
+            self.ledger.totals[Answer.BYTES_PULLED] += vector.nbytes
         self._channel.send(worker, header)
         if vector is not None and pulled is None:
             # From the buffer of this worker, whose push is done with: the weights may change while they travel.
@@ -271,8 +277,6 @@ class Server:
     def _summary(self) -> dict[str, Any]:
         return {
             **self.ledger.summary(),
-            "bytes_pushed": self.ledger.pushed * self._received[0].nbytes,
-            "bytes_pulled": self.ledger.pulled * self.weights.nbytes,
             "clocks": [self._ended_at.get(worker, 0) for worker in range(self._channel.workers)],
         }
 

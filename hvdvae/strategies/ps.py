@@ -10,6 +10,7 @@ where it was gathered, and the server writes the weights right into the model.
 """
 
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from hvdvae.ps.shards import cut, pieces
 from hvdvae.ps.state import packed, unpacked
 from hvdvae.strategies.flat_optimizer import is_elementwise
 from hvdvae.strategies.strategy import Strategy
+from hvdvae.version import __version__
 from hvdvae.world import World
 
 
@@ -82,7 +84,6 @@ class ParameterServer(Strategy):
         self._computing = self.client.versions
         self._options: list[dict[str, Any]] | None = None
         self._report = np.zeros(REQUEST)
-        self._waited = world.watchdog.waited
         self._rows: Tensor | None = None
         self._thread = ThreadPoolExecutor(1, "hvdvae-ps") if plan.prefetch else None
         self._under_way: Future[None] | None = None
@@ -138,7 +139,7 @@ class ParameterServer(Strategy):
             self._exchange_now(finite=finite, pull=True)
 
     def _exchange_now(self, *, finite: bool, pull: bool) -> None:
-        with self.world.watchdog.waiting("answer of the parameter servers"):
+        with self._blocked():
             self._push(finite=finite, pull=pull)
         self._computing = self.client.versions
 
@@ -153,11 +154,18 @@ class ParameterServer(Strategy):
     def _await_weights(self) -> None:
         if self._under_way is None:
             return
-        with self.world.watchdog.waiting("answer of the parameter servers"):
+        with self._blocked():
             self._under_way.result()
         self._under_way = None
         self.flat.parameters.copy_(self.client.incoming)
         self._computing = self.client.versions
+
+    @contextmanager
+    def _blocked(self) -> Iterator[None]:
+        start = time.perf_counter()
+        with self.world.watchdog.waiting("answer of the parameter servers"):
+            yield
+        self._report[Request.BLOCKED_SECONDS] += time.perf_counter() - start
 
     def _step_by_itself(self, *, finite: bool) -> None:
         plan, pushed = self.plan, self.client.outgoing[: self.flat.gradient.numel()]
@@ -182,8 +190,6 @@ class ParameterServer(Strategy):
         if buffers.numel():
             self.client.outgoing[-buffers.numel() :] = buffers
         options = self._changed_options()
-        watchdog = self.world.watchdog
-        self._report[Request.BLOCKED_SECONDS], self._waited = watchdog.waited - self._waited, watchdog.waited
         report, self._report = self._report, np.zeros(REQUEST)
         self._report[Request.SIGNAL] = report[Request.SIGNAL]
         self.client.push(
@@ -333,8 +339,6 @@ def serve_and_exit(world: World, plan: Plan) -> None:
 
 
 def _greeting(plan: Plan) -> dict[str, Any]:
-    from hvdvae import __version__
-
     return {"version": __version__, "plan": asdict(plan)}
 
 

@@ -31,7 +31,7 @@ from hvdvae.launcher import Launch, Launcher, detect
 from hvdvae.world.collectives import Alone, Collectives
 
 # Open MPI waits by spinning. Yielding in the spin gives the core to whoever computes on it: Horovod's other thread, a
-# rank that is late, another job. Read by MPI_Init, so it stands here, before anything of ours imports mpi4py; the user's
+# late rank, another job. Read by MPI_Init, so it stands here, before anything of ours imports mpi4py. The user's
 # own setting wins.
 os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 # Its shared windows need no UCX, which complains on every host that it does not find its way on.

@@ -107,6 +107,13 @@ def train(optimizer: Any, model: nn.Module, world: World, each_step: Any = None)
     optimizer.finish()
 
 
+@pytest.fixture(params=["shared memory", "messages"], autouse=True)
+def carrier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How vectors travel: on one host, and, as between hosts, by message."""
+    if request.param == "messages":
+        monkeypatch.setattr("hvdvae.ps.channel.fits", lambda host, size: False)
+
+
 def splits(world: World) -> list[int]:
     return [servers for servers in (1, 2, 3) if servers < world.size and EXAMPLES % (world.size - servers) == 0]
 
@@ -262,7 +269,7 @@ def test_workers_that_step_by_themselves_come_together(world: World, plan: Plan)
                 optimizer, model, mine = worker
                 train(optimizer, model, mine)
                 assert optimizer.ledgers[0]["pushes"] == STEPS // 2 * mine.size
-                assert float(loss_of(model, *data())) < float(loss_of(Smooth(100), *data()))
+                assert loss_of(model, *data()).item() < loss_of(Smooth(100), *data()).item()
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(world: World) -> None:

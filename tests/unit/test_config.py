@@ -83,7 +83,8 @@ def test_what_does_not_go_together_names_the_flags(options: dict[str, Any], word
 
 def test_the_defaults_and_the_least_values_are_accepted() -> None:
     TrainConfig()
-    TrainConfig(**{key: int(least) for key, least in training._AT_LEAST.items()})
+    least = {key: int(value) for key, value in training._AT_LEAST.items()}
+    TrainConfig(**{**least, "strategy": "ps", "consistency": "ssp"})
     TrainConfig(model="conv", batch_norm=True, sync_batch_norm=True, optimizer="sgd", momentum=0.9, ema=0.999)
 
 
