@@ -18,15 +18,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
 if (
     __name__ == "__main__"
 ):  # A script's own folder is on the path; the modules beside it are a package of the one above.
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.machine import machine
 from hvdvae.cli import mpirun
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULT = "result "
 Results = list[dict[str, Any]]
 

@@ -30,6 +30,7 @@ from hvdvae.ps.protocol import REQUEST, Answer, Request
 from hvdvae.ps.server import Server
 from hvdvae.ps.shards import cut, pieces
 from hvdvae.ps.state import packed, unpacked
+from hvdvae.signals import caught
 from hvdvae.strategies.flat_optimizer import is_elementwise
 from hvdvae.strategies.strategy import Strategy
 from hvdvae.version import __version__
@@ -326,7 +327,8 @@ def serve(world: World, plan: Plan) -> list[dict[str, Any]]:
         watchdog=world.watchdog,
         sum_over_servers=lambda value: world.sum_(value, "norm of the gradient"),
     )
-    server.run()
+    with caught():  # Signals end the workers' runs, and those end this one.
+        server.run()
     channel.close()
     return [server.ledger.summary()]
 
