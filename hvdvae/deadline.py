@@ -50,6 +50,9 @@ class State:
 class Inquiry(Protocol):
     """How watchdogs of several ranks ask each other (world/mpi.py)."""
 
+    lost: set[int]
+    """Ranks that are known to have died, while the job goes on."""
+
     def answer(self, state: Callable[[], State]) -> None:
         """Answer all questions that have come in; does not block."""
 
@@ -141,7 +144,7 @@ class Watchdog:
         if self._wait is not wait:  # The others came while we asked.
             return
         _, _, patient = wait
-        if patient and self._inquiry is not None and len(others) == self._size - 1:
+        if patient and self._inquiry is not None and len(others) + len(self._inquiry.lost) == self._size - 1:
             return
         sys.stderr.write(self.report(mine, others))
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
@@ -152,7 +155,9 @@ class Watchdog:
         lines = [
             f"hvdvae: deadline of {self.seconds:g} s exceeded (--deadline): {mine}",
         ]
-        missing = [rank for rank in range(self._size) if rank != self._rank and rank not in others]
+        lost = self._inquiry.lost if self._inquiry is not None else set()
+        known = {self._rank, *others, *lost}
+        missing = [rank for rank in range(self._size) if rank not in known]
         for rank in sorted(others):
             other = others[rank]
             together = other.waiting == mine.waiting and other.step == mine.step

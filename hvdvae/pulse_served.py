@@ -76,7 +76,7 @@ class ServedPulse:
             dropped=int(since[Answer.DROPPED]),
             staleness_mean=float(since[Answer.STALENESS_SUM] / pushes) if pushes else float("nan"),
             staleness_max=int(now[Answer.STALENESS_MAX]),
-            lags=[max(clocks) - clock for clock in clocks],
+            lags=[max(clocks) - clock for clock in clocks if clock >= 0],
             staleness=optimizer.client.histogram,
             queue_seconds=float(since[Answer.QUEUE_SECONDS] / pushes) if pushes else float("nan"),
             bytes_pushed=int(now[Answer.BYTES_PUSHED]),

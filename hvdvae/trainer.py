@@ -49,6 +49,9 @@ class Batches(Protocol):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This rank's batches from position `start` of an epoch; equally many on every rank."""
 
+    def reshare(self, rank: int, size: int) -> None:
+        """From the next epoch() on, this rank takes the share of `rank` of `size`. Called where a rank has died."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -111,6 +114,7 @@ class Trainer:
         self.configuration = dict(config or {})
         """Saved with checkpoints, and compared when one is resumed."""
         self._pulse = pulse_of(optimizer)
+        self._share = optimizer.share
         self._nothing = torch.zeros((), device=self.world.device)
 
     def fit(self, epochs: int) -> Outcome:
@@ -165,17 +169,26 @@ class Trainer:
         self._pulse.start()
         signal_given = 0
         batches = self.batches.epoch(self.position.epoch, start)
-        for number in range(steps):
+        number = 0
+        while number < steps:
             before = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - before
             self._step(batch, waited)
-            if self._pulse.due or number == steps - 1:
+            number += 1
+            if self.optimizer.share != self._share:
+                # Somebody has died: what is left of the epoch is cut anew over those that go on.
+                self._share = self.optimizer.share
+                self.batches.reshare(*self._share)
+                start = min(self.position.examples, self.batches.examples)
+                number, steps = 0, self.batches.steps(start)
+                batches = self.batches.epoch(self.position.epoch, start)
+            if self._pulse.due or number >= steps:
                 beat = self._pulse.beat(signal_number())
                 total += beat.examples
                 self._report(beat)
                 signal_given = beat.signal
-                if signal_given and number < steps - 1:
+                if signal_given and number < steps:
                     return signal_given, total, time.perf_counter() - begin
         self.position.next_epoch()
         return signal_given, total, time.perf_counter() - begin
@@ -189,7 +202,7 @@ class Trainer:
         position, optimizer = self.position, self.optimizer
         examples = examples_of(batch)
         self.world.watchdog.step = position.step
-        epoch = position.epoch + (position.examples + 0.5 * examples * self.world.size) / self.batches.examples
+        epoch = position.epoch + (position.examples + 0.5 * examples * self._share[1]) / self.batches.examples
         self._set_learning_rate(epoch)
         seed_everything(self.world.device, self._seed, self.world.rank, position.step)
         optimizer.zero_grad()
@@ -207,7 +220,7 @@ class Trainer:
             rate, distortion = (values.get(name, self._nothing).detach() for name in ("rate", "distortion"))
             self._pulse.count(loss.detach(), rate, distortion, micro_examples)
         self._update()
-        position.advance(examples * self.world.size)
+        position.advance(examples * self._share[1])
         self._pulse.count_step(examples, data_seconds)
 
     def _update(self) -> None:

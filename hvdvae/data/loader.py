@@ -64,6 +64,12 @@ class Loader:
         """Examples of an epoch, all ranks together, the left-out remainder included."""
         return len(self.source)
 
+    def reshare(self, rank: int, size: int) -> None:
+        """From the next `epoch` on, take the share of `rank` of `size`; an epoch may go on at the position it has."""
+        self._rank, self._size = rank, size
+        self.batch = local_batch(len(self.source), self.batch, size)
+        self.global_batch = self.batch * size
+
     def steps(self, start: int = 0) -> int:
         """Steps from position `start` to the end of an epoch, the same on every rank; whole ones only."""
         return steps_left(len(self.source), self.batch, self._size, start)

@@ -16,10 +16,19 @@ from torch import Tensor
 
 from hvdvae.ps.doorbell import Doorbell
 from hvdvae.ps.protocol import HEADER, VECTOR
-from hvdvae.world.mpi import MAX_COUNT
+from hvdvae.world.mpi import MAX_COUNT, acknowledged_deaths
 from hvdvae.world.shared_memory import fits
 
 Header = NDArray[np.float64]
+
+
+class PeersDied(Exception):
+    """Some ranks have died, and MPI lets the others go on (ULFM)."""
+
+    def __init__(self, ranks: set[int]) -> None:
+        """`ranks`: those that were not known to be dead."""
+        super().__init__(f"ranks {sorted(ranks)} have died")
+        self.ranks = ranks
 
 
 class Channel:
@@ -45,6 +54,7 @@ class Channel:
         self.comm.Barrier()
         self._bell.unlink()
         self._sends: list[tuple[MPI.Request, Any]] = []
+        self.dead: set[int] = set()
 
     def _map(self, host: MPI.Intracomm, lengths: tuple[int, int]) -> None:
         parameters, buffers = lengths
@@ -90,17 +100,19 @@ class Channel:
 
     def flush(self) -> None:
         """Return when all that was sent may be changed. Blocks."""
-        while not all(request.Test() for request, _ in self._sends):
+        while self._drop_finished_sends():
             self._bell.sleep()
-        self._sends.clear()
 
     def receive_vector(self, source: int, into: Tensor, tag: int = VECTOR) -> None:
         """Receive a vector. Blocks."""
         array = into.numpy()
         for start in range(0, array.size, MAX_COUNT):
-            request = self.comm.Irecv(array[start : start + MAX_COUNT], source, tag)
-            while not request.Test():
-                self._bell.sleep()
+            try:
+                request = self.comm.Irecv(array[start : start + MAX_COUNT], source, tag)
+                while not request.Test():
+                    self._bell.sleep()
+            except MPI.Exception as error:
+                raise self._death(error) from None
 
     def receive_text(self, source: int, tag: int) -> Any:
         """Receive a JSON record. Blocks."""
@@ -128,16 +140,38 @@ class Channel:
 
     def _wait(self, source: int, tag: int) -> MPI.Status:
         status = MPI.Status()
-        # Twice: MPI looks first, and only then at what has come in meanwhile.
-        while not (self.comm.Iprobe(source, tag, status) or self.comm.Iprobe(source, tag, status)):
-            self._bell.sleep()
+        try:
+            # Twice: MPI looks first, and only then at what has come in meanwhile.
+            while not (self.comm.Iprobe(source, tag, status) or self.comm.Iprobe(source, tag, status)):
+                self._bell.sleep()
+        except MPI.Exception as error:
+            raise self._death(error) from None
         return status
+
+    def _death(self, error: MPI.Exception) -> PeersDied:
+        new = acknowledged_deaths(self.comm, error) - self.dead
+        self.dead |= new
+        return PeersDied(new)
+
+    def _drop_finished_sends(self) -> int:
+        left = []
+        for request, kept in self._sends:
+            try:
+                if not request.Test():
+                    left.append((request, kept))
+            except MPI.Exception as error:
+                self.dead |= acknowledged_deaths(self.comm, error)
+        self._sends = left
+        return len(left)
 
     def _post(self, array: NDArray[Any], to: int, tag: int) -> None:
         if self._window is not None:
             self._window.Sync()
-        self._sends = [(request, kept) for request, kept in self._sends if not request.Test()]
-        self._sends.append((self.comm.Isend(array, to, tag), array))
+        self._drop_finished_sends()
+        try:
+            self._sends.append((self.comm.Isend(array, to, tag), array))
+        except MPI.Exception as error:
+            self.dead |= acknowledged_deaths(self.comm, error)
 
 
 def shard_vectors(channel: Channel, worker: int, shard: slice, *, is_last: bool) -> tuple[Tensor, Tensor] | None:

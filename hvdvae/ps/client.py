@@ -56,6 +56,11 @@ class Client:
         return [int(clock) for clock in self.answer[ANSWER : ANSWER + self._channel.workers]]
 
     @property
+    def living(self) -> list[int]:
+        """Workers that are not known to have died, in order."""
+        return [worker for worker, clock in enumerate(self.clocks) if clock >= 0]
+
+    @property
     def step_seconds(self) -> list[float]:
         """Seconds of each worker's last steps."""
         return [float(seconds) for seconds in self.answer[ANSWER + self._channel.workers :][: self._channel.workers]]
@@ -128,6 +133,7 @@ class Client:
             for server in self._servers:
                 self._channel.send(server, self._request(Kind.FREEZE))
             workers = slice(ANSWER, ANSWER + self._channel.workers)
+            # -1 stands for a worker that has died.
             clocks = np.max([answer[workers] for answer in self._collect(pull=False)], axis=0).astype(int).tolist()
         self._sequence += 1
         for server in self._servers:

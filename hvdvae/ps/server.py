@@ -3,6 +3,7 @@
 Shapes: P elements of this server's shard, F of the workers' float buffers (on the last server), N workers.
 """
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hvdvae.deadline import Watchdog
-from hvdvae.ps.channel import Channel, Header, shard_vectors
+from hvdvae.errors import WorldError
+from hvdvae.ps.channel import Channel, Header, PeersDied, shard_vectors
 from hvdvae.ps.consistency import Action, Apply, Drop, policy
 from hvdvae.ps.consistency import Answer as AnswerIt
 from hvdvae.ps.ledger import Ledger
@@ -78,6 +80,7 @@ class Server:
         self._frozen = False
         self._cut: tuple[int, Header, list[int]] | None = None
         self._done: dict[int, Header] = {}
+        self._buried: set[int] = set()
         self._ended_at: dict[int, int] = {}
         self._rule: Rule
         self._optimizer: ShardOptimizer
@@ -85,13 +88,36 @@ class Server:
     def run(self) -> None:
         """Serve. Blocks until worker 0 quits."""
         while True:
-            with self._watchdog.waiting("a push of any worker", patient=True):
-                worker, request = self._channel.receive()
-            kind = Kind(int(request[Request.KIND]))
-            self._watchdog.step = self.version
-            if kind is Kind.QUIT:
-                return
-            self._hear(kind, worker, request)
+            try:
+                with self._watchdog.waiting("a push of any worker", patient=True):
+                    worker, request = self._channel.receive()
+                kind = Kind(int(request[Request.KIND]))
+                self._watchdog.step = self.version
+                if kind is Kind.QUIT:
+                    return
+                self._hear(kind, worker, request)
+            except PeersDied:
+                pass
+            self._bury()
+
+    def _bury(self) -> None:
+        """Go on without those that have died since: the policy forgets them, and nobody waits for them."""
+        for worker in sorted(self._channel.dead - self._buried):
+            self._buried.add(worker)
+            if worker == 0 or worker >= self._channel.workers:
+                what = "worker 0, which keeps the log and the checkpoints," if worker == 0 else "a parameter server"
+                raise WorldError(f"{what} has died (rank {worker}): continue from the last checkpoint with --resume")
+            sys.stderr.write(f"hvdvae: worker {worker} has died at step {self._clock(worker)}; the others go on\n")
+            self._ended_at[worker] = self._clock(worker)
+            self._held = deque((other, push) for other, push in self._held if other != worker)
+            self._requests.pop(worker, None)
+            self._done.pop(worker, None)
+            self._act(self._policy.leave(worker))
+            self._continue_cut()
+            self._end_if_all_have()
+
+    def _clock(self, worker: int) -> int:
+        return self._policy.clocks.get(worker, self._ended_at.get(worker, 0))
 
     def _hear(self, kind: Kind, worker: int, request: Header) -> None:
         if kind is Kind.INIT:
@@ -135,7 +161,7 @@ class Server:
         )
 
     def _pushed(self, worker: int, request: Header) -> None:
-        if len(self._done) == self._channel.workers:
+        if self._done and len(self._done) == self._channel.workers - len(self._buried):
             self._begin_again()
         if request[Request.HAS_OPTIONS]:
             self._optimizer.set_options(self._channel.receive_text(worker, OPTIONS))
@@ -216,7 +242,7 @@ class Server:
         header[Answer.DROPPED_MINE] = worker in self._late
         self._late.discard(worker)
         for other in range(workers):
-            header[ANSWER + other] = self._policy.clocks.get(other, self._ended_at.get(other, 0))
+            header[ANSWER + other] = -1 if other in self._buried else self._clock(other)
         header[ANSWER + workers : ANSWER + 2 * workers] = self.ledger.step_seconds
         header[ANSWER + 2 * workers :] = self.ledger.histogram
         pulled = self._pulled[worker]
@@ -266,10 +292,13 @@ class Server:
     def _ended(self, worker: int, request: Header) -> None:
         self.ledger.reported(worker, request)
         self._sequence[worker] = int(request[Request.SEQUENCE])
-        self._ended_at[worker] = self._policy.clocks.get(worker, self._ended_at.get(worker, 0))
+        self._ended_at[worker] = self._clock(worker)
         self._done[worker] = request
         self._act(self._policy.leave(worker))
-        if len(self._done) == self._channel.workers:
+        self._end_if_all_have()
+
+    def _end_if_all_have(self) -> None:
+        if self._done and len(self._done) == self._channel.workers - len(self._buried):
             for other, ended in sorted(self._done.items()):
                 self._reply(other, ended, self.weights)
                 self._channel.send_text(other, self._summary(), TEXT)
@@ -277,6 +306,7 @@ class Server:
     def _summary(self) -> dict[str, Any]:
         return {
             **self.ledger.summary(),
+            "died": sorted(self._buried),
             "clocks": [self._ended_at.get(worker, 0) for worker in range(self._channel.workers)],
         }
 

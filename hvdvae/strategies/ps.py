@@ -81,6 +81,7 @@ class ParameterServer(Strategy):
             self.follow_gradient()
             self.follow_parameters()
         self._steps = 0
+        self._worker = world.rank
         self._started = self._ended = False
         self._computing = self.client.versions
         self._options: list[dict[str, Any]] | None = None
@@ -276,6 +277,12 @@ class ParameterServer(Strategy):
             raise ConfigError("load_state_dict after the first step: the servers hold the state now; load it before")
         super().load_state_dict(state_dict)
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """This worker's place among those that live, as far as the servers have told."""
+        living = self.client.living
+        return living.index(self._worker), len(living)
+
     def results(self) -> dict[str, Any]:
         """What the servers counted: updates, staleness and pushes of the first (all hear of the same), bytes of all."""
         if not self.ledgers:
@@ -296,6 +303,8 @@ class ParameterServer(Strategy):
             self.flat.parameters.copy_(self.client.incoming)
         self._computing = self.client.versions
         self._ended = True
+        if len(self.ledgers[0]["died"]) > self.world.everyone.size - self.world.servers - self.world.size:
+            self.world.shrink()
 
     def _close(self) -> None:
         self.finish()

@@ -209,6 +209,11 @@ class Strategy(Optimizer):
     def finish(self) -> None:
         """Return once every rank has taken its last step of a run. Every rank must call it."""
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """This rank's place among those that train, and their number: changes where one dies and the others go on."""
+        return self.world.rank, self.world.size
+
     def results(self) -> dict[str, Any]:
         """What the summary of a run has to say of this strategy, JSON-able. Local, after `finish`."""
         return {}

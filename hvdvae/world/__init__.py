@@ -201,6 +201,13 @@ class World:
         while self._closing:
             self._closing.pop()()
 
+    def shrink(self) -> None:
+        """Go on without the ranks that have died: `rank` and `size` change. Every living rank of the role must call."""
+        with self.watchdog.waiting("agreement on who is left"):
+            self._carrier.shrink()
+        self.comm = getattr(self._carrier, "comm", None)
+        self.rank, self.size = self._carrier.rank, self._carrier.size
+
     def close(self) -> None:
         """Leave: stops Horovod and the watchdog. Blocks until all ranks have come; every rank must call."""
         self._finish()

@@ -34,6 +34,9 @@ class Collectives(Protocol):
     def barrier(self) -> None:
         """Return once every rank has called."""
 
+    def shrink(self) -> None:
+        """Go on without the ranks that have died."""
+
 
 class Alone:
     """The world of one process."""
@@ -56,6 +59,9 @@ class Alone:
 
     def barrier(self) -> None:
         """Nobody to wait for."""
+
+    def shrink(self) -> None:
+        """Nobody to lose."""
 
 
 def unequal_lengths(lengths: list[int]) -> list[slice]:

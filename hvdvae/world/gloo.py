@@ -47,3 +47,7 @@ class HorovodCollectives:
     def barrier(self) -> None:
         """Return once every rank has called."""
         hvd.barrier()
+
+    def shrink(self) -> None:
+        """Not over Gloo: a death ends the job there."""
+        raise NotImplementedError("ranks that die end a job over Gloo; start with mpirun --with-ft ulfm")

@@ -66,24 +66,39 @@ class MpiCollectives:
         """MPI_Barrier."""
         self.comm.Barrier()
 
+    def shrink(self) -> None:
+        """Go on without the ranks that have died (ULFM). Blocks; every living rank must call it."""
+        self.comm = self.comm.Shrink()
+        self.rank, self.size = self.comm.rank, self.comm.size
+
+
+def acknowledged_deaths(comm: Any, error: MPI.Exception) -> set[int]:
+    """Ranks of `comm` that have died, where that is what an error says (ULFM); any other error is raised again."""
+    if error.Get_error_class() not in (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING):
+        raise error
+    comm.Ack_failed()
+    failed = comm.Get_failed()
+    return set(failed.Translate_ranks(list(range(failed.size)), comm.Get_group()))
+
 
 class MpiInquiry:
     """Lets watchdog threads ask each other what their ranks are doing. Needs MPI_THREAD_MULTIPLE."""
 
     def __init__(self, comm: MPI.Comm) -> None:
         """Duplicate `comm` (collective over it)."""
-        self._comm = comm.Dup()
+        self._comm: Any = comm.Dup()
+        self.lost: set[int] = set()
 
     def answer(self, state: "Callable[[], State]") -> None:
         """Answer every question that has come in. Does not block."""
         status = MPI.Status()
-        while self._comm.Iprobe(MPI.ANY_SOURCE, ASK, status):
+        while self._has_come(ASK, status):
             self._comm.Recv(np.empty(0, np.uint8), status.source, ASK)
             self._send(json.dumps(state().__dict__).encode(), status.source, ANSWER)
 
     def ask(self, state: "Callable[[], State]", seconds: float) -> dict[int, State]:
         """Ask every other rank; answer theirs meanwhile. Blocks for at most `seconds`; the silent are left out."""
-        others = [rank for rank in range(self._comm.size) if rank != self._comm.rank]
+        others = [rank for rank in range(self._comm.size) if rank != self._comm.rank and rank not in self.lost]
         for other in others:
             self._send(b"", other, ASK)
         answers: dict[int, State] = {}
@@ -91,7 +106,7 @@ class MpiInquiry:
         while len(answers) < len(others) and time.monotonic() < give_up:
             self.answer(state)
             status = MPI.Status()
-            if self._comm.Iprobe(MPI.ANY_SOURCE, ANSWER, status):
+            if self._has_come(ANSWER, status):
                 data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
                 self._comm.Recv(data, status.source, ANSWER)
                 answers[status.source] = State(**json.loads(data.tobytes()))
@@ -99,11 +114,21 @@ class MpiInquiry:
                 time.sleep(0.02)
         return answers
 
+    def _has_come(self, tag: int, status: MPI.Status) -> bool:
+        try:
+            return bool(self._comm.Iprobe(MPI.ANY_SOURCE, tag, status))
+        except MPI.Exception as error:
+            self.lost |= acknowledged_deaths(self._comm, error)
+            return False
+
     def _send(self, data: bytes, to: int, tag: int) -> None:
         # Small messages are sent eagerly; a request that never completes (its receiver is gone) is freed, not waited
         # for.
-        request: Any = self._comm.Isend(np.frombuffer(data, np.uint8), to, tag)
-        request.Free()
+        try:
+            request: Any = self._comm.Isend(np.frombuffer(data, np.uint8), to, tag)
+            request.Free()
+        except MPI.Exception as error:
+            self.lost |= acknowledged_deaths(self._comm, error)
 
 
 def library_version() -> str:

@@ -1,0 +1,139 @@
+"""With ULFM (mpirun --with-ft ulfm) the others go on when a worker is killed, at whatever moment.
+
+As a script it is a soak: python -m tests.system.test_worker_deaths 50 FOLDER kills so many workers at random moments.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from tests.system.conftest import Launch, clean_environment
+
+WORKERS, EPOCHS, EXAMPLES, BATCH = 3, 6, 1457, 10
+PLANS = (
+    "--consistency asp",
+    "--consistency ssp --staleness 1",
+    "--consistency bsp",
+    "--consistency bsp --backup-workers 1",
+    "--servers 2",
+    "--prefetch",
+    "--rule dcasgd",
+    "--rule easgd --push-every 2",
+)
+
+
+def has_ulfm() -> bool:
+    """Whether the mpirun on the path can let others go on."""
+    try:
+        found = subprocess.run(
+            ["mpirun", "--with-ft", "ulfm", "-n", "1", "true"],
+            env=clean_environment(),
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return found.returncode == 0
+
+
+def start(folder: Path, plan: str) -> Launch:
+    """A job of three workers on the embedded digits."""
+    servers = 2 if "--servers 2" in plan else 1
+    run = f"--batch-size {BATCH} --epochs {EPOCHS} --nll-samples 2 --pictures-every 0 --threads 1 --out run"
+    command = f"mpirun --with-ft ulfm --bind-to none -n {WORKERS + servers} {sys.executable} -m hvdvae train"
+    return Launch(f"{command} --data digits --strategy ps {plan} {run}".split(), clean_environment(), folder)
+
+
+def worker(job: Launch, rank: int) -> psutil.Process:
+    """The process of a rank. Waits until it is there."""
+    give_up = time.monotonic() + 60
+    while time.monotonic() < give_up:
+        for child in psutil.Process(job.process.pid).children(recursive=True):
+            try:
+                if child.environ().get("OMPI_COMM_WORLD_RANK") == str(rank) and "hvdvae" in child.cmdline():
+                    return child
+            except psutil.Error:
+                continue
+        time.sleep(0.05)
+    raise AssertionError(f"rank {rank} did not start")
+
+
+def kill_one(folder: Path, plan: str, *, victim: int, delay: float) -> None:
+    """Kill a worker so many seconds after training began; check that nothing was lost and nobody hung."""
+    job = start(folder, plan)
+    try:
+        process = worker(job, victim)
+        metrics = folder / "run" / "metrics.jsonl"
+        give_up = time.monotonic() + 60
+        while not (metrics.exists() and "epoch" in metrics.read_text()):
+            assert time.monotonic() < give_up, "no epoch ended"
+            time.sleep(0.02)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        ended = job.finish(100)
+    finally:
+        job.kill()
+    assert ended.status == 0, ended.output
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    assert summary["died"] == [victim]
+    servers = 2 if "--servers 2" in plan else 1
+    assert ended.output.count(f"worker {victim} has died") == servers, "each server says it once"
+    assert summary["epochs"] == EPOCHS
+    assert summary["world_size"] == WORKERS - 1
+    assert summary["pushes"] == sum(summary["applied_by_worker"]) == sum(summary["staleness_histogram"].values())
+    if "bsp" not in plan:
+        assert summary["updates"] == summary["pushes"], "one update a push"
+    if "easgd" not in plan:
+        # The others took over its share: all of the epochs' examples were trained on, but for what it held in hand and
+        # where cuts moved.
+        trained = (summary["pushes"] + summary["dropped_pushes"]) * BATCH
+        assert trained > 0.9 * EPOCHS * EXAMPLES, (trained, summary)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_others_go_on_and_take_over_its_share(tmp_path: Path, plan: str) -> None:
+    if not has_ulfm():
+        pytest.skip("this MPI has no ULFM")
+    kill_one(tmp_path, plan, victim=1, delay=0.1)
+
+
+def test_rank_0_keeps_the_log_so_its_death_ends_the_job(tmp_path: Path) -> None:
+    if not has_ulfm():
+        pytest.skip("this MPI has no ULFM")
+    job = start(tmp_path, "--consistency asp")
+    process = worker(job, 0)
+    time.sleep(5)
+    process.send_signal(signal.SIGKILL)
+    ended = job.finish(60)
+    assert ended.status != 0
+    assert "worker 0, which keeps the log and the checkpoints, has died" in ended.output
+    assert "--resume" in ended.output
+
+
+def soak(kills: int, folder: Path) -> None:
+    """Kill so many workers, each in a job of its own, at random moments of random plans. Stops at the first failure."""
+    print(f"seed {kills}, {os.cpu_count()} cores")
+    choose = random.Random(kills)
+    for number in range(kills):
+        plan, victim, delay = choose.choice(PLANS), choose.randrange(1, WORKERS), choose.uniform(0.0, 0.8)
+        place = folder / str(number)
+        place.mkdir(parents=True)
+        begin = time.monotonic()
+        kill_one(place, plan, victim=victim, delay=delay)
+        print(
+            f"{number + 1}/{kills}: {plan}, worker {victim} after {delay:.3f} s: {time.monotonic() - begin:.1f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    soak(int(sys.argv[1]), Path(sys.argv[2]))
