@@ -14,6 +14,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hvdvae.ps import memory
 from hvdvae.ps.doorbell import Doorbell
 from hvdvae.ps.protocol import HEADER, VECTOR
 from hvdvae.world.mpi import MAX_COUNT, acknowledged_deaths
@@ -42,46 +43,32 @@ class Channel:
         self.dtype = dtype
         self.vectors: dict[int, tuple[Tensor, Tensor]] = {}
         """Outgoing and incoming vector of the workers that share memory with this rank, and of this rank."""
-        token = np.frombuffer(secrets.token_bytes(8), np.uint8).copy()
-        self.comm.Bcast(token)
+        random = np.frombuffer(secrets.token_bytes(8), np.uint8).copy()
+        self.comm.Bcast(random)
+        token = random.tobytes().hex()
         host: Any = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.neighbours: list[int] = host.allgather(self.rank)
-        self._map(host, lengths)
+        mine = (2 * lengths[0] + lengths[1]) * dtype.itemsize if self.rank < workers else 0
+        self._shares = host.size > 1 and fits(host, host.allreduce(mine, MPI.MAX))
         peers = range(workers, self.comm.size) if self.rank < workers else range(workers)
-        self._bell = Doorbell(token.tobytes().hex(), self.rank)
+        self._bell = Doorbell(token, self.rank)
+        if mine:
+            created = memory.create(f"hvdvae-{token}-{self.rank}", mine) if self._shares else bytearray(mine)
+            self.vectors[self.rank] = _halves(created, lengths, dtype)
         self.comm.Barrier()
         self._bell.connect(self.neighbours, all_peers_ring=set(peers) <= set(self.neighbours))
+        for other in self.neighbours:
+            if self._shares and other < workers and other != self.rank:
+                self.vectors[other] = _halves(memory.attach(f"hvdvae-{token}-{other}"), lengths, dtype)
         self.comm.Barrier()
         self._bell.unlink()
+        memory.forget(f"hvdvae-{token}-{self.rank}")
         self._sends: list[tuple[MPI.Request, Any]] = []
         self.dead: set[int] = set()
 
-    def _map(self, host: MPI.Intracomm, lengths: tuple[int, int]) -> None:
-        parameters, buffers = lengths
-        size = self.dtype.itemsize
-        mine = 2 * parameters + buffers if self.rank < self.workers else 0
-        largest = host.allreduce(mine, MPI.MAX)
-        if host.size > 1 and fits(host, largest * size):
-            window = MPI.Win.Allocate_shared(mine * size, size, comm=host)
-            window.Lock_all()
-            self._window: MPI.Win | None = window
-            for place, rank in enumerate(self.neighbours):
-                if rank < self.workers:
-                    memory, _ = window.Shared_query(place)
-                    whole = torch.frombuffer(memory, dtype=self.dtype, count=2 * parameters + buffers)
-                    self.vectors[rank] = (whole[: parameters + buffers], whole[parameters + buffers :])
-        else:
-            self._window = None
-            if mine:
-                whole = torch.empty(mine, dtype=self.dtype)
-                self.vectors[self.rank] = (whole[: parameters + buffers], whole[parameters + buffers :])
-        if mine:
-            for vector in self.vectors[self.rank]:
-                vector.zero_()
-
     def shares_memory(self, other: int) -> bool:
         """Whether vectors between this rank and `other` need no message."""
-        return self._window is not None and other in self.neighbours
+        return self._shares and other in self.neighbours
 
     def send(self, to: int, header: Header, tag: int = HEADER) -> None:
         """Send a small array, and wake the receiver. Does not wait for it; the array may be changed after."""
@@ -126,8 +113,6 @@ class Channel:
         status = self._wait(source, HEADER)
         header = np.empty(status.Get_count(MPI.DOUBLE))
         self.comm.Recv(header, status.source, HEADER)
-        if self._window is not None:
-            self._window.Sync()
         return status.source, header
 
     def has_text(self, source: int, tag: int) -> bool:
@@ -165,13 +150,17 @@ class Channel:
         return len(left)
 
     def _post(self, array: NDArray[Any], to: int, tag: int) -> None:
-        if self._window is not None:
-            self._window.Sync()
         self._drop_finished_sends()
         try:
             self._sends.append((self.comm.Isend(array, to, tag), array))
         except MPI.Exception as error:
             self.dead |= acknowledged_deaths(self.comm, error)
+
+
+def _halves(buffer: Any, lengths: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    parameters, buffers = lengths
+    whole = torch.frombuffer(buffer, dtype=dtype, count=2 * parameters + buffers)
+    return whole[: parameters + buffers], whole[parameters + buffers :]
 
 
 def shard_vectors(channel: Channel, worker: int, shard: slice, *, is_last: bool) -> tuple[Tensor, Tensor] | None:

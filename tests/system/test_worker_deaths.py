@@ -67,16 +67,21 @@ def worker(job: Launch, rank: int) -> psutil.Process:
     raise AssertionError(f"rank {rank} did not start")
 
 
+def await_first_epoch(folder: Path) -> None:
+    """Return once an epoch has ended."""
+    metrics = folder / "run" / "metrics.jsonl"
+    give_up = time.monotonic() + 60
+    while not (metrics.exists() and "epoch" in metrics.read_text()):
+        assert time.monotonic() < give_up, "no epoch ended"
+        time.sleep(0.02)
+
+
 def kill_one(folder: Path, plan: str, *, victim: int, delay: float) -> None:
     """Kill a worker so many seconds after training began; check that nothing was lost and nobody hung."""
     job = start(folder, plan)
     try:
         process = worker(job, victim)
-        metrics = folder / "run" / "metrics.jsonl"
-        give_up = time.monotonic() + 60
-        while not (metrics.exists() and "epoch" in metrics.read_text()):
-            assert time.monotonic() < give_up, "no epoch ended"
-            time.sleep(0.02)
+        await_first_epoch(folder)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         ended = job.finish(100)
@@ -111,7 +116,7 @@ def test_rank_0_keeps_the_log_so_its_death_ends_the_job(tmp_path: Path) -> None:
         pytest.skip("this MPI has no ULFM")
     job = start(tmp_path, "--consistency asp")
     process = worker(job, 0)
-    time.sleep(5)
+    await_first_epoch(tmp_path)
     process.send_signal(signal.SIGKILL)
     ended = job.finish(60)
     assert ended.status != 0
