@@ -257,9 +257,10 @@ def test_backup_workers_drop_what_comes_late(world: World) -> None:
         if worker:
             train(*worker)
             (ledger,) = worker[0].ledgers
-            assert ledger["pushes"] + ledger["dropped_pushes"] <= STEPS * worker[2].size
-            assert ledger["pushes"] == ledger["updates"] * (worker[2].size - 1)
-            assert ledger["updates"] <= STEPS * worker[2].size
+            assert ledger["pushes"] + ledger["dropped_pushes"] == STEPS * worker[2].size
+            # The last steps may have fewer members: some workers have ended by then.
+            assert ledger["updates"] >= STEPS
+            assert ledger["pushes"] <= ledger["updates"] * (worker[2].size - 1)
 
 
 @pytest.mark.parametrize("plan", [Plan(rule="easgd", push_every=2), Plan(push_every=2, fetch_every=4)], ids=str)
