@@ -115,10 +115,6 @@ class Channel:
         self.comm.Recv(header, status.source, HEADER)
         return status.source, header
 
-    def has_text(self, source: int, tag: int) -> bool:
-        """Whether a text with this tag has come. Does not block."""
-        return bool(self.comm.Iprobe(source, tag))
-
     def close(self) -> None:
         """Take the bell down. The memory is given back when MPI ends."""
         self._bell.close()

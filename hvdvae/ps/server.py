@@ -169,8 +169,9 @@ class Server:
             self._channel.flush()  # The buffer may still be on its way out, as an answer.
             self._channel.receive_vector(worker, self._received[worker])
         if request[Request.SEQUENCE] <= self._sequence[worker]:
+            # The worker has not had the answer: it gets one, and what it pushed is not applied again.
             self.ledger.duplicates += 1
-            self._reply(worker, request)
+            self._reply(worker, request, self._rule.reply(worker) if request[Request.WANTS] else None)
             return
         self._sequence[worker] = int(request[Request.SEQUENCE])
         self._requests[worker] = request

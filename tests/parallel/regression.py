@@ -1,11 +1,24 @@
 """A small model and data that the laws are tested on. Every rank holds all examples, and trains on its own share."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hvdvae.world import World
 
 EXAMPLES, INPUTS, OUTPUTS = 16, 6, 3
+
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1),
+    "momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adam": lambda p: torch.optim.Adam(p, 0.05),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.05, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.1),
+}
+"""Elementwise ones, each with options that matter."""
 
 
 def examples() -> tuple[Tensor, Tensor]:

@@ -11,18 +11,10 @@ from torch.optim import Optimizer
 from hvdvae.errors import ConfigError, WorldError
 from hvdvae.strategies import DistributedOptimizer
 from hvdvae.world import World
-from tests.parallel.regression import examples, loss_of, network, share, weights
+from tests.parallel.regression import OPTIMIZERS, examples, loss_of, network, share, weights
 
 STEPS = 6
-OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
-    "sgd": lambda p: torch.optim.SGD(p, 0.1),
-    "momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "adam": lambda p: torch.optim.Adam(p, 0.05),
-    "adamw": lambda p: torch.optim.AdamW(p, 0.05, weight_decay=0.1),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5),
-    "adagrad": lambda p: torch.optim.Adagrad(p, 0.1),
-    "adafactor, which is not elementwise": lambda p: torch.optim.Adafactor(p, 0.05),
-}
+EVERY = OPTIMIZERS | {"adafactor, which is not elementwise": lambda p: torch.optim.Adafactor(p, 0.05)}
 
 
 def plain(build: Callable[[Iterable[nn.Parameter]], Optimizer], each_step: Callable[..., None] | None = None) -> Tensor:
@@ -59,9 +51,9 @@ def parallel(
     return weights(model)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_equals_one_process_with_the_whole_batch(world: World, engine: str, name: str) -> None:
-    torch.testing.assert_close(parallel(world, engine, OPTIMIZERS[name]), plain(OPTIMIZERS[name]), atol=2e-6, rtol=2e-5)
+    torch.testing.assert_close(parallel(world, engine, EVERY[name]), plain(EVERY[name]), atol=2e-6, rtol=2e-5)
 
 
 def test_ranks_hold_the_same_bits(world: World, engine: str) -> None:

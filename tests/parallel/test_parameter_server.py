@@ -9,22 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hvdvae.errors import ConfigError
 from hvdvae.ps.plan import Plan
 from hvdvae.strategies import DistributedOptimizer
 from hvdvae.world import World
-from tests.parallel.regression import loss_of, weights
+from tests.parallel.regression import OPTIMIZERS, loss_of, weights
 
 pytest.importorskip("mpi4py")
 
 STEPS, EXAMPLES = 7, 12
-OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
-    "sgd": lambda p: torch.optim.SGD(p, 0.1),
-    "momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "adam": lambda p: torch.optim.Adam(p, 0.05),
-    "adamw": lambda p: torch.optim.AdamW(p, 0.05, weight_decay=0.1),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5),
-    "adagrad": lambda p: torch.optim.Adagrad(p, 0.1),
-}
 ALWAYS_ALIKE = (Plan(), Plan(consistency="ssp", staleness=0), Plan(consistency="bsp"))
 WITHOUT_DELAY = (Plan(rule="staleness-lr"), Plan(rule="dcasgd"), Plan(rule="dcasgd-a"))
 
@@ -77,7 +70,7 @@ def served(world: World, servers: int, plan: Plan, kind: type[nn.Module], build:
     """On workers (optimizer, model, world of the workers), all connected; None on servers, once they have served."""
     from hvdvae.strategies.ps import serve
 
-    if world.launcher == "horovodrun-gloo" or servers >= world.size:
+    if world.launcher in ("none", "horovodrun-gloo") or not 1 <= servers < world.size:
         pytest.skip(f"needs MPI and more than {servers} ranks")
     joined = World.create(device="cpu", deadline=60, servers=servers)
     if joined.role == "server":
@@ -308,3 +301,32 @@ def test_a_copy_is_of_one_moment_on_all_servers(world: World) -> None:
                     assert len(steps) == 1, "Adam counts its steps: pieces of all servers have taken the same"
 
             train(optimizer, model, mine, copy)
+
+
+def test_a_push_that_is_sent_again_is_applied_once(world: World) -> None:
+    """As a worker does that has waited in vain for the answer."""
+    for servers in splits(world):
+        with served(world, servers, Plan(), Smooth, OPTIMIZERS["sgd"]) as worker:
+            if not worker:
+                continue
+            optimizer, model, mine = worker
+
+            def again(step: int, optimizer: Any) -> None:
+                if step == 3:
+                    optimizer.client._sequence -= 1
+                    optimizer.update()
+
+            train(optimizer, model, mine, again)
+            for ledger in optimizer.ledgers:
+                assert ledger["duplicate_pushes"] == mine.size
+                assert ledger["applied_by_worker"] == [STEPS] * mine.size
+
+
+def test_optimizers_that_need_whole_tensors_are_refused(world: World) -> None:
+    if world.size > 1:
+        pytest.skip("refused before anybody meets")
+    from hvdvae.strategies.ps import ParameterServer
+
+    model = Smooth(0)
+    with pytest.raises(ConfigError, match="Adafactor is not elementwise"):
+        ParameterServer(torch.optim.Adafactor(model.parameters()), model, world, plan=Plan())
