@@ -6,6 +6,7 @@ ends the job.
 """
 
 import faulthandler
+import os
 import socket
 import sys
 import threading
@@ -22,6 +23,9 @@ EXIT_CODE = 75
 
 PATIENCE = 12
 """Deadlines that a patient wait lasts where nobody can be asked."""
+
+STUCK_SECONDS = 3.0
+"""After which a call of MPI that should have returned is taken to be stuck."""
 
 ANSWER_SECONDS = 3.0
 """How long the others have to say what they are doing."""
@@ -82,17 +86,23 @@ class Watchdog:
         self._watched = threading.get_ident()
         self._wait: tuple[str, float, bool] | None = None
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="hvdvae-watchdog", daemon=True)
+        # Two threads: one that answers over MPI, which may get stuck there behind a rank that was stopped while it held a
+        # lock in shared memory; and one that looks on, and never does.
+        self._threads = [threading.Thread(target=self._watch, name="hvdvae-watchdog", daemon=True)]
+        if inquiry is not None:
+            self._threads.append(threading.Thread(target=self._answer, name="hvdvae-answers", daemon=True))
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
-        """End the thread; blocks until it has ended (at most one period)."""
+        """End the threads; blocks until they have ended (at most one period)."""
         self._stopped.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
 
     @contextmanager
     def waiting(self, operation: str, *, patient: bool = False) -> Iterator[None]:
@@ -126,10 +136,7 @@ class Watchdog:
         )
 
     def _watch(self) -> None:
-        period = min(0.5, self.seconds / 4)
-        while not self._stopped.wait(period):
-            if self._inquiry is not None:
-                self._inquiry.answer(self.state)
+        while not self._stopped.wait(self._period()):
             wait = self._wait
             if wait is None:
                 continue
@@ -138,9 +145,26 @@ class Watchdog:
             if lasted > self.seconds * (1 if not patient or self._inquiry is not None else PATIENCE):
                 self._expire(wait)
 
+    def _answer(self) -> None:
+        assert self._inquiry is not None
+        while not self._stopped.wait(self._period()):
+            self._inquiry.answer(self.state)
+
+    def _period(self) -> float:
+        return min(0.5, self.seconds / 4)
+
+    def _ask(self) -> dict[int, State]:
+        found: dict[int, State] = {}
+        inquiry = self._inquiry
+        if inquiry is not None:
+            asking = threading.Thread(target=lambda: found.update(inquiry.ask(self.state, ANSWER_SECONDS)), daemon=True)
+            asking.start()
+            asking.join(ANSWER_SECONDS + STUCK_SECONDS)
+        return found
+
     def _expire(self, wait: tuple[str, float, bool]) -> None:
         mine = self.state()
-        others = self._inquiry.ask(self.state, ANSWER_SECONDS) if self._inquiry is not None else {}
+        others = self._ask()
         if self._wait is not wait:  # The others came while we asked.
             return
         _, _, patient = wait
@@ -148,6 +172,8 @@ class Watchdog:
             return
         sys.stderr.write(self.report(mine, others))
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        # Aborting goes through MPI, too; whatever it does, this process ends, and the launcher ends the others.
+        threading.Thread(target=_exit_later, daemon=True).start()
         abort_job(EXIT_CODE)
 
     def report(self, mine: State, others: dict[int, State]) -> str:
@@ -172,3 +198,8 @@ class Watchdog:
                 "  which rank is late is not known: this MPI (or Gloo) lets only one thread of a process send messages"
             )
         return "\n".join(lines) + "\n"
+
+
+def _exit_later() -> None:
+    time.sleep(STUCK_SECONDS)
+    os._exit(EXIT_CODE)

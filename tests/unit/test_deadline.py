@@ -14,6 +14,7 @@ class Others:
     """Other ranks that answer as told."""
 
     def __init__(self, *states: State) -> None:
+        self.lost: set[int] = set()
         self.states = {state.rank: state for state in states}
 
     def answer(self, state: Callable[[], State]) -> None:
@@ -124,6 +125,7 @@ import sys, time
 from hvdvae.deadline import State, Watchdog
 
 class Others:
+    lost = set()
     def answer(self, state): ...
     def ask(self, state, seconds):
         alive = time.monotonic() - start < 2.0
@@ -142,5 +144,14 @@ with watchdog.waiting("the download of rank 1", patient=True):
 def test_a_patient_wait_lasts_while_the_others_answer() -> None:
     run = subprocess.run([sys.executable, "-c", PATIENT], capture_output=True, text=True, timeout=40)
     assert run.stdout == "went on\n", "past the deadline, for the other rank lived"
+    assert run.returncode == EXIT_CODE
+    assert "rank 1 does not answer" in run.stderr
+
+
+STUCK = PATIENT.replace("alive = time.monotonic() - start < 2.0", "time.sleep(60); alive = False")
+
+
+def test_an_inquiry_that_gets_stuck_does_not_keep_the_job() -> None:
+    run = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=40)
     assert run.returncode == EXIT_CODE
     assert "rank 1 does not answer" in run.stderr

@@ -27,7 +27,7 @@ class Second:
     def gather_objects(self, record: Any, what: str = "") -> list[Any]:
         return [next(self.sent), record]
 
-    def barrier(self, what: str = "") -> None: ...
+    def barrier(self, what: str = "", *, patient: bool = False) -> None: ...
 
 
 class First(World):
