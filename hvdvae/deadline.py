@@ -86,8 +86,8 @@ class Watchdog:
         self._watched = threading.get_ident()
         self._wait: tuple[str, float, bool] | None = None
         self._stopped = threading.Event()
-        # Two threads: one that answers over MPI, which may get stuck there behind a rank that was stopped while it held a
-        # lock in shared memory; and one that looks on, and never does.
+        # Two threads: one that answers over MPI, which may get stuck there behind a rank that was stopped while it held
+        # a lock in shared memory; and one that looks on, and never does.
         self._threads = [threading.Thread(target=self._watch, name="hvdvae-watchdog", daemon=True)]
         if inquiry is not None:
             self._threads.append(threading.Thread(target=self._answer, name="hvdvae-answers", daemon=True))
