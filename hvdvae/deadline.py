@@ -103,6 +103,7 @@ class Watchdog:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
+        faulthandler.cancel_dump_traceback_later()
 
     @contextmanager
     def waiting(self, operation: str, *, patient: bool = False) -> Iterator[None]:
@@ -137,6 +138,9 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._period()):
+            # A library may wait for a lock with the interpreter's in hand (Horovod's enqueueing does, behind a call of
+            # MPI that never returns): then no Python runs, this thread included. This timer needs none.
+            faulthandler.dump_traceback_later(2 * self.seconds + 10, exit=True, file=sys.__stderr__ or 2)
             wait = self._wait
             if wait is None:
                 continue

@@ -155,3 +155,22 @@ def test_an_inquiry_that_gets_stuck_does_not_keep_the_job() -> None:
     run = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=40)
     assert run.returncode == EXIT_CODE
     assert "rank 1 does not answer" in run.stderr
+
+
+HOLDS_THE_LOCK = """
+import ctypes
+from hvdvae.deadline import Watchdog
+
+watchdog = Watchdog(rank=0, size=2, seconds=0.2)
+watchdog.start()
+with watchdog.waiting("a library"):
+    import time
+    time.sleep(0.1)
+    ctypes.PyDLL(None).sleep(60)
+"""
+
+
+def test_a_library_that_keeps_the_interpreters_lock_ends_too() -> None:
+    run = subprocess.run([sys.executable, "-c", HOLDS_THE_LOCK], capture_output=True, text=True, timeout=50)
+    assert run.returncode != 0
+    assert "Timeout" in run.stderr
