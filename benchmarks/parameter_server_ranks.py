@@ -94,7 +94,7 @@ def trained(ranks: Ranks, task: Task, kind: str, servers: int) -> Iterator[tuple
 @contextmanager
 def served(ranks: Ranks, plan: Plan, servers: int) -> Iterator[World | None]:
     """The world of a worker; None on servers, once they have served."""
-    from hvdvae.strategies.ps import serve
+    from hvdvae.ps.serve import serve
 
     world = World.create(device="cpu", deadline=120, servers=servers)
     if world.role == "server":
@@ -174,11 +174,11 @@ def exchanges(ranks: Ranks, length: int, servers: int, workers: int, count: int,
 def _exchange(comm: Any, length: int, servers: int, count: int) -> list[float]:
     from hvdvae.deadline import Watchdog
     from hvdvae.launcher import Launch
-    from hvdvae.strategies.ps import serve
+    from hvdvae.ps.serve import serve
     from hvdvae.world import World as Joined
-    from hvdvae.world import _split
+    from hvdvae.world.join import split_roles
 
-    carrier = _split(comm, comm.rank >= comm.size - servers)
+    carrier = split_roles(comm, comm.rank >= comm.size - servers)
     watchdog = Watchdog(rank=comm.rank, size=comm.size, seconds=120)
     launch = Launch(launcher="mpirun", rank=comm.rank, size=comm.size)
     world = Joined(launch, carrier, torch.device("cpu"), watchdog, getattr(carrier, "comm", None), comm, servers)

@@ -32,7 +32,7 @@ class ServedPulse:
     def count(self, loss: torch.Tensor, rate: torch.Tensor, distortion: torch.Tensor, examples: int) -> None:
         """Note one pass: means over `examples`. It travels with the push that follows."""
         now = time.perf_counter()
-        self._optimizer.report(
+        self._optimizer.report.add_step(
             examples=examples,
             loss=float(loss),
             rate=float(rate),
@@ -55,7 +55,7 @@ class ServedPulse:
         """What happened since the last. `signal`: this worker's, which the others hear of. Does not block."""
         optimizer = self._optimizer
         if signal:
-            optimizer.signal = signal
+            optimizer.report.signal(signal)
         now = optimizer.client.answer[:ANSWER].copy()
         since, self._seen = now - self._seen, now
         seconds, self._start = time.perf_counter() - self._start, time.perf_counter()

@@ -41,16 +41,14 @@ class Position:
         self.examples = 0
 
 
-def snapshot(trainer: "Trainer", config: Mapping[str, Any]) -> Checkpoint:
-    """All that a run needs to continue. Blocks; every rank must call it (buffers differ per rank, and are gathered)."""
+def snapshot(trainer: "Trainer", rows: Tensor, config: Mapping[str, Any]) -> Checkpoint:
+    """All that a run needs to continue, in views that are good as long as the strategy's `fetched` lasts. Local.
+
+    `rows`: float buffers of all ranks, (size, F); the model has their mean, which is what is evaluated and selected.
+    """
     world, optimizer = trainer.world, trainer.optimizer
-    rows = optimizer.gathered_buffers()
     state = optimizer.state_dict()
-    with optimizer.averaged_buffers():
-        # What is evaluated and selected is the model with the mean of all ranks' buffers.
-        own = dict(trainer.model.named_buffers())
-        state_dict = trainer.model.state_dict().items()
-        tensors = {f"model/{name}": tensor.clone() if name in own else tensor for name, tensor in state_dict}
+    tensors = {f"model/{name}": tensor for name, tensor in trainer.model.state_dict().items()}
     tensors["buffers"] = rows
     scalars: dict[str, dict[str, Any]] = {}
     for number, entries in state["state"].items():

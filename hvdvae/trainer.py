@@ -294,9 +294,8 @@ class Trainer:
             self._save(is_best=is_best)
 
     def _run_validation(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
-        self.optimizer.fetch()
         self.model.eval()
-        with torch.no_grad(), self.optimizer.averaged_buffers(), self.evaluation_weights():
+        with torch.no_grad(), self.optimizer.fetched(), self.evaluation_weights():
             found = validate()
         self.model.train()
         return found
@@ -304,10 +303,9 @@ class Trainer:
     def _save(self, *, is_best: bool) -> None:
         if self._checkpoints is None or not (self.optimizer.synchronous or self.world.is_first):
             return
-        self.optimizer.fetch(state=True)
-        checkpoint = snapshot(self, self.configuration)
-        if self.world.is_first:
-            self._checkpoints.save(checkpoint, is_best=is_best)
+        with self.optimizer.fetched(state=True) as rows:
+            if self.world.is_first:
+                self._checkpoints.save(snapshot(self, rows, self.configuration), is_best=is_best)
 
 
 def _mixed_precision(

@@ -44,7 +44,7 @@ def train(asked: Asked) -> int:
         plan = assemble.plan(config)
         plan.check(workers=world.everyone.size - world.servers, servers=world.servers)
         if world.role == "server":
-            from hvdvae.strategies.ps import serve
+            from hvdvae.ps.serve import serve
 
             serve(world, plan)
             world.close()

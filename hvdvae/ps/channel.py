@@ -16,11 +16,9 @@ from torch import Tensor
 
 from hvdvae.ps import memory
 from hvdvae.ps.doorbell import Doorbell
-from hvdvae.ps.protocol import HEADER, VECTOR
+from hvdvae.ps.protocol import HEADER, VECTOR, Header
 from hvdvae.world.mpi import MAX_COUNT, acknowledged_deaths
 from hvdvae.world.shared_memory import fits
-
-Header = NDArray[np.float64]
 
 
 class PeersDied(Exception):

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvdvae.ps.channel import Channel, Header
-from hvdvae.ps.protocol import ANSWER, BINS, OPTIONS, REQUEST, STATE, TEXT, Answer, Kind, Request
+from hvdvae.ps.channel import Channel
+from hvdvae.ps.protocol import ANSWER, BINS, OPTIONS, REQUEST, STATE, TEXT, Answer, Header, Kind, Request
 from hvdvae.ps.shards import pieces
 from hvdvae.ps.state import Manifest
 
@@ -75,7 +75,8 @@ class Client:
     ) -> None:
         """Give the servers their weights (P,) and the optimizer its options and state, a vector (piece,) a group.
 
-        Worker 0 calls it, before anybody pushes. `state`: of whole groups, in the manifest's order.
+        Worker 0 calls it, before anybody pushes: it returns once the servers have all of it, as a push of another
+        worker could overtake it. `state`: of whole groups, in the manifest's order.
         """
         for server, shard in zip(self._servers, self._shards, strict=True):
             self._channel.send(server, self._request(Kind.INIT))
@@ -87,7 +88,7 @@ class Client:
                 start = shard.start + piece.start - group.start
                 for _ in entry["vectors"]:
                     self._channel.send_vector(server, next(left)[start : start + piece.stop - piece.start], STATE)
-        self._channel.flush()
+        self._collect(pull=False)
 
     def push(
         self,

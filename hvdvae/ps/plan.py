@@ -1,10 +1,8 @@
-"""What all ranks of a job must agree on before a parameter server starts, and the check that they do."""
+"""The options of a parameter server, and the check that they go together."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from hvdvae.errors import ConfigError, WorldError
+from hvdvae.errors import ConfigError
 from hvdvae.ps.rules import RULES
 
 CONSISTENCIES = ("asp", "ssp", "bsp")
@@ -103,25 +101,3 @@ class Plan:
         """DC-ASGD's lambda."""
         default = 2.0 if self.rule == "dcasgd-a" else 0.04
         return self.strength if self.strength is not None else default
-
-
-def check_hello(hellos: Sequence[dict[str, Any]], workers: int) -> None:
-    """Compare what all ranks say of themselves, workers first; all get the same list, so all raise alike.
-
-    Raises WorldError naming the rank and what differs: version, options, model or optimizer.
-    """
-    for rank, hello in enumerate(hellos):
-        for key in ("version", "plan") if rank >= workers else hellos[0].keys():
-            if hello[key] != hellos[0][key]:
-                mine, theirs = _shortened(hellos[0][key], hello[key])
-                raise WorldError(
-                    f"rank {rank} joins the parameter server with {key} {theirs}, rank 0 has {mine}: start all ranks "
-                    "with the same program and options"
-                )
-
-
-def _shortened(first: Any, other: Any) -> tuple[Any, Any]:
-    if isinstance(first, dict) and isinstance(other, dict):
-        odd = [key for key in first if first[key] != other.get(key)]
-        return {key: first[key] for key in odd}, {key: other.get(key) for key in odd}
-    return first, other

@@ -18,7 +18,7 @@ Worker and server on one host exchange vectors in shared memory, and no VECTOR i
 the header, and a server before it answers. Nothing is pickled.
 
     kind      worker says                                        server answers
-    INIT      worker 0: TEXT and STATE follow, weights first     nothing: all workers hold these weights
+    INIT      worker 0: TEXT and STATE follow, weights first     once it has all of it
     PUSH      a step is done, its VECTOR follows                 when the policy says so, with weights
     NOTHING   a step is done, and was skipped: not finite        as PUSH, without its having been applied
     FREEZE    hold back pushes from now                          with the clocks of what was applied
@@ -29,6 +29,11 @@ the header, and a server before it answers. Nothing is pickled.
 """
 
 from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+Header = NDArray[np.float64]
 
 HEADER, OPTIONS, VECTOR, TEXT, STATE = range(1, 6)
 

@@ -1,11 +1,7 @@
-"""A server: holds a slice of the weights, hears workers, and does what the policy says.
-
-Shapes: P elements of this server's shard, F of the workers' float buffers (on the last server), N workers.
-"""
+"""A server: hears workers, does what the policy says with their pushes, and answers."""
 
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -15,15 +11,15 @@ from torch import Tensor
 
 from hvdvae.deadline import Watchdog
 from hvdvae.errors import WorldError
-from hvdvae.ps.channel import Channel, Header, PeersDied, shard_vectors
+from hvdvae.ps.channel import Channel, PeersDied, shard_vectors
 from hvdvae.ps.consistency import Action, Apply, Drop, policy
 from hvdvae.ps.consistency import Answer as AnswerIt
+from hvdvae.ps.cut import Asked, Cut
 from hvdvae.ps.ledger import Ledger
 from hvdvae.ps.plan import Plan
-from hvdvae.ps.protocol import ANSWER, BINS, OPTIONS, REQUEST, STATE, TEXT, Answer, Kind, Request
-from hvdvae.ps.rules import Rule, ShardOptimizer, rule
+from hvdvae.ps.protocol import ANSWER, BINS, OPTIONS, REQUEST, STATE, TEXT, Answer, Header, Kind, Request
 from hvdvae.ps.shards import pieces
-from hvdvae.ps.state import packed, unpacked
+from hvdvae.ps.weights import Weights
 
 
 class Server:
@@ -47,16 +43,22 @@ class Server:
 
         `clip_norm`: global norm at which the mean gradient is clipped (BSP).
         """
-        self._channel, self._plan, self._watchdog = channel, plan, watchdog
-        self._pieces, self._kind = pieces(groups, shard), optimizer
-        self._clip_norm = clip_norm
-        self._sum_over_servers = sum_over_servers
+        self._channel, self._watchdog = channel, watchdog
+        self._is_step = plan.consistency == "bsp"
         length, workers = shard.stop - shard.start, channel.workers
         buffers = buffers if is_last else 0
         self._length = length
-        self.weights = torch.zeros(length, dtype=channel.dtype)
-        self.buffers = torch.zeros(workers, buffers, dtype=channel.dtype)
-        self._mean = torch.empty(length, dtype=channel.dtype) if plan.consistency == "bsp" and workers > 1 else None
+        self._weights = Weights(
+            plan,
+            workers=workers,
+            buffers=buffers,
+            pieces=pieces(groups, shard),
+            length=length,
+            dtype=channel.dtype,
+            optimizer=optimizer,
+            clip_norm=clip_norm,
+            sum_over_servers=sum_over_servers,
+        )
         self._received: list[Tensor] = []
         """What each worker pushed: its own memory, or the buffer that it is received into."""
         self._pulled: list[Tensor | None] = []
@@ -70,20 +72,16 @@ class Server:
         self._policy = policy(
             plan.consistency, range(workers), staleness=plan.staleness or 0, backup=plan.backup_workers
         )
+        self._cut = Cut()
         self._requests: dict[int, Header] = {}
         """The push of each worker that has not been answered."""
         self._arrived = [0.0] * workers
         self._staleness = [0] * workers
         self._late: set[int] = set()
         self._sequence = [0] * workers
-        self._held: deque[tuple[int, Header]] = deque()
-        self._frozen = False
-        self._cut: tuple[int, Header, list[int]] | None = None
         self._done: dict[int, Header] = {}
         self._buried: set[int] = set()
         self._ended_at: dict[int, int] = {}
-        self._rule: Rule
-        self._optimizer: ShardOptimizer
 
     def run(self) -> None:
         """Serve. Blocks until worker 0 quits."""
@@ -109,7 +107,7 @@ class Server:
                 raise WorldError(f"{what} has died (rank {worker}): continue from the last checkpoint with --resume")
             sys.stderr.write(f"hvdvae: worker {worker} has died at step {self._clock(worker)}; the others go on\n")
             self._ended_at[worker] = self._clock(worker)
-            self._held = deque((other, push) for other, push in self._held if other != worker)
+            self._cut.forget(worker)
             self._requests.pop(worker, None)
             self._done.pop(worker, None)
             self._act(self._policy.leave(worker))
@@ -122,56 +120,44 @@ class Server:
     def _hear(self, kind: Kind, worker: int, request: Header) -> None:
         if kind is Kind.INIT:
             self._initialize(worker)
+            self._reply(worker, request)
         elif kind in (Kind.PUSH, Kind.NOTHING):
-            if self._frozen:
-                self._held.append((worker, request))
+            if self._cut.frozen:
+                self._cut.hold(worker, request)
                 self._continue_cut()
             else:
                 self._pushed(worker, request)
         elif kind is Kind.FREEZE:
-            self._frozen = True
+            self._cut.frozen = True
             self._reply(worker, request)
         elif kind is Kind.CUT:
-            self._cut = (worker, request, self._channel.receive_text(worker, TEXT))
+            self._cut.asked = Asked(worker, request, self._channel.receive_text(worker, TEXT))
             self._continue_cut()
         elif kind is Kind.DONE:
             self._ended(worker, request)
 
     def _initialize(self, worker: int) -> None:
         start = self._channel.receive_text(worker, TEXT)
-        self._channel.receive_vector(worker, self.weights, STATE)
-        groups = [
-            {**options, "start": piece.start, "stop": piece.stop}
-            for options, piece in zip(start["options"], self._pieces, strict=True)
-        ]
-        self._optimizer = ShardOptimizer(self.weights, getattr(torch.optim, self._kind), groups)
+        self._channel.receive_vector(worker, self._weights.vector, STATE)
         vectors = []
-        for entry, piece in zip(start["state"], self._pieces, strict=True):
+        for entry, piece in zip(start["state"], self._weights.pieces, strict=True):
             for _ in entry["vectors"]:
-                vectors.append(torch.empty(piece.stop - piece.start, dtype=self.weights.dtype))
+                vectors.append(torch.empty(piece.stop - piece.start, dtype=self._channel.dtype))
                 self._channel.receive_vector(worker, vectors[-1], STATE)
-        unpacked(self._optimizer.optimizer, start["state"], vectors)
-        workers = self._channel.workers
-        self._rule = rule(
-            self._plan.rule,
-            self._optimizer,
-            workers=workers,
-            strength=self._plan.strength_of(),
-            elasticity=self._plan.elasticity_of(workers),
-        )
+        self._weights.start(start["options"], start["state"], vectors)
 
     def _pushed(self, worker: int, request: Header) -> None:
         if self._done and len(self._done) == self._channel.workers - len(self._buried):
             self._begin_again()
         if request[Request.HAS_OPTIONS]:
-            self._optimizer.set_options(self._channel.receive_text(worker, OPTIONS))
+            self._weights.set_options(self._channel.receive_text(worker, OPTIONS))
         if request[Request.KIND] == Kind.PUSH and not self._channel.shares_memory(worker):
             self._channel.flush()  # The buffer may still be on its way out, as an answer.
             self._channel.receive_vector(worker, self._received[worker])
         if request[Request.SEQUENCE] <= self._sequence[worker]:
             # The worker has not had the answer: it gets one, and what it pushed is not applied again.
             self.ledger.duplicates += 1
-            self._reply(worker, request, self._rule.reply(worker) if request[Request.WANTS] else None)
+            self._reply(worker, request, self._weights.answer(worker) if request[Request.WANTS] else None)
             return
         self._sequence[worker] = int(request[Request.SEQUENCE])
         self._requests[worker] = request
@@ -179,7 +165,7 @@ class Server:
         self.ledger.reported(worker, request)
         if request[Request.KIND] == Kind.PUSH:
             self.ledger.totals[Answer.BYTES_PUSHED] += self._received[worker].nbytes
-            self.buffers[worker] = self._received[worker][self._length :]
+            self._weights.buffers[worker] = self._received[worker][self._length :]
         self._act(self._policy.push(worker))
 
     def _act(self, actions: list[Action]) -> None:
@@ -196,41 +182,24 @@ class Server:
     def _apply(self, workers: tuple[int, ...]) -> None:
         requests = {worker: self._requests[worker] for worker in workers}
         stalenesses = {worker: self.version - int(request[Request.VERSION]) for worker, request in requests.items()}
-        is_step = self._plan.consistency == "bsp"
         if any(request[Request.KIND] == Kind.NOTHING for request in requests.values()):
             # In BSP all skip what one must skip, as under allreduce; otherwise it is that worker's affair.
-            self.version += int(is_step)
+            self.version += int(self._is_step)
             return
         for worker, staleness in stalenesses.items():
             self._staleness[worker] = staleness
         first = workers[0]
-        push = self._received[first][: self._length]
-        if len(workers) > 1:
-            assert self._mean is not None
-            push = self._mean.copy_(push)
-            for worker in workers[1:]:
-                push.add_(self._received[worker][: self._length])
-            push.mul_(1 / len(workers))
-        if self._clip_norm is not None:
-            self._clip(push, self._clip_norm)
-        for group, rate in zip(self._optimizer.optimizer.param_groups, requests[first][REQUEST:], strict=True):
-            group["lr"] = float(rate)
-        self._rule.apply(push, first, stalenesses[first])
+        pushes = [self._received[worker][: self._length] for worker in workers]
+        self._weights.update(pushes, requests[first][REQUEST:].tolist(), first, stalenesses[first])
         self.version += 1
         self.ledger.updated(stalenesses)
-
-    def _clip(self, gradient: Tensor, limit: float) -> None:
-        square = self._sum_over_servers(torch.dot(gradient, gradient).double().view(1))
-        norm = float(square) ** 0.5
-        if norm > limit:
-            gradient.mul_(limit / norm)
 
     def _answer(self, worker: int) -> None:
         request = self._requests.pop(worker)
         self.ledger.totals[Answer.QUEUE_SECONDS] += time.perf_counter() - self._arrived[worker]
         if request[Request.WANTS]:
-            self._rule.answered(worker)
-        self._reply(worker, request, self._rule.reply(worker) if request[Request.WANTS] else None)
+            self._weights.answered(worker)
+        self._reply(worker, request, self._weights.answer(worker) if request[Request.WANTS] else None)
 
     def _reply(self, worker: int, request: Header, vector: Tensor | None = None) -> None:
         workers = self._channel.workers
@@ -260,30 +229,20 @@ class Server:
 
     def _continue_cut(self) -> None:
         """Apply what belongs to the cut; once it is complete, send it and go on."""
-        if self._cut is None:
+        for other, push in self._cut.due(self._policy.clocks):
+            self._pushed(other, push)
+        if self._cut.asked is None or not self._cut.is_complete(self._policy.clocks):
             return
-        worker, request, target = self._cut
-        clocks = self._policy.clocks
-        waiting = len(self._held)
-        for _ in range(waiting):
-            other, push = self._held.popleft()
-            if clocks.get(other, 0) < target[other]:
-                self._pushed(other, push)
-            else:
-                self._held.append((other, push))
-        if any(clocks[other] < target[other] for other in clocks):
-            return
-        self._cut, self._frozen = None, False
-        self._reply(worker, request, self.weights)
-        if self.buffers.shape[1]:
-            self._send_state(worker, self.buffers.view(-1))
+        worker, request, _ = self._cut.asked
+        self._reply(worker, request, self._weights.vector)
+        if self._weights.buffers.shape[1]:
+            self._send_state(worker, self._weights.buffers.view(-1))
         if request[Request.WANTS]:
-            manifest, vectors = packed(self._optimizer.optimizer)
+            manifest, vectors = self._weights.state()
             self._channel.send_text(worker, manifest, TEXT)
             for vector in vectors:
                 self._send_state(worker, vector)
-        held, self._held = self._held, deque()
-        for other, push in held:
+        for other, push in self._cut.end():
             self._pushed(other, push)
 
     def _send_state(self, worker: int, vector: Tensor) -> None:
@@ -301,7 +260,7 @@ class Server:
     def _end_if_all_have(self) -> None:
         if self._done and len(self._done) == self._channel.workers - len(self._buried):
             for other, ended in sorted(self._done.items()):
-                self._reply(other, ended, self.weights)
+                self._reply(other, ended, self._weights.vector)
                 self._channel.send_text(other, self._summary(), TEXT)
 
     def _summary(self) -> dict[str, Any]:

@@ -1,10 +1,16 @@
-"""An optimizer's state as a manifest and vectors, to be sent or put back. Shapes: piece of a shard, one a group."""
+"""An optimizer's state as a manifest and vectors, to be sent, put together or put back.
 
+Shapes: vectors of the length of a group, or of the group's piece of a shard.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from hvdvae.ps.shards import cut, pieces
 
 Manifest = list[dict[str, Any]]
 """A group: names of its vectors, in order, under "vectors"; its numbers by name under "numbers"."""
@@ -38,3 +44,20 @@ def unpacked(optimizer: Optimizer, manifest: Manifest, vectors: list[Tensor]) ->
             state[name] = torch.tensor(value, dtype=torch.float32) if isinstance(value, float) else value
         if state:
             optimizer.state[vector] = state
+
+
+def joined(groups: Sequence[slice], states: Sequence[tuple[Manifest, list[Tensor]]]) -> tuple[Manifest, list[Tensor]]:
+    """The state of the whole vector from those of all servers, in order. `groups`: slices of the vector."""
+    manifest, examples = states[0]
+    lengths = [
+        group.stop - group.start for group, entry in zip(groups, manifest, strict=True) for _ in entry["vectors"]
+    ]
+    whole = [torch.empty(length, dtype=like.dtype) for length, like in zip(lengths, examples, strict=True)]
+    for shard, (_, vectors) in zip(cut(groups, len(states)), states, strict=True):
+        parts, targets = iter(vectors), iter(whole)
+        for group, entry, piece in zip(groups, manifest, pieces(groups, shard), strict=True):
+            start = shard.start + piece.start - group.start
+            for _ in entry["vectors"]:
+                part = next(parts)
+                next(targets)[start : start + part.numel()] = part
+    return manifest, whole

@@ -77,7 +77,8 @@ def _ps(
             f"World.create(servers={servers or 1}), under mpirun or srun with two ranks or more"
         )
     plan.check(workers=world.everyone.size - world.servers, servers=world.servers)
-    from hvdvae.strategies.ps import ParameterServer, serve_and_exit
+    from hvdvae.ps.serve import serve_and_exit
+    from hvdvae.strategies.ps import ParameterServer
 
     if world.role == "server":
         serve_and_exit(world, plan)

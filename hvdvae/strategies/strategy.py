@@ -117,15 +117,19 @@ class Strategy(Optimizer):
         self.world.sum_(vector, "average of buffers").div_(self.world.size)
 
     @contextmanager
-    def averaged_buffers(self) -> Iterator[None]:
-        """Inside, float buffers (BatchNorm statistics) are the mean over ranks; after, each rank's own again.
+    def fetched(self, *, state: bool = False) -> Iterator[Tensor]:
+        """Inside, the model holds what is to be evaluated or saved; after, what this rank trains on.
 
-        Blocks; every rank must enter it.
+        Float buffers (BatchNorm statistics) are the mean over ranks; yields each rank's own, (size, F). `state`:
+        `state_dict` is wanted too. Blocks; every rank must enter it where `synchronous`, else it is one rank's affair.
         """
         own = self.flat.buffers.clone()
+        rows = torch.zeros(self.world.size, own.numel())
+        rows[self.world.rank] = own
+        self.world.sum_(rows, "gather of buffers")
         self.average_(self.flat.buffers)
         try:
-            yield
+            yield rows
         finally:
             self.flat.buffers.copy_(own)
 
@@ -184,13 +188,13 @@ class Strategy(Optimizer):
             gradient.div_(scale)  # GradScaler.step without unscale_ leaves that to the optimizer.
         # One pass of BLAS; a third quicker than vector_norm. Not finite beyond 1e19, where no step is worth taking.
         self.gradient_norm = float(torch.dot(gradient, gradient)) ** 0.5
+        self._follow_groups()
         if not _is_finite(self.gradient_norm):
             self.skipped_steps += 1
             self.skip()
             return loss
         if self.clip_norm is not None and self.gradient_norm > self.clip_norm:
             self.flat.gradient.mul_(self.clip_norm / self.gradient_norm)
-        self._follow_groups()
         self.update()
         # A scheduler that was built on the wrapped optimizer asks it whether it has stepped.
         self._wrapped._opt_called = True  # type: ignore[attr-defined]
@@ -203,9 +207,6 @@ class Strategy(Optimizer):
     def skip(self) -> None:
         """In place of `update`, where the gradient is not finite."""
 
-    def fetch(self, *, state: bool = False) -> None:
-        """Bring here what lives elsewhere, to be evaluated or saved; `state`: of the optimizer too."""
-
     def finish(self) -> None:
         """Return once every rank has taken its last step of a run. Every rank must call it."""
 
@@ -217,12 +218,6 @@ class Strategy(Optimizer):
     def results(self) -> dict[str, Any]:
         """What the summary of a run has to say of this strategy, JSON-able. Local, after `finish`."""
         return {}
-
-    def gathered_buffers(self) -> Tensor:
-        """Float buffers of all ranks, (size, F). Blocks; every rank must call it where `synchronous`."""
-        rows = torch.zeros(self.world.size, self.flat.buffers.numel())
-        rows[self.world.rank] = self.flat.buffers
-        return self.world.sum_(rows, "gather of buffers")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; forgets an exchange that was not stepped."""

@@ -26,9 +26,10 @@ import torch
 
 from hvdvae.abort import abort_job
 from hvdvae.deadline import Watchdog
-from hvdvae.errors import ConfigError, WorldError
+from hvdvae.errors import WorldError
 from hvdvae.launcher import Launch, Launcher, detect
 from hvdvae.world.collectives import Alone, Collectives
+from hvdvae.world.join import check_servers, choose_device, import_horovod, join_gloo, join_mpi, split_roles
 
 # Open MPI waits by spinning. Yielding in the spin gives the core to whoever computes on it: Horovod's other thread, a
 # late rank, another job. Read by MPI_Init, so it stands here, before anything of ours imports mpi4py. The user's
@@ -36,6 +37,9 @@ from hvdvae.world.collectives import Alone, Collectives
 os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 # Its shared windows need no UCX, which complains on every host that it does not find its way on.
 os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+# Where ranks may die, not to meet once more in MPI_Finalize: its fence can wait for the dead. `close` has met.
+if os.environ.get("OMPI_MCA_mpi_ft_enable") == "1":  # noqa: SIM112 - MPI spells it so
+    os.environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
 
 DEFAULT_DEADLINE = 300.0
 """Seconds that a rank waits for others before it ends the job."""
@@ -85,20 +89,20 @@ class World:
         MPI's disagree or the library that the launcher needs is missing, ConfigError if too few ranks were started.
         """
         launch = detect(os.environ)
-        _check_servers(servers, launch)
-        chosen = _device(device, launch.local_rank)
+        check_servers(servers, launch)
+        chosen = choose_device(device, launch.local_rank)
         if launch.launcher == "none":
             return cls.alone(device=str(chosen))
         # No watchdog can run before the ranks have met; this one needs no Python, as MPI_Init holds its lock.
         faulthandler.dump_traceback_later(deadline, exit=True)
         try:
             if launch.launcher == "horovodrun-gloo":
-                everyone: Collectives = _join_gloo()
+                everyone: Collectives = join_gloo()
                 inquiry: Any = None
                 comm: Any = None
             else:
-                everyone, inquiry, comm = _join_mpi(launch)
-            carrier = everyone if not servers else _split(comm, comm.rank >= comm.size - servers)
+                everyone, inquiry, comm = join_mpi(launch)
+            carrier = everyone if not servers else split_roles(comm, comm.rank >= comm.size - servers)
         finally:
             faulthandler.cancel_dump_traceback_later()
         watchdog = Watchdog(rank=everyone.rank, size=everyone.size, seconds=deadline, inquiry=inquiry)
@@ -113,7 +117,7 @@ class World:
         """The world of size 1, whatever the environment says."""
         carrier = Alone()
         watchdog = Watchdog(rank=0, size=1, seconds=DEFAULT_DEADLINE)
-        return cls(Launch(launcher="none"), carrier, _device(device, 0), watchdog)
+        return cls(Launch(launcher="none"), carrier, choose_device(device, 0), watchdog)
 
     @property
     def is_first(self) -> bool:
@@ -180,7 +184,7 @@ class World:
             seconds = str(max(1, int(self.watchdog.seconds)))
             os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, int(seconds) // 2)))
             os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", seconds)
-            hvd = _import_horovod()
+            hvd = import_horovod()
             with self.watchdog.waiting("horovod init"):
                 hvd.init(comm=self.comm) if self.comm is not None else hvd.init()
             if hvd.size() != self.size:
@@ -239,90 +243,3 @@ class World:
 
         sys.excepthook = end
         threading.excepthook = end_from_thread
-
-
-def _check_servers(servers: int, launch: Launch) -> None:
-    if servers < 0:
-        raise ConfigError(f"--servers is {servers}, expected at least 1")
-    if not servers:
-        return
-    if launch.launcher == "horovodrun-gloo":
-        raise ConfigError(
-            "--strategy ps under horovodrun --gloo: MPI sees one process there. Start with mpirun, srun or "
-            "horovodrun --mpi"
-        )
-    if servers >= launch.size:
-        raise ConfigError(
-            f"--servers {servers} of {launch.size} started ranks leaves none to train, expected at most "
-            f"{max(launch.size - 1, 0)}: start more, mpirun -np {servers + 1} or above"
-        )
-
-
-def _device(name: str, local_rank: int) -> torch.device:
-    if name == "auto":
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        name = f"cuda:{local_rank % gpus}" if gpus else "cpu"
-    elif name == "cuda" and torch.cuda.is_available():
-        name = f"cuda:{local_rank % torch.cuda.device_count()}"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"--device {name} cannot be used ({str(error).splitlines()[0]}): expected auto, cpu, "
-            "or a GPU that this torch sees"
-        ) from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def _join_mpi(launch: Launch) -> tuple[Collectives, Any, Any]:
-    try:
-        from mpi4py import MPI
-
-        from hvdvae.world.mpi import MpiCollectives, MpiInquiry, can_ask_from_threads
-    except ImportError as error:
-        raise WorldError(
-            f"started by {launch.launcher} with {launch.size} ranks, but mpi4py cannot be imported ({error}): "
-            "run launch/install.sh, or pip install mpi4py against the MPI that launches the job"
-        ) from error
-    if launch.size != MPI.COMM_WORLD.size:
-        raise WorldError(
-            f"{launch.launcher} started {launch.size} ranks, but MPI ({MPI.Get_library_version().split(',')[0]}) "
-            f"counts {MPI.COMM_WORLD.size}: the launcher belongs to another MPI. Use that MPI's own mpirun, or "
-            "`srun --mpi=pmix`; `hvdvae doctor` says which MPI is in use"
-        )
-    carrier = MpiCollectives(MPI.COMM_WORLD)
-    inquiry = MpiInquiry(MPI.COMM_WORLD) if carrier.size > 1 and can_ask_from_threads() else None
-    return carrier, inquiry, carrier.comm
-
-
-def _split(comm: Any, color: bool) -> Collectives:
-    """The collectives of the ranks of one role."""
-    from hvdvae.world.mpi import MpiCollectives
-
-    part = comm.Split(int(color), comm.rank)
-    try:
-        return MpiCollectives(part)
-    finally:
-        part.Free()
-
-
-def _join_gloo() -> Collectives:
-    _import_horovod()
-    from hvdvae.world.gloo import HorovodCollectives
-
-    return HorovodCollectives()
-
-
-def _import_horovod() -> Any:
-    # Users may make process sets at any time, not only before Horovod starts.
-    os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
-    try:
-        import horovod.torch
-    except Exception as error:  # Horovod raises whatever its extension raises where MPI or torch changed under it.
-        raise WorldError(
-            f"Horovod cannot be imported ({error}): run launch/install.sh, or choose --engine mpi or --strategy local"
-        ) from error
-    return horovod.torch

@@ -1,5 +1,6 @@
 """Laws 2, 3, 6, 7 of the parameter server, at every split of the ranks into workers and servers."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from hvdvae.errors import ConfigError
 from hvdvae.ps.plan import Plan
+from hvdvae.ps.protocol import HEADER, Kind, Request
 from hvdvae.strategies import DistributedOptimizer
 from hvdvae.world import World
 from tests.parallel.regression import OPTIMIZERS, loss_of, weights
@@ -68,7 +70,7 @@ def plain(kind: type[nn.Module], build: Callable[..., Optimizer], each_step: Any
 @contextmanager
 def served(world: World, servers: int, plan: Plan, kind: type[nn.Module], build: Any, **options: Any) -> Iterator[Any]:
     """On workers (optimizer, model, world of the workers), all connected; None on servers, once they have served."""
-    from hvdvae.strategies.ps import serve
+    from hvdvae.ps.serve import serve
 
     if world.launcher in ("none", "horovodrun-gloo") or not 1 <= servers < world.size:
         pytest.skip(f"needs MPI and more than {servers} ranks")
@@ -113,6 +115,16 @@ def splits(world: World) -> list[int]:
     return [servers for servers in (1, 2, 3) if servers < world.size and EXAMPLES % (world.size - servers) == 0]
 
 
+def workers_at_every_split(
+    world: World, plan: Plan, kind: type[nn.Module], build: Any, **options: Any
+) -> Iterator[Any]:
+    """(optimizer, model, world of the workers) for each number of servers; servers serve, and get none."""
+    for servers in splits(world):
+        with served(world, servers, plan, kind, build, **options) as worker:
+            if worker:
+                yield worker
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("plan", [*ALWAYS_ALIKE, *WITHOUT_DELAY], ids=str)
 def test_one_worker_is_local_training_bit_for_bit(world: World, name: str, plan: Plan) -> None:
@@ -130,14 +142,14 @@ def test_one_worker_is_local_training_bit_for_bit(world: World, name: str, plan:
             return
         train(*worker)
         optimizer, ours, _ = worker
-        optimizer.fetch(state=True)
-        with optimizer.averaged_buffers():
+        with optimizer.fetched(state=True):
             for (key, mine), theirs in zip(ours.state_dict().items(), model.state_dict().values(), strict=True):
                 assert torch.equal(mine, theirs), key
-        theirs = local.state_dict()["state"]
-        for number, entries in optimizer.state_dict()["state"].items():
-            for key, value in entries.items():
-                assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[number][key])), (number, key)
+            theirs, found = local.state_dict()["state"], optimizer.state_dict()["state"]
+            assert found.keys() == theirs.keys()
+            for number, entries in found.items():
+                for key, value in entries.items():
+                    assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[number][key])), (number, key)
 
 
 @pytest.mark.parametrize("servers", [1, 2, 3])
@@ -176,27 +188,20 @@ def test_schedules_and_changed_options_act_on_the_servers(world: World) -> None:
             group["lr"] *= 0.7
         optimizer.param_groups[1]["weight_decay"] = 0.1 * step
 
-    for servers in splits(world):
-        with served(world, servers, Plan(consistency="bsp"), Smooth, two_groups) as worker:
-            if worker:
-                train(*worker, change)
-                torch.testing.assert_close(
-                    weights(worker[1]), weights(plain(Smooth, two_groups, change)), atol=3e-6, rtol=2e-5
-                )
+    for worker in workers_at_every_split(world, Plan(consistency="bsp"), Smooth, two_groups):
+        train(*worker, change)
+        torch.testing.assert_close(weights(worker[1]), weights(plain(Smooth, two_groups, change)), atol=3e-6, rtol=2e-5)
 
 
 def test_bsp_clips_the_mean_gradient(world: World) -> None:
     def clip(step: int, optimizer: Optimizer) -> None:
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 0.05)
 
-    for servers in splits(world):
-        plan = Plan(consistency="bsp")
-        with served(world, servers, plan, Smooth, OPTIMIZERS["sgd"], clip_norm=0.05) as worker:
-            if worker:
-                train(*worker)
-                torch.testing.assert_close(
-                    weights(worker[1]), weights(plain(Smooth, OPTIMIZERS["sgd"], clip)), atol=3e-6, rtol=2e-5
-                )
+    for worker in workers_at_every_split(world, Plan(consistency="bsp"), Smooth, OPTIMIZERS["sgd"], clip_norm=0.05):
+        train(*worker)
+        torch.testing.assert_close(
+            weights(worker[1]), weights(plain(Smooth, OPTIMIZERS["sgd"], clip)), atol=3e-6, rtol=2e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -215,31 +220,27 @@ def test_bsp_clips_the_mean_gradient(world: World) -> None:
 )
 def test_every_push_is_applied_once_and_the_bound_holds(world: World, plan: Plan) -> None:
     """Law 3, counted on both sides, with workers of different speed; and all end with the same weights."""
-    for servers in splits(world):
-        with served(world, servers, plan, Smooth, OPTIMIZERS["sgd"]) as worker:
-            if not worker:
-                continue
-            optimizer, model, mine = worker
-            lags = []
+    for optimizer, model, mine in workers_at_every_split(world, plan, Smooth, OPTIMIZERS["sgd"]):
+        lags = []
 
-            def slow(step: int, optimizer: Any, mine: World = mine, lags: list[int] = lags) -> None:
-                if mine.rank == 0:
-                    torch.randn(300, 300) @ torch.randn(300, 300)
-                clocks = optimizer.client.clocks
-                lags.append(clocks[mine.rank] - min(clocks))
+        def slow(step: int, optimizer: Any, mine: World = mine, lags: list[int] = lags) -> None:
+            if mine.rank == 0:
+                torch.randn(300, 300) @ torch.randn(300, 300)
+            clocks = optimizer.client.clocks
+            lags.append(clocks[mine.rank] - min(clocks))
 
-            train(optimizer, model, mine, slow)
-            if plan.consistency == "ssp":
-                assert plan.staleness is not None
-                assert max(lags) <= plan.staleness
-            for ledger in optimizer.ledgers:
-                assert ledger["applied_by_worker"] == [STEPS] * mine.size
-                assert ledger["pushes"] == STEPS * mine.size == sum(ledger["staleness_histogram"].values())
-                assert ledger["duplicate_pushes"] == ledger["dropped_pushes"] == 0
-                assert ledger["updates"] == (STEPS if plan.consistency == "bsp" else STEPS * mine.size)
-            final = weights(model)
-            assert mine.gather_bytes(final.numpy().tobytes()) == [final.numpy().tobytes()] * mine.size
-            assert float((final - weights(Smooth(100))).norm()) > 0.01
+        train(optimizer, model, mine, slow)
+        if plan.consistency == "ssp":
+            assert plan.staleness is not None
+            assert max(lags) <= plan.staleness
+        for ledger in optimizer.ledgers:
+            assert ledger["applied_by_worker"] == [STEPS] * mine.size
+            assert ledger["pushes"] == STEPS * mine.size == sum(ledger["staleness_histogram"].values())
+            assert ledger["duplicate_pushes"] == ledger["dropped_pushes"] == 0
+            assert ledger["updates"] == (STEPS if plan.consistency == "bsp" else STEPS * mine.size)
+        final = weights(model)
+        assert mine.gather_bytes(final.numpy().tobytes()) == [final.numpy().tobytes()] * mine.size
+        assert float((final - weights(Smooth(100))).norm()) > 0.01
 
 
 def test_backup_workers_drop_what_comes_late(world: World) -> None:
@@ -259,13 +260,10 @@ def test_backup_workers_drop_what_comes_late(world: World) -> None:
 @pytest.mark.parametrize("plan", [Plan(rule="easgd", push_every=2), Plan(push_every=2, fetch_every=4)], ids=str)
 def test_workers_that_step_by_themselves_come_together(world: World, plan: Plan) -> None:
     """Elastic averaging, and Downpour with periods: fewer messages, and the loss falls."""
-    for servers in splits(world):
-        with served(world, servers, plan, Smooth, OPTIMIZERS["sgd"]) as worker:
-            if worker:
-                optimizer, model, mine = worker
-                train(optimizer, model, mine)
-                assert optimizer.ledgers[0]["pushes"] == STEPS // 2 * mine.size
-                assert loss_of(model, *data()).item() < loss_of(Smooth(100), *data()).item()
+    for optimizer, model, mine in workers_at_every_split(world, plan, Smooth, OPTIMIZERS["sgd"]):
+        train(optimizer, model, mine)
+        assert optimizer.ledgers[0]["pushes"] == STEPS // 2 * mine.size
+        assert loss_of(model, *data()).item() < loss_of(Smooth(100), *data()).item()
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(world: World) -> None:
@@ -288,38 +286,67 @@ def test_a_gradient_that_is_not_finite_changes_nothing(world: World) -> None:
 
 def test_a_copy_is_of_one_moment_on_all_servers(world: World) -> None:
     """While the others push, worker 0 copies: every server has applied the same pushes in it."""
-    for servers in splits(world):
-        with served(world, servers, Plan(), Smooth, OPTIMIZERS["adam"]) as worker:
-            if not worker:
-                continue
-            optimizer, model, mine = worker
+    for optimizer, model, mine in workers_at_every_split(world, Plan(), Smooth, OPTIMIZERS["adam"]):
 
-            def copy(step: int, optimizer: Any, mine: World = mine) -> None:
-                if mine.rank == 0 and step:
-                    optimizer.fetch(state=True)
+        def copy(step: int, optimizer: Any, mine: World = mine) -> None:
+            if mine.rank == 0 and step:
+                with optimizer.fetched(state=True):
                     steps = {float(entries["step"]) for entries in optimizer.state_dict()["state"].values()}
-                    assert len(steps) == 1, "Adam counts its steps: pieces of all servers have taken the same"
+                assert len(steps) == 1, "Adam counts its steps: pieces of all servers have taken the same"
 
-            train(optimizer, model, mine, copy)
+        train(optimizer, model, mine, copy)
 
 
 def test_a_push_that_is_sent_again_is_applied_once(world: World) -> None:
     """As a worker does that has waited in vain for the answer."""
-    for servers in splits(world):
-        with served(world, servers, Plan(), Smooth, OPTIMIZERS["sgd"]) as worker:
-            if not worker:
-                continue
-            optimizer, model, mine = worker
+    for optimizer, model, mine in workers_at_every_split(world, Plan(), Smooth, OPTIMIZERS["sgd"]):
 
-            def again(step: int, optimizer: Any) -> None:
-                if step == 3:
-                    optimizer.client._sequence -= 1
-                    optimizer.update()
+        def again(step: int, optimizer: Any) -> None:
+            if step == 3:
+                optimizer.client._sequence -= 1
+                optimizer.update()
 
-            train(optimizer, model, mine, again)
-            for ledger in optimizer.ledgers:
-                assert ledger["duplicate_pushes"] == mine.size
-                assert ledger["applied_by_worker"] == [STEPS] * mine.size
+        train(optimizer, model, mine, again)
+        for ledger in optimizer.ledgers:
+            assert ledger["duplicate_pushes"] == mine.size
+            assert ledger["applied_by_worker"] == [STEPS] * mine.size
+
+
+@pytest.mark.parametrize("plan", [Plan(rule="easgd", push_every=2), Plan(push_every=2, fetch_every=4)], ids=str)
+def test_a_copy_leaves_a_worker_what_is_its_own(world: World, plan: Plan) -> None:
+    """Where workers step by themselves, worker 0 has the servers' weights only while it evaluates or saves them."""
+    for optimizer, model, mine in workers_at_every_split(world, plan, Smooth, OPTIMIZERS["adam"]):
+
+        def copy(step: int, optimizer: Any, model: nn.Module = model, mine: World = mine) -> None:
+            if mine.rank == 0 and step == STEPS - 1:
+                own, state = weights(model), optimizer.state_dict()["state"]
+                with optimizer.fetched(state=True):
+                    assert not torch.equal(weights(model), own)
+                assert torch.equal(weights(model), own)
+                torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
+
+        train(optimizer, model, mine, copy)
+
+
+def test_no_push_overtakes_the_first_weights(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPI keeps order between two ranks only: a server may hear worker 1 before worker 0."""
+    from hvdvae.ps.channel import Channel
+
+    receive, has_overtaken = Channel.receive, []
+
+    def late(channel: Channel, *source: int) -> Any:
+        found = receive(channel, *source)
+        if channel.rank >= channel.workers > 1 and found[1][Request.KIND] == Kind.INIT:
+            give_up = time.monotonic() + 0.2
+            while time.monotonic() < give_up and not has_overtaken:
+                if channel.comm.Iprobe(1, HEADER):
+                    has_overtaken.append(channel.rank)
+        return found
+
+    monkeypatch.setattr(Channel, "receive", late)
+    for worker in workers_at_every_split(world, Plan(), Smooth, OPTIMIZERS["sgd"]):
+        train(*worker)
+    assert not has_overtaken, "worker 1 has pushed before the servers had the weights"
 
 
 def test_optimizers_that_need_whole_tensors_are_refused(world: World) -> None:

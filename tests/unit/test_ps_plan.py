@@ -6,7 +6,8 @@ import pytest
 
 from hvdvae.errors import ConfigError, WorldError
 from hvdvae.ps.ledger import quantiles
-from hvdvae.ps.plan import Plan, check_hello
+from hvdvae.ps.meeting import check_hello
+from hvdvae.ps.plan import Plan
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,202 @@
+"""How a worker's step becomes pushes and pulls: at every step, ahead of the next step, or once a period.
+
+Shapes: P parameters, F elements of float buffers. `client.outgoing` (P + F) is what is pushed, `client.incoming` (P)
+what was pulled.
+"""
+
+import time
+from abc import abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hvdvae.deadline import Watchdog
+from hvdvae.flat import FlatModel
+from hvdvae.ps.client import Client
+from hvdvae.ps.plan import Plan
+from hvdvae.ps.report import Report
+
+
+class Exchange:
+    """One way. `inner` is the flat optimizer: its groups hold the options that the servers shall use."""
+
+    shares_vectors = False
+    """Whether the model's gradient and parameters are to lie in the client's vectors, and need no copy."""
+    steps_itself = False
+    """Whether the worker has weights and an optimizer's state of its own, not only the servers'."""
+
+    def __init__(self, client: Client, flat: FlatModel, inner: Optimizer, plan: Plan, watchdog: Watchdog) -> None:
+        """Take the parts."""
+        self.client, self.flat, self.inner, self.plan = client, flat, inner, plan
+        self.report = Report()
+        self._watchdog = watchdog
+        self._options: list[dict[str, Any]] | None = None
+
+    @abstractmethod
+    def step(self, *, finite: bool) -> None:
+        """Do with the gradient vector what this way does. Blocks until the policy lets this worker go on."""
+
+    def settle(self) -> None:
+        """Return once nothing is under way. Blocks."""
+
+    def take(self) -> None:
+        """Let the model have the weights that were pulled last."""
+        if self.flat.parameters.data_ptr() != self.client.incoming.data_ptr():
+            self.flat.parameters.copy_(self.client.incoming)
+
+    def close(self) -> None:
+        """Give back what this way needed."""
+
+    @property
+    def _gradient(self) -> Tensor:
+        """The part of `outgoing` before the buffers, (P,)."""
+        return self.client.outgoing[: self.flat.gradient.numel()]
+
+    def _push(self, *, finite: bool, pull: bool, versions: NDArray[np.float64]) -> None:
+        buffers = self.flat.buffers
+        if buffers.numel():
+            self.client.outgoing[-buffers.numel() :] = buffers
+        self.client.push(
+            [float(group["lr"]) for group in self.inner.param_groups],
+            self.report.taken(),
+            options=self._changed_options(),
+            versions=versions,
+            finite=finite,
+            pull=pull,
+        )
+
+    def _changed_options(self) -> list[dict[str, Any]] | None:
+        options = plain_options(self.inner)
+        for group in options:
+            group.pop("lr")  # Every push has it.
+        if options == self._options:
+            return None
+        self._options = options
+        return options
+
+    @contextmanager
+    def _blocked(self) -> Iterator[None]:
+        start = time.perf_counter()
+        with self._watchdog.waiting("answer of the parameter servers"):
+            yield
+        self.report.add_blocked(time.perf_counter() - start)
+
+
+class EveryStep(Exchange):
+    """Push the gradient, wait for the weights."""
+
+    shares_vectors = True
+
+    def step(self, *, finite: bool) -> None:
+        """Blocks for a round trip."""
+        with self._blocked():
+            self._push(finite=finite, pull=True, versions=self.client.versions)
+
+
+class Ahead(Exchange):
+    """Take the weights that the last push brought, and push this gradient while the next one is computed.
+
+    So every gradient is of weights one pull older than with EveryStep, and its push says so.
+    """
+
+    def __init__(self, client: Client, flat: FlatModel, inner: Optimizer, plan: Plan, watchdog: Watchdog) -> None:
+        """Start the thread that pushes."""
+        super().__init__(client, flat, inner, plan, watchdog)
+        self._thread = ThreadPoolExecutor(1, "hvdvae-ps")
+        self._under_way: Future[None] | None = None
+        self._computing = client.versions
+
+    def step(self, *, finite: bool) -> None:
+        """Blocks while the last push is under way."""
+        computed_with = self._computing
+        self.settle()
+        self._gradient.copy_(self.flat.gradient)
+        self._under_way = self._thread.submit(self._push, finite=finite, pull=True, versions=computed_with)
+
+    def settle(self) -> None:
+        """Wait for the push that is under way, and compute with the weights that it brought."""
+        if self._under_way is None:
+            return
+        with self._blocked():
+            self._under_way.result()
+        self._under_way = None
+        self.take()
+
+    def take(self) -> None:
+        """Compute with the weights that were pulled last; the next push says so."""
+        super().take()
+        self._computing = self.client.versions
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown()
+
+
+class Periodic(Exchange):
+    """The worker's own optimizer steps; every `push_every` steps the sum of gradients goes to the servers.
+
+    Every `pull_every` steps the servers' weights replace its own (Dean et al. 2012, Downpour SGD).
+    """
+
+    steps_itself = True
+    _steps = 0
+
+    def step(self, *, finite: bool) -> None:
+        """Blocks where a period ends."""
+        if finite:
+            self.inner.step()
+            self._gradient.add_(self.flat.gradient)
+        self._steps += 1
+        if self._steps % self.plan.push_every:
+            return
+        pull = self._steps % self.plan.pull_every == 0
+        with self._blocked():
+            self._push(finite=True, pull=pull, versions=self.client.versions)
+        if pull:
+            self.take()
+        self._gradient.zero_()
+
+
+class Elastic(Exchange):
+    """The worker's own optimizer steps; every `push_every` steps it and the center pull at each other.
+
+    The worker pushes its weights, and the answer is the elastic force (Zhang et al. 2015, EASGD).
+    """
+
+    steps_itself = True
+    _steps = 0
+
+    def step(self, *, finite: bool) -> None:
+        """Blocks where a period ends."""
+        if finite:
+            self.inner.step()
+        self._steps += 1
+        if self._steps % self.plan.push_every:
+            return
+        self._gradient.copy_(self.flat.parameters)
+        with self._blocked():
+            self._push(finite=True, pull=True, versions=self.client.versions)
+        self.flat.parameters.sub_(self.client.incoming)
+
+
+def exchange_of(plan: Plan) -> type[Exchange]:
+    """The way that a plan asks for."""
+    if plan.rule == "easgd":
+        return Elastic
+    if plan.pull_every > 1:
+        return Periodic
+    return Ahead if plan.prefetch else EveryStep
+
+
+def plain_options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The options of each parameter group, JSON-able."""
+    return [
+        {key: float(value) if isinstance(value, Tensor) else value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]

@@ -1,0 +1,105 @@
+"""The steps by which a process joins a world: its device, its libraries, its communicators."""
+
+import os
+from typing import Any
+
+import torch
+
+from hvdvae.errors import ConfigError, WorldError
+from hvdvae.launcher import Launch
+from hvdvae.world.collectives import Collectives
+
+
+def check_servers(servers: int, launch: Launch) -> None:
+    """Raises ConfigError where so many ranks of this launch cannot be servers."""
+    if servers < 0:
+        raise ConfigError(f"--servers is {servers}, expected at least 1")
+    if not servers:
+        return
+    if launch.launcher == "horovodrun-gloo":
+        raise ConfigError(
+            "--strategy ps under horovodrun --gloo: MPI sees one process there. Start with mpirun, srun or "
+            "horovodrun --mpi"
+        )
+    if servers >= launch.size:
+        raise ConfigError(
+            f"--servers {servers} of {launch.size} started ranks leaves none to train, expected at most "
+            f"{max(launch.size - 1, 0)}: start more, mpirun -np {servers + 1} or above"
+        )
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """The device that --device names; auto is a GPU by local rank where there is one. Raises ConfigError."""
+    if name == "auto":
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        name = f"cuda:{local_rank % gpus}" if gpus else "cpu"
+    elif name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{local_rank % torch.cuda.device_count()}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"--device {name} cannot be used ({str(error).splitlines()[0]}): expected auto, cpu, "
+            "or a GPU that this torch sees"
+        ) from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def join_mpi(launch: Launch) -> tuple[Collectives, Any, Any]:
+    """Collectives, the watchdogs' inquiry (None where MPI has no threads), and the communicator of all ranks.
+
+    Blocks; every rank must call it. Raises WorldError where MPI is missing or is not the launcher's.
+    """
+    try:
+        from mpi4py import MPI
+
+        from hvdvae.world.mpi import MpiCollectives, MpiInquiry, can_ask_from_threads
+    except ImportError as error:
+        raise WorldError(
+            f"started by {launch.launcher} with {launch.size} ranks, but mpi4py cannot be imported ({error}): "
+            "run launch/install.sh, or pip install mpi4py against the MPI that launches the job"
+        ) from error
+    if launch.size != MPI.COMM_WORLD.size:
+        raise WorldError(
+            f"{launch.launcher} started {launch.size} ranks, but MPI ({MPI.Get_library_version().split(',')[0]}) "
+            f"counts {MPI.COMM_WORLD.size}: the launcher belongs to another MPI. Use that MPI's own mpirun, or "
+            "`srun --mpi=pmix`; `hvdvae doctor` says which MPI is in use"
+        )
+    carrier = MpiCollectives(MPI.COMM_WORLD)
+    inquiry = MpiInquiry(MPI.COMM_WORLD) if carrier.size > 1 and can_ask_from_threads() else None
+    return carrier, inquiry, carrier.comm
+
+
+def split_roles(comm: Any, color: bool) -> Collectives:
+    """Collectives of the ranks of `comm` that have the same color. Blocks; every rank must call it."""
+    from hvdvae.world.mpi import MpiCollectives
+
+    part = comm.Split(int(color), comm.rank)
+    try:
+        return MpiCollectives(part)
+    finally:
+        part.Free()
+
+
+def join_gloo() -> Collectives:
+    """Collectives over Horovod, where there is no MPI. Blocks; every rank must call it."""
+    import_horovod()
+    from hvdvae.world.gloo import HorovodCollectives
+
+    return HorovodCollectives()
+
+
+def import_horovod() -> Any:
+    """Horovod's torch module, not started. Raises WorldError where it cannot be imported."""
+    # Users may make process sets at any time, not only before Horovod starts.
+    os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
+    try:
+        import horovod.torch
+    except Exception as error:  # Horovod raises whatever its extension raises where MPI or torch changed under it.
+        raise WorldError(
+            f"Horovod cannot be imported ({error}): run launch/install.sh, or choose --engine mpi or --strategy local"
+        ) from error
+    return horovod.torch
