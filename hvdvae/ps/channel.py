@@ -61,7 +61,7 @@ class Channel:
         self.comm.Barrier()
         self._bell.unlink()
         memory.forget(f"hvdvae-{token}-{self.rank}")
-        self._sends: list[tuple[MPI.Request, Any]] = []
+        self._sends: list[tuple[int, MPI.Request, Any]] = []
         self.dead: set[int] = set()
 
     def shares_memory(self, other: int) -> bool:
@@ -83,9 +83,9 @@ class Channel:
         for start in range(0, array.size, MAX_COUNT):
             self._post(array[start : start + MAX_COUNT], to, tag)
 
-    def flush(self) -> None:
-        """Return when all that was sent may be changed. Blocks."""
-        while self._drop_finished_sends():
+    def flush(self, to: int) -> None:
+        """Return when all that was sent to this rank may be changed. Blocks; on nobody else, who may have stopped."""
+        while any(receiver == to for receiver, _, _ in self._unfinished_sends()):
             self._bell.sleep()
 
     def receive_vector(self, source: int, into: Tensor, tag: int = VECTOR) -> None:
@@ -132,21 +132,21 @@ class Channel:
         self.dead |= new
         return PeersDied(new)
 
-    def _drop_finished_sends(self) -> int:
+    def _unfinished_sends(self) -> list[tuple[int, MPI.Request, Any]]:
         left = []
-        for request, kept in self._sends:
+        for to, request, kept in self._sends:
             try:
                 if not request.Test():
-                    left.append((request, kept))
+                    left.append((to, request, kept))
             except MPI.Exception as error:
                 self.dead |= acknowledged_deaths(self.comm, error)
         self._sends = left
-        return len(left)
+        return left
 
     def _post(self, array: NDArray[Any], to: int, tag: int) -> None:
-        self._drop_finished_sends()
+        self._unfinished_sends()
         try:
-            self._sends.append((self.comm.Isend(array, to, tag), array))
+            self._sends.append((to, self.comm.Isend(array, to, tag), array))
         except MPI.Exception as error:
             self.dead |= acknowledged_deaths(self.comm, error)
 

@@ -160,7 +160,7 @@ class Client:
         """Worker 0: end the servers. Does not wait for them."""
         for server in self._servers:
             self._channel.send(server, self._request(Kind.QUIT))
-        self._channel.flush()
+            self._channel.flush(server)
 
     def _request(self, kind: Kind, report: NDArray[np.float64] | None = None, groups: int = 0) -> Header:
         request = np.zeros(REQUEST + groups)
@@ -178,8 +178,8 @@ class Client:
                 self._channel.receive_vector(server, self.incoming[self._shards[number]])
             if pull:
                 self._versions[number] = answer[Answer.VERSION]
+            self._channel.flush(server)
             answers.append(answer)
-        self._channel.flush()
         self.answer = answers[0]
         for field in (Answer.BYTES_PUSHED, Answer.BYTES_PULLED):
             self.answer[field] = sum(answer[field] for answer in answers)

@@ -152,7 +152,7 @@ class Server:
         if request[Request.HAS_OPTIONS]:
             self._weights.set_options(self._channel.receive_text(worker, OPTIONS))
         if request[Request.KIND] == Kind.PUSH and not self._channel.shares_memory(worker):
-            self._channel.flush()  # The buffer may still be on its way out, as an answer.
+            self._channel.flush(worker)  # The buffer may still be on its way out, as an answer.
             self._channel.receive_vector(worker, self._received[worker])
         if request[Request.SEQUENCE] <= self._sequence[worker]:
             # The worker has not had the answer: it gets one, and what it pushed is not applied again.
@@ -223,7 +223,7 @@ class Server:
         self._channel.send(worker, header)
         if vector is not None and pulled is None:
             # From the buffer of this worker, whose push is done with: the weights may change while they travel.
-            self._channel.flush()
+            self._channel.flush(worker)
             outgoing = self._received[worker][: self._length]
             self._channel.send_vector(worker, outgoing.copy_(vector))
 
@@ -247,7 +247,7 @@ class Server:
 
     def _send_state(self, worker: int, vector: Tensor) -> None:
         self._channel.send_vector(worker, vector, STATE)
-        self._channel.flush()
+        self._channel.flush(worker)
 
     def _ended(self, worker: int, request: Header) -> None:
         self.ledger.reported(worker, request)

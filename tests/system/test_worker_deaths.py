@@ -12,12 +12,12 @@ import sys
 import time
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
 import pytest
 
-from tests.system.conftest import Launch, clean_environment
+from tests.system.conftest import clean_environment
+from tests.system.worker_jobs import BATCH, EXAMPLES, WORKERS, await_first_epoch, start, worker
 
-WORKERS, EPOCHS, EXAMPLES, BATCH = 3, 6, 1457, 10
+EPOCHS, MPIRUN = 6, "mpirun --with-ft ulfm"
 PLANS = (
     "--consistency asp",
     "--consistency ssp --staleness 1",
@@ -45,40 +45,9 @@ def has_ulfm() -> bool:
     return found.returncode == 0
 
 
-def start(folder: Path, plan: str) -> Launch:
-    """A job of three workers on the embedded digits."""
-    servers = 2 if "--servers 2" in plan else 1
-    run = f"--batch-size {BATCH} --epochs {EPOCHS} --nll-samples 2 --pictures-every 0 --threads 1 --out run"
-    command = f"mpirun --with-ft ulfm --bind-to none -n {WORKERS + servers} {sys.executable} -m hvdvae train"
-    return Launch(f"{command} --data digits --strategy ps {plan} {run}".split(), clean_environment(), folder)
-
-
-def worker(job: Launch, rank: int) -> psutil.Process:
-    """The process of a rank. Waits until it is there."""
-    give_up = time.monotonic() + 60
-    while time.monotonic() < give_up:
-        for child in psutil.Process(job.process.pid).children(recursive=True):
-            try:
-                if child.environ().get("OMPI_COMM_WORLD_RANK") == str(rank) and "hvdvae" in child.cmdline():
-                    return child
-            except psutil.Error:
-                continue
-        time.sleep(0.05)
-    raise AssertionError(f"rank {rank} did not start")
-
-
-def await_first_epoch(folder: Path) -> None:
-    """Return once an epoch has ended."""
-    metrics = folder / "run" / "metrics.jsonl"
-    give_up = time.monotonic() + 60
-    while not (metrics.exists() and "epoch" in metrics.read_text()):
-        assert time.monotonic() < give_up, "no epoch ended"
-        time.sleep(0.02)
-
-
 def kill_one(folder: Path, plan: str, *, victim: int, delay: float) -> None:
     """Kill a worker so many seconds after training began; check that nothing was lost and nobody hung."""
-    job = start(folder, plan)
+    job = start(folder, plan, epochs=EPOCHS, mpirun=MPIRUN)
     try:
         process = worker(job, victim)
         await_first_epoch(folder)
@@ -112,7 +81,7 @@ def test_the_others_go_on_and_take_over_its_share(tmp_path: Path, plan: str) -> 
 def test_rank_0_keeps_the_log_so_its_death_ends_the_job(tmp_path: Path) -> None:
     if not has_ulfm():
         pytest.skip("this MPI has no ULFM")
-    job = start(tmp_path, "--consistency asp")
+    job = start(tmp_path, "--consistency asp", epochs=EPOCHS, mpirun=MPIRUN)
     process = worker(job, 0)
     await_first_epoch(tmp_path)
     process.send_signal(signal.SIGKILL)

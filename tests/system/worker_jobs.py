@@ -1,0 +1,42 @@
+"""Jobs over parameter servers, on the embedded digits, whose workers a test kills or stops."""
+
+import sys
+import time
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+from tests.system.conftest import Launch, clean_environment
+
+WORKERS, EXAMPLES, BATCH = 3, 1457, 10
+
+
+def start(folder: Path, plan: str, *, epochs: int, mpirun: str = "mpirun") -> Launch:
+    """A job of three workers, and of servers as the plan says."""
+    servers = 2 if "--servers 2" in plan else 1
+    run = f"--batch-size {BATCH} --epochs {epochs} --nll-samples 2 --pictures-every 0 --threads 1 --out run"
+    command = f"{mpirun} --bind-to none --map-by :OVERSUBSCRIBE -n {WORKERS + servers} {sys.executable} -m hvdvae train"
+    return Launch(f"{command} --data digits --strategy ps {plan} {run}".split(), clean_environment(), folder)
+
+
+def worker(job: Launch, rank: int) -> psutil.Process:
+    """The process of a rank. Waits until it is there."""
+    give_up = time.monotonic() + 60
+    while time.monotonic() < give_up:
+        for child in psutil.Process(job.process.pid).children(recursive=True):
+            try:
+                if child.environ().get("OMPI_COMM_WORLD_RANK") == str(rank) and "hvdvae" in child.cmdline():
+                    return child
+            except psutil.Error:
+                continue
+        time.sleep(0.05)
+    raise AssertionError(f"rank {rank} did not start")
+
+
+def await_first_epoch(folder: Path) -> None:
+    """Return once an epoch has ended."""
+    metrics = folder / "run" / "metrics.jsonl"
+    give_up = time.monotonic() + 60
+    while not (metrics.exists() and "epoch" in metrics.read_text()):
+        assert time.monotonic() < give_up, "no epoch ended"
+        time.sleep(0.02)
