@@ -132,6 +132,8 @@ class ServerOptions:
     """Steps that a worker may be ahead of the slowest (ssp)."""
     backup_workers: int = 0
     """Slowest workers of a step that it does not wait for (bsp)."""
+    replicas: int = 0
+    """Backups of each server, 0 or 1: ranks that take over where it dies (mpirun --with-ft ulfm)."""
     rule: Literal["plain", "staleness-lr", "dcasgd", "dcasgd-a", "easgd"] = "plain"
     """How a push changes the weights: the optimizer's step; at lr / staleness; delay compensated; elastic averaging."""
     dc_strength: float | None = None
@@ -230,6 +232,7 @@ _AT_LEAST: dict[str, float] = {
     "fetch_every": 1,
     "staleness": 0,
     "backup_workers": 0,
+    "replicas": 0,
     "dc_strength": 0,
     "validation": 1,
     "skip_limit": 1,

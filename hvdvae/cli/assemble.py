@@ -99,6 +99,7 @@ def plan(config: TrainConfig) -> Plan:
         consistency=config.consistency,
         staleness=config.staleness,
         backup_workers=config.backup_workers,
+        replicas=config.replicas,
         rule=config.rule,
         strength=config.dc_strength,
         elasticity=config.elasticity,

@@ -36,7 +36,7 @@ def train(asked: Asked) -> int:
     """Run the whole job. Blocks; every rank must call it. Returns the exit status."""
     started = time.time()
     asked.check(detect(os.environ))
-    servers = asked.values["servers"] if asked.values["strategy"] == "ps" else 0
+    servers = asked.values["servers"] * (1 + asked.values["replicas"]) if asked.values["strategy"] == "ps" else 0
     world = World.create(device=asked.values["device"], deadline=asked.values["deadline"], servers=servers)
     config = agreed_config(asked, world)
     world.watchdog.seconds = config.deadline

@@ -6,6 +6,7 @@ A worker has two vectors: `outgoing` (P + F), what it pushes, and `incoming` (P)
 
 import json
 import secrets
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,18 @@ class PeersDied(Exception):
 class Channel:
     """One process's end. Ranks are those of `comm`: workers first, then servers."""
 
-    def __init__(self, comm: MPI.Intracomm, workers: int, lengths: tuple[int, int], dtype: torch.dtype) -> None:
-        """Duplicate `comm` and map shared memory. `lengths`: P and F. Blocks; every rank of `comm` must call it."""
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        workers: int,
+        lengths: tuple[int, int],
+        dtype: torch.dtype,
+        peers: Iterable[int],
+    ) -> None:
+        """Duplicate `comm` and map shared memory. `lengths`: P and F; `peers`: ranks that this one will hear of.
+
+        Blocks; every rank of `comm` must call it.
+        """
         self.comm: Any = comm.Dup()
         self.rank: int = self.comm.rank
         self.workers = workers
@@ -48,7 +59,6 @@ class Channel:
         self.neighbours: list[int] = host.allgather(self.rank)
         mine = (2 * lengths[0] + lengths[1]) * dtype.itemsize if self.rank < workers else 0
         self._shares = host.size > 1 and fits(host, host.allreduce(mine, MPI.MAX))
-        peers = range(workers, self.comm.size) if self.rank < workers else range(workers)
         self._bell = Doorbell(token, self.rank)
         if mine:
             created = memory.create(f"hvdvae-{token}-{self.rank}", mine) if self._shares else bytearray(mine)
@@ -69,9 +79,8 @@ class Channel:
         return self._shares and other in self.neighbours
 
     def send(self, to: int, header: Header, tag: int = HEADER) -> None:
-        """Send a small array, and wake the receiver. Does not wait for it; the array may be changed after."""
+        """Send a small array. Does not wait for the receiver; the array may be changed after."""
         self._post(header.copy(), to, tag)
-        self._bell.ring(to)
 
     def send_text(self, to: int, record: Any, tag: int) -> None:
         """Send a JSON-able record."""
@@ -98,6 +107,7 @@ class Channel:
                     self._bell.sleep()
             except MPI.Exception as error:
                 raise self._death(error) from None
+        self._bell.ring(source)  # It may wait in `flush`.
 
     def receive_text(self, source: int, tag: int) -> Any:
         """Receive a JSON record. Blocks."""
@@ -106,12 +116,16 @@ class Channel:
         self.comm.Recv(data, source, tag)
         return json.loads(data.tobytes())
 
-    def receive(self, source: int = MPI.ANY_SOURCE) -> tuple[int, Header]:
+    def receive(self, source: int = MPI.ANY_SOURCE, tag: int = HEADER) -> tuple[int, Header]:
         """The next header, and who sent it. Blocks; sleeps meanwhile."""
-        status = self._wait(source, HEADER)
+        status = self._wait(source, tag)
         header = np.empty(status.Get_count(MPI.DOUBLE))
-        self.comm.Recv(header, status.source, HEADER)
+        self.comm.Recv(header, status.source, tag)
         return status.source, header
+
+    def next_tag(self, source: int) -> int:
+        """The tag of the next message of a rank. Blocks."""
+        return self._wait(source, MPI.ANY_TAG).tag
 
     def close(self) -> None:
         """Take the bell down. The memory is given back when MPI ends."""
@@ -147,6 +161,7 @@ class Channel:
         self._unfinished_sends()
         try:
             self._sends.append((to, self.comm.Isend(array, to, tag), array))
+            self._bell.ring(to)
         except MPI.Exception as error:
             self.dead |= acknowledged_deaths(self.comm, error)
 

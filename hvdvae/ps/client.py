@@ -3,6 +3,8 @@
 Shapes: P parameters, F elements of float buffers, N workers, G parameter groups.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvdvae.ps.channel import Channel
+from hvdvae.errors import WorldError
+from hvdvae.ps.channel import Channel, PeersDied
 from hvdvae.ps.protocol import ANSWER, BINS, OPTIONS, REQUEST, STATE, TEXT, Answer, Header, Kind, Request
 from hvdvae.ps.shards import pieces
 from hvdvae.ps.state import Manifest
@@ -28,10 +31,20 @@ class Copy(NamedTuple):
 class Client:
     """One worker's requests to all servers. Every method blocks; a thread of its own may call it, one at a time."""
 
-    def __init__(self, channel: Channel, shards: list[slice], groups: list[slice], buffers: int) -> None:
-        """`channel.vectors[rank]` are this worker's vectors from now on. `groups`: slices of the whole vector."""
+    def __init__(
+        self, channel: Channel, shards: list[slice], groups: list[slice], buffers: int, holders: list[list[int]]
+    ) -> None:
+        """`channel.vectors[rank]` are this worker's vectors from now on.
+
+        `shards`, `groups`: slices of the whole vector; `holders`: of each shard, the ranks of server and backup.
+        """
         self._channel, self._shards = channel, shards
-        self._servers = [channel.workers + number for number in range(len(shards))]
+        self._holders = [list(ranks) for ranks in holders]
+        """Those that live, who serves now first."""
+        self._asked: list[Callable[[int], None]] = [lambda server: None] * len(shards)
+        """Sends a server the last request again."""
+        self.takeovers = 0
+        """How often a backup took the place of a server that died."""
         self.outgoing, self.incoming = channel.vectors[channel.rank]
         """(P + F): what is pushed, gradient and buffers; (P): what was pulled."""
         self._groups, self._buffers = groups, buffers
@@ -78,17 +91,27 @@ class Client:
         Worker 0 calls it, before anybody pushes: it returns once the servers have all of it, as a push of another
         worker could overtake it. `state`: of whole groups, in the manifest's order.
         """
-        for server, shard in zip(self._servers, self._shards, strict=True):
-            self._channel.send(server, self._request(Kind.INIT))
-            self._channel.send_text(server, {"options": options, "state": manifest}, TEXT)
-            self._channel.send_vector(server, weights[shard], STATE)
-            left = iter(state)
-            offsets = pieces(self._groups, shard)
-            for entry, group, piece in zip(manifest, self._groups, offsets, strict=True):
-                start = shard.start + piece.start - group.start
-                for _ in entry["vectors"]:
-                    self._channel.send_vector(server, next(left)[start : start + piece.stop - piece.start], STATE)
-        self._collect(pull=False)
+        for number, shard in enumerate(self._shards):
+            self._ask(number, partial(self._send_start, shard, weights, options, manifest, state))
+        self._answers(pull=False)
+
+    def _send_start(
+        self,
+        shard: slice,
+        weights: Tensor,
+        options: list[dict[str, Any]],
+        manifest: Manifest,
+        state: list[Tensor],
+        server: int,
+    ) -> None:
+        self._channel.send(server, self._request(Kind.INIT))
+        self._channel.send_text(server, {"options": options, "state": manifest}, TEXT)
+        self._channel.send_vector(server, weights[shard], STATE)
+        left = iter(state)
+        for entry, group, piece in zip(manifest, self._groups, pieces(self._groups, shard), strict=True):
+            start = shard.start + piece.start - group.start
+            for _ in entry["vectors"]:
+                self._channel.send_vector(server, next(left)[start : start + piece.stop - piece.start], STATE)
 
     def push(
         self,
@@ -108,59 +131,85 @@ class Client:
         """
         self._sequence += 1
         kind = Kind.PUSH if finite else Kind.NOTHING
-        for number, server in enumerate(self._servers):
+        for number, shard in enumerate(self._shards):
             request = self._request(kind, report if number == 0 else None, groups=len(rates))
             request[Request.SIGNAL] = report[Request.SIGNAL]
             request[Request.VERSION] = versions[number]
             request[Request.WANTS] = float(pull)
             request[Request.HAS_OPTIONS] = float(options is not None)
             request[REQUEST:] = rates
-            if options is not None:
-                self._channel.send_text(server, options, OPTIONS)
-            self._channel.send(server, request)
-            if finite and not self._channel.shares_memory(server):
-                shard = self._shards[number]
-                stop = len(self.outgoing) if number == len(self._servers) - 1 else shard.stop
-                self._channel.send_vector(server, self.outgoing[shard.start : stop])
-        answers = self._collect(pull=pull)
+            vector = self.outgoing[shard.start :] if number == len(self._shards) - 1 else self.outgoing[shard]
+            self._ask(number, partial(self._send_push, request, options, vector if finite else None))
+        answers = self._answers(pull=pull)
         self.staleness = int(max(answer[Answer.STALENESS] for answer in answers))
         self.dropped = any(answer[Answer.DROPPED_MINE] for answer in answers)
 
+    def _send_push(
+        self, request: Header, options: list[dict[str, Any]] | None, vector: Tensor | None, server: int
+    ) -> None:
+        if options is not None:
+            self._channel.send_text(server, options, OPTIONS)
+        self._channel.send(server, request)
+        if vector is not None and not self._channel.shares_memory(server):
+            self._channel.send_vector(server, vector)
+
     def copy(self, *, state: bool) -> Copy:
         """What all servers hold after the same pushes; weights go to `incoming`. Others push on meanwhile."""
+        while True:
+            takeovers = self.takeovers
+            found = self._copy_once(state=state)
+            if self.takeovers == takeovers or len(self._shards) == 1:
+                return found  # Otherwise a backup may have gone on past the moment that the others copied.
+
+    def _copy_once(self, *, state: bool) -> Copy:
         clocks = [0] * self._channel.workers
-        if len(self._servers) > 1:
+        if len(self._shards) > 1:
             self._sequence += 1
-            for server in self._servers:
-                self._channel.send(server, self._request(Kind.FREEZE))
+            for number in range(len(self._shards)):
+                self._ask(number, partial(self._channel.send, header=self._request(Kind.FREEZE)))
             workers = slice(ANSWER, ANSWER + self._channel.workers)
             # -1 stands for a worker that has died.
-            clocks = np.max([answer[workers] for answer in self._collect(pull=False)], axis=0).astype(int).tolist()
+            clocks = np.max([answer[workers] for answer in self._answers(pull=False)], axis=0).astype(int).tolist()
         self._sequence += 1
-        for server in self._servers:
-            request = self._request(Kind.CUT)
-            request[Request.WANTS] = float(state)
-            self._channel.send_text(server, clocks, TEXT)
-            self._channel.send(server, request)
-        self._collect(pull=True)
+        request = self._request(Kind.CUT)
+        request[Request.WANTS] = float(state)
         buffers = torch.zeros(self._channel.workers, self._buffers, dtype=self._channel.dtype)
-        self._channel.receive_vector(self._servers[-1], buffers.view(-1), STATE)
-        states = [self._receive_state(number) for number in range(len(self._servers))] if state else []
-        return Copy(buffers, states)
+        states: dict[int, tuple[Manifest, list[Tensor]]] = {}
+
+        def rest(number: int, server: int) -> None:
+            if number == len(self._shards) - 1:
+                self._channel.receive_vector(server, buffers.view(-1), STATE)
+            if state:
+                states[number] = self._receive_state(number, server)
+
+        for number in range(len(self._shards)):
+            self._ask(number, partial(self._send_cut, request, clocks))
+        self._answers(pull=True, rest=rest)
+        return Copy(buffers, [states[number] for number in sorted(states)])
+
+    def _send_cut(self, request: Header, clocks: list[int], server: int) -> None:
+        self._channel.send_text(server, clocks, TEXT)
+        self._channel.send(server, request)
 
     def done(self, report: NDArray[np.float64]) -> list[dict[str, Any]]:
         """Push no more for now. Returns once no worker does, with the final weights and each server's ledger."""
         self._sequence += 1
-        for number, server in enumerate(self._servers):
-            self._channel.send(server, self._request(Kind.DONE, report if number == 0 else None))
-        self._collect(pull=True)
-        return [self._channel.receive_text(server, TEXT) for server in self._servers]
+        ledgers: dict[int, dict[str, Any]] = {}
+
+        def rest(number: int, server: int) -> None:
+            ledgers[number] = self._channel.receive_text(server, TEXT)
+
+        for number in range(len(self._shards)):
+            request = self._request(Kind.DONE, report if number == 0 else None)
+            self._ask(number, partial(self._channel.send, header=request))
+        self._answers(pull=True, rest=rest)
+        return [ledgers[number] for number in sorted(ledgers)]
 
     def quit(self) -> None:
-        """Worker 0: end the servers. Does not wait for them."""
-        for server in self._servers:
-            self._channel.send(server, self._request(Kind.QUIT))
-            self._channel.flush(server)
+        """Worker 0: end the servers."""
+        for number in range(len(self._shards)):
+            self._ask(number, partial(self._channel.send, header=self._request(Kind.QUIT)))
+        self._answers(pull=False)
 
     def _request(self, kind: Kind, report: NDArray[np.float64] | None = None, groups: int = 0) -> Header:
         request = np.zeros(REQUEST + groups)
@@ -170,26 +219,52 @@ class Client:
         request[Request.SEQUENCE] = self._sequence
         return request
 
-    def _collect(self, *, pull: bool) -> list[Header]:
-        answers = []
-        for number, server in enumerate(self._servers):
-            _, answer = self._channel.receive(server)
-            if pull and not self._channel.shares_memory(server):
-                self._channel.receive_vector(server, self.incoming[self._shards[number]])
-            if pull:
-                self._versions[number] = answer[Answer.VERSION]
-            self._channel.flush(server)
-            answers.append(answer)
+    def _ask(self, number: int, send: Callable[[int], None]) -> None:
+        """Send a server a request; `send` takes its rank, and can be called again."""
+        self._asked[number] = send
+        send(self._holders[number][0])
+
+    def _answers(self, *, pull: bool, rest: Callable[[int, int], None] | None = None) -> list[Header]:
+        """Of all servers, to their last requests; `rest` takes what comes after the weights, from (number, rank)."""
+        answers = [self._answer(number, pull=pull, rest=rest) for number in range(len(self._shards))]
         self.answer = answers[0]
         for field in (Answer.BYTES_PUSHED, Answer.BYTES_PULLED):
             self.answer[field] = sum(answer[field] for answer in answers)
         return answers
 
-    def _receive_state(self, number: int) -> tuple[Manifest, list[Tensor]]:
-        manifest: Manifest = self._channel.receive_text(self._servers[number], TEXT)
+    def _answer(self, number: int, *, pull: bool, rest: Callable[[int, int], None] | None) -> Header:
+        while True:
+            server = self._holders[number][0]
+            try:
+                _, answer = self._channel.receive(server)
+                if pull and not self._channel.shares_memory(server):
+                    self._channel.receive_vector(server, self.incoming[self._shards[number]])
+                if pull:
+                    self._versions[number] = answer[Answer.VERSION]
+                if rest is not None:
+                    rest(number, server)
+                self._channel.flush(server)
+                return answer
+            except PeersDied:
+                if server in self._channel.dead:
+                    self._ask_backup(number)
+
+    def _ask_backup(self, number: int) -> None:
+        """Send what was not answered to the backup of a server that died. Raises WorldError where there is none."""
+        lost = self._holders[number].pop(0)
+        if not self._holders[number]:
+            raise WorldError(
+                f"parameter server {number} (rank {lost}) has died: continue from the last checkpoint with --resume; "
+                "with --replicas 1 its backup would have gone on"
+            )
+        self.takeovers += 1
+        self._asked[number](self._holders[number][0])
+
+    def _receive_state(self, number: int, server: int) -> tuple[Manifest, list[Tensor]]:
+        manifest: Manifest = self._channel.receive_text(server, TEXT)
         vectors = []
         for entry, piece in zip(manifest, pieces(self._groups, self._shards[number]), strict=True):
             for _ in entry["vectors"]:
                 vectors.append(torch.empty(piece.stop - piece.start, dtype=self._channel.dtype))
-                self._channel.receive_vector(self._servers[number], vectors[-1], STATE)
+                self._channel.receive_vector(server, vectors[-1], STATE)
         return manifest, vectors

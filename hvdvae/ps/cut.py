@@ -5,7 +5,6 @@ clocks of all: what lies before them is applied on every server, then all copy. 
 waits.
 """
 
-from collections import deque
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -28,23 +27,25 @@ class Cut:
         self.frozen = False
         """Whether pushes are held back."""
         self.asked: Asked | None = None
-        self._held: deque[tuple[int, Header]] = deque()
+        self._held: dict[int, Header] = {}
+        """In the order in which they came."""
 
     def hold(self, worker: int, request: Header) -> None:
-        """Hold back a push."""
-        self._held.append((worker, request))
+        """Hold back a push; one that is sent again takes the place of the first."""
+        self._held[worker] = request
 
     def forget(self, worker: int) -> None:
         """This worker has died: its push does not come any more."""
-        self._held = deque((other, push) for other, push in self._held if other != worker)
+        self._held.pop(worker, None)
 
     def due(self, clocks: Mapping[int, int]) -> list[tuple[int, Header]]:
         """Pushes that belong to the copy, in the order in which they came; they are held back no longer."""
         if self.asked is None:
             return []
         target = self.asked.clocks
-        found = [(worker, push) for worker, push in self._held if clocks.get(worker, 0) < target[worker]]
-        self._held = deque((worker, push) for worker, push in self._held if clocks.get(worker, 0) >= target[worker])
+        found = [(worker, push) for worker, push in self._held.items() if clocks.get(worker, 0) < target[worker]]
+        for worker, _ in found:
+            del self._held[worker]
         return found
 
     def is_complete(self, clocks: Mapping[int, int]) -> bool:
@@ -53,6 +54,6 @@ class Cut:
 
     def end(self) -> list[tuple[int, Header]]:
         """The copy is made: hold back nothing. Returns the pushes that were."""
-        held, self._held = list(self._held), deque()
+        held, self._held = list(self._held.items()), {}
         self.frozen, self.asked = False, None
         return held

@@ -35,6 +35,8 @@ class Exchange:
         """Take the parts."""
         self.client, self.flat, self.inner, self.plan = client, flat, inner, plan
         self.report = Report()
+        self.longest_wait = 0.0
+        """Seconds that this worker waited for servers at most, as when a backup had to take over."""
         self._watchdog = watchdog
         self._options: list[dict[str, Any]] | None = None
 
@@ -85,7 +87,9 @@ class Exchange:
         start = time.perf_counter()
         with self._watchdog.waiting("answer of the parameter servers"):
             yield
-        self.report.add_blocked(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self.report.add_blocked(seconds)
+        self.longest_wait = max(self.longest_wait, seconds)
 
 
 class EveryStep(Exchange):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hvdvae.errors import WorldError
+from hvdvae.errors import ConfigError, WorldError
 from hvdvae.flat import FlatModel
 from hvdvae.ps.channel import Channel
 from hvdvae.ps.plan import Plan
@@ -52,20 +52,35 @@ def worker_hello(plan: Plan, flat: FlatModel, optimizer: str, clip_norm: float |
     }
 
 
-def meet(world: World, hello: Hello) -> Meeting:
+def meet(world: World, hello: Hello, plan: Plan) -> Meeting:
     """Compare hellos and open the channel. Blocks; workers and servers must call it.
 
-    Raises WorldError on all of them where they differ.
+    Raises WorldError on all of them where they differ, ConfigError for backups where any death ends the job.
     """
+    if plan.replicas and not world.survives_deaths:
+        raise ConfigError(
+            "--replicas 1 needs an MPI that lets the others go on when a rank dies: start with mpirun --with-ft ulfm "
+            "(Open MPI 5)"
+        )
     hellos = world.gather_from_everyone(hello, "meeting of workers and parameter servers")
     workers = world.everyone.size - world.servers
     check_hello(hellos, workers)
     first = hellos[0]
     groups = [slice(start, stop) for start, stop in first["groups"]]
+    shards = plan.shards(world.servers)
+    if world.role == "server":
+        peers = {*range(workers), *partners(workers, shards, plan)[world.rank % shards]}
+    else:
+        peers = set(range(workers, world.everyone.size))
     with world.watchdog.waiting("memory shared by workers and parameter servers"):
         lengths = (first["parameters"], first["buffers"])
-        channel = Channel(world.everyone, workers, lengths, getattr(torch, first["dtype"]))
-    return Meeting(channel, cut(groups, world.servers), groups, first)
+        channel = Channel(world.everyone, workers, lengths, getattr(torch, first["dtype"]), peers)
+    return Meeting(channel, cut(groups, shards), groups, first)
+
+
+def partners(workers: int, shards: int, plan: Plan) -> list[list[int]]:
+    """Ranks that hold each shard, the primary first: after the workers come all primaries, then all backups."""
+    return [[workers + shard + shards * copy for copy in range(1 + plan.replicas)] for shard in range(shards)]
 
 
 def check_hello(hellos: Sequence[Hello], workers: int) -> None:

@@ -16,6 +16,8 @@ class Plan:
     staleness: int | None = None
     """SSP's bound, in clocks."""
     backup_workers: int = 0
+    replicas: int = 0
+    """Backups of each server, which go on where it dies (ULFM)."""
     rule: str = "plain"
     strength: float | None = None
     """DC-ASGD's lambda; default 0.04, and 2 for the variance-normalized form (Zheng et al. 2017, section 6)."""
@@ -29,7 +31,13 @@ class Plan:
     """Compute the next step while the push and pull of the last are under way."""
 
     def check(self, *, workers: int, servers: int) -> None:
-        """Raises ConfigError naming the flag to change."""
+        """Raises ConfigError naming the flag to change. `servers`: ranks that serve, backups too."""
+        if self.replicas not in (0, 1):
+            raise ConfigError(f"--replicas is {self.replicas}, expected 0 or 1: a server has a backup, or none")
+        if servers % (1 + self.replicas):
+            raise ConfigError(
+                f"{servers} ranks serve, and --replicas {self.replicas} makes pairs of them: start an even number"
+            )
         if self.consistency not in CONSISTENCIES:
             raise ConfigError(f"--consistency is {self.consistency!r}, expected one of {', '.join(CONSISTENCIES)}")
         if self.rule not in RULES:
@@ -47,9 +55,10 @@ class Plan:
                 f"--backup-workers is {self.backup_workers} of {workers} workers, expected 0 to {workers - 1}: a step "
                 "needs somebody's gradient"
             )
-        if self.backup_workers and servers > 1:
+        if self.backup_workers and self.shards(servers) > 1:
             raise ConfigError(
-                f"--backup-workers with --servers {servers}: servers could disagree on which push was late; use one"
+                f"--backup-workers with --servers {self.shards(servers)}: servers could disagree on which push was "
+                "late; use one"
             )
         self._check_rule()
         self._check_periods()
@@ -92,6 +101,10 @@ class Plan:
     def pull_every(self) -> int:
         """Steps of a worker between two pulls."""
         return self.fetch_every if self.fetch_every is not None else self.push_every
+
+    def shards(self, servers: int) -> int:
+        """Into how many pieces so many ranks that serve cut the weights: each has 1 + `replicas` holders."""
+        return servers // (1 + self.replicas)
 
     def elasticity_of(self, workers: int) -> float:
         """EASGD's alpha for so many workers."""

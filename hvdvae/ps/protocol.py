@@ -15,7 +15,8 @@
     STATE    both              state of the optimizer        the model's, (piece of the shard,)
 
 Worker and server on one host exchange vectors in shared memory, and no VECTOR is sent: a worker writes before it sends
-the header, and a server before it answers. Nothing is pickled.
+the header, and a server before it answers. Nothing is pickled. Every request is answered, so that it can be sent again
+to the backup of a server that died (ps/replica.py); a request is known by its number, and what it asks is done once.
 
     kind      worker says                                        server answers
     INIT      worker 0: TEXT and STATE follow, weights first     once it has all of it
@@ -25,7 +26,7 @@ the header, and a server before it answers. Nothing is pickled.
     CUT       TEXT: apply up to these clocks, then send all,     weights; STATE: the workers' buffers (workers, F),
               and go on                                          from the last server; TEXT and STATE if wanted
     DONE      I push no more, for now                            once all have said it, weights; TEXT: the ledger
-    QUIT      worker 0: end                                      nothing
+    QUIT      worker 0: end                                      and ends
 """
 
 from enum import IntEnum
@@ -36,6 +37,8 @@ from numpy.typing import NDArray
 Header = NDArray[np.float64]
 
 HEADER, OPTIONS, VECTOR, TEXT, STATE = range(1, 6)
+TOLD, CONFIRM = 6, 7
+"""Between a server and its backup (ps/replica.py)."""
 
 
 class Kind(IntEnum):
@@ -48,6 +51,8 @@ class Kind(IntEnum):
     CUT = 5
     DONE = 6
     QUIT = 7
+    BURY = 8
+    """Only between a server and its backup."""
 
 
 class Request(IntEnum):

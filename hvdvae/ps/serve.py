@@ -5,9 +5,14 @@ from typing import Any
 
 import torch
 
-from hvdvae.ps.meeting import meet, server_hello
+from hvdvae.ps.channel import Channel
+from hvdvae.ps.link import Link
+from hvdvae.ps.meeting import meet, partners, server_hello
 from hvdvae.ps.plan import Plan
+from hvdvae.ps.replica import Backup, Primary
 from hvdvae.ps.server import Server
+from hvdvae.ps.shards import pieces
+from hvdvae.ps.weights import Weights
 from hvdvae.signals import caught
 from hvdvae.world import World
 
@@ -18,23 +23,39 @@ def serve(world: World, plan: Plan) -> dict[str, Any]:
     Returns the server's ledger. Raises WorldError where ranks differ.
     """
     torch.set_num_threads(1)
-    meeting = meet(world, server_hello(plan))
-    server = Server(
-        meeting.channel,
+    meeting = meet(world, server_hello(plan), plan)
+    channel, shards = meeting.channel, len(meeting.shards)
+    number = world.rank % shards
+    shard, is_last = meeting.shards[number], number == shards - 1
+    buffers = meeting.hello["buffers"] if is_last else 0
+    link = _link(channel, shard, is_last, buffers, partners(channel.workers, shards, plan)[number])
+    weights = Weights(
         plan,
-        groups=meeting.groups,
-        shard=meeting.shards[world.rank],
-        is_last=world.rank == world.size - 1,
-        buffers=meeting.hello["buffers"],
+        workers=channel.workers,
+        buffers=buffers,
+        pieces=pieces(meeting.groups, shard),
+        dtype=channel.dtype,
+        length=shard.stop - shard.start,
         optimizer=meeting.hello["optimizer"],
         clip_norm=meeting.hello["clip_norm"],
-        watchdog=world.watchdog,
-        sum_over_servers=lambda value: world.sum_(value, "norm of the gradient"),
+        sum_over_servers=lambda value: value if shards == 1 else world.sum_(value, "norm of the gradient"),
     )
+    server = Server(link, weights, plan, world.watchdog)
     with caught():  # Signals end the workers' runs, and those end this one.
         server.run()
-    meeting.channel.close()
+    if plan.replicas:
+        world.shrink()  # A server may have died, and not all that are left need to know.
+    channel.close()
     return server.ledger.summary()
+
+
+def _link(channel: Channel, shard: slice, is_last: bool, buffers: int, holders: list[int]) -> Link:
+    if len(holders) == 1:
+        return Link(channel, shard, is_last=is_last, buffers=buffers)
+    primary, backup = holders
+    if channel.rank == primary:
+        return Primary(channel, shard, is_last=is_last, buffers=buffers, backup=backup)
+    return Backup(channel, shard, is_last=is_last, buffers=buffers, primary=primary)
 
 
 def serve_and_exit(world: World, plan: Plan) -> None:

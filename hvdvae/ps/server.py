@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,62 +10,25 @@ from torch import Tensor
 
 from hvdvae.deadline import Watchdog
 from hvdvae.errors import WorldError
-from hvdvae.ps.channel import Channel, PeersDied, shard_vectors
+from hvdvae.ps.channel import PeersDied
 from hvdvae.ps.consistency import Action, Apply, Drop, policy
 from hvdvae.ps.consistency import Answer as AnswerIt
 from hvdvae.ps.cut import Asked, Cut
 from hvdvae.ps.ledger import Ledger
+from hvdvae.ps.link import Link
 from hvdvae.ps.plan import Plan
-from hvdvae.ps.protocol import ANSWER, BINS, OPTIONS, REQUEST, STATE, TEXT, Answer, Header, Kind, Request
-from hvdvae.ps.shards import pieces
+from hvdvae.ps.protocol import ANSWER, BINS, OPTIONS, REQUEST, TEXT, Answer, Header, Kind, Request
 from hvdvae.ps.weights import Weights
 
 
 class Server:
     """One of the servers; `run` serves until worker 0 quits."""
 
-    def __init__(
-        self,
-        channel: Channel,
-        plan: Plan,
-        *,
-        groups: list[slice],
-        shard: slice,
-        is_last: bool,
-        buffers: int,
-        optimizer: str,
-        clip_norm: float | None,
-        watchdog: Watchdog,
-        sum_over_servers: Callable[[Tensor], Tensor],
-    ) -> None:
-        """Lay out memory. `groups`, `shard`: slices of the whole vector; `optimizer`: a class of torch.optim.
-
-        `clip_norm`: global norm at which the mean gradient is clipped (BSP).
-        """
-        self._channel, self._watchdog = channel, watchdog
+    def __init__(self, link: Link, weights: Weights, plan: Plan, watchdog: Watchdog) -> None:
+        """Take the parts: what it hears and answers through, what it holds, and when it does so (`plan`)."""
+        self._link, self._weights, self._watchdog = link, weights, watchdog
         self._is_step = plan.consistency == "bsp"
-        length, workers = shard.stop - shard.start, channel.workers
-        buffers = buffers if is_last else 0
-        self._length = length
-        self._weights = Weights(
-            plan,
-            workers=workers,
-            buffers=buffers,
-            pieces=pieces(groups, shard),
-            length=length,
-            dtype=channel.dtype,
-            optimizer=optimizer,
-            clip_norm=clip_norm,
-            sum_over_servers=sum_over_servers,
-        )
-        self._received: list[Tensor] = []
-        """What each worker pushed: its own memory, or the buffer that it is received into."""
-        self._pulled: list[Tensor | None] = []
-        """Where each worker finds the weights, if it shares memory."""
-        for worker in range(workers):
-            views = shard_vectors(channel, worker, shard, is_last=is_last)
-            self._received.append(views[0] if views else torch.empty(length + buffers, dtype=channel.dtype))
-            self._pulled.append(views[1] if views else None)
+        self._workers = workers = link.channel.workers
         self.ledger = Ledger(workers)
         self.version = 0
         self._policy = policy(
@@ -75,6 +37,8 @@ class Server:
         self._cut = Cut()
         self._requests: dict[int, Header] = {}
         """The push of each worker that has not been answered."""
+        self._pushes: dict[int, Tensor] = {}
+        """Gradient (or weights) and buffers of it, (P + F)."""
         self._arrived = [0.0] * workers
         self._staleness = [0] * workers
         self._late: set[int] = set()
@@ -88,10 +52,11 @@ class Server:
         while True:
             try:
                 with self._watchdog.waiting("a push of any worker", patient=True):
-                    worker, request = self._channel.receive()
+                    worker, request = self._link.hear()
                 kind = Kind(int(request[Request.KIND]))
                 self._watchdog.step = self.version
                 if kind is Kind.QUIT:
+                    self._reply(worker, request)
                     return
                 self._hear(kind, worker, request)
             except PeersDied:
@@ -99,20 +64,30 @@ class Server:
             self._bury()
 
     def _bury(self) -> None:
-        """Go on without those that have died since: the policy forgets them, and nobody waits for them."""
-        for worker in sorted(self._channel.dead - self._buried):
-            self._buried.add(worker)
-            if worker == 0 or worker >= self._channel.workers:
-                what = "worker 0, which keeps the log and the checkpoints," if worker == 0 else "a parameter server"
-                raise WorldError(f"{what} has died (rank {worker}): continue from the last checkpoint with --resume")
+        """Go on without those that have died since: the policy forgets a worker, and nobody waits for it."""
+        while lost := sorted(self._link.deaths() - self._buried):
+            self._buried.add(lost[0])
+            if lost[0] >= self._workers:
+                self._link.lost_server(lost[0])
+            else:
+                self._link.lost_worker(lost[0])
+                self._bury_worker(lost[0])
+
+    def _bury_worker(self, worker: int) -> None:
+        if worker == 0:
+            raise WorldError(
+                "worker 0, which keeps the log and the checkpoints, has died: continue from the last checkpoint with "
+                "--resume"
+            )
+        if self._link.speaks:
             sys.stderr.write(f"hvdvae: worker {worker} has died at step {self._clock(worker)}; the others go on\n")
-            self._ended_at[worker] = self._clock(worker)
-            self._cut.forget(worker)
-            self._requests.pop(worker, None)
-            self._done.pop(worker, None)
-            self._act(self._policy.leave(worker))
-            self._continue_cut()
-            self._end_if_all_have()
+        self._ended_at[worker] = self._clock(worker)
+        self._cut.forget(worker)
+        self._requests.pop(worker, None)
+        self._done.pop(worker, None)
+        self._act(self._policy.leave(worker))
+        self._continue_cut()
+        self._end_if_all_have()
 
     def _clock(self, worker: int) -> int:
         return self._policy.clocks.get(worker, self._ended_at.get(worker, 0))
@@ -124,48 +99,53 @@ class Server:
         elif kind in (Kind.PUSH, Kind.NOTHING):
             if self._cut.frozen:
                 self._cut.hold(worker, request)
-                self._continue_cut()
             else:
                 self._pushed(worker, request)
+            self._continue_cut()
         elif kind is Kind.FREEZE:
             self._cut.frozen = True
             self._reply(worker, request)
         elif kind is Kind.CUT:
-            self._cut.asked = Asked(worker, request, self._channel.receive_text(worker, TEXT))
+            self._cut.asked = Asked(worker, request, self._link.text(worker, TEXT))
             self._continue_cut()
         elif kind is Kind.DONE:
             self._ended(worker, request)
+        elif kind is Kind.BURY:
+            self._buried.add(worker)
+            self._bury_worker(worker)
 
     def _initialize(self, worker: int) -> None:
-        start = self._channel.receive_text(worker, TEXT)
-        self._channel.receive_vector(worker, self._weights.vector, STATE)
+        start = self._link.text(worker, TEXT)
+        self._link.vector(worker, self._weights.vector)
         vectors = []
         for entry, piece in zip(start["state"], self._weights.pieces, strict=True):
             for _ in entry["vectors"]:
-                vectors.append(torch.empty(piece.stop - piece.start, dtype=self._channel.dtype))
-                self._channel.receive_vector(worker, vectors[-1], STATE)
+                vectors.append(torch.empty(piece.stop - piece.start, dtype=self._weights.vector.dtype))
+                self._link.vector(worker, vectors[-1])
         self._weights.start(start["options"], start["state"], vectors)
 
     def _pushed(self, worker: int, request: Header) -> None:
-        if self._done and len(self._done) == self._channel.workers - len(self._buried):
+        if self._all_have_ended:
             self._begin_again()
         if request[Request.HAS_OPTIONS]:
-            self._weights.set_options(self._channel.receive_text(worker, OPTIONS))
-        if request[Request.KIND] == Kind.PUSH and not self._channel.shares_memory(worker):
-            self._channel.flush(worker)  # The buffer may still be on its way out, as an answer.
-            self._channel.receive_vector(worker, self._received[worker])
+            self._weights.set_options(self._link.text(worker, OPTIONS))
+        if request[Request.KIND] == Kind.PUSH:
+            self._pushes[worker] = self._link.pushed(worker)
         if request[Request.SEQUENCE] <= self._sequence[worker]:
-            # The worker has not had the answer: it gets one, and what it pushed is not applied again.
+            # The worker has not had the answer: it gets one when it is due, and what it pushed is not applied again.
             self.ledger.duplicates += 1
-            self._reply(worker, request, self._weights.answer(worker) if request[Request.WANTS] else None)
+            was_answered = worker not in self._requests
+            self._requests[worker] = request
+            if was_answered:
+                self._answer(worker)
             return
         self._sequence[worker] = int(request[Request.SEQUENCE])
         self._requests[worker] = request
         self._arrived[worker] = time.perf_counter()
         self.ledger.reported(worker, request)
         if request[Request.KIND] == Kind.PUSH:
-            self.ledger.totals[Answer.BYTES_PUSHED] += self._received[worker].nbytes
-            self._weights.buffers[worker] = self._received[worker][self._length :]
+            self.ledger.totals[Answer.BYTES_PUSHED] += self._pushes[worker].nbytes
+            self._weights.buffers[worker] = self._pushes[worker][self._weights.length :]
         self._act(self._policy.push(worker))
 
     def _act(self, actions: list[Action]) -> None:
@@ -189,7 +169,7 @@ class Server:
         for worker, staleness in stalenesses.items():
             self._staleness[worker] = staleness
         first = workers[0]
-        pushes = [self._received[worker][: self._length] for worker in workers]
+        pushes = [self._pushes[worker][: self._weights.length] for worker in workers]
         self._weights.update(pushes, requests[first][REQUEST:].tolist(), first, stalenesses[first])
         self.version += 1
         self.ledger.updated(stalenesses)
@@ -202,7 +182,7 @@ class Server:
         self._reply(worker, request, self._weights.answer(worker) if request[Request.WANTS] else None)
 
     def _reply(self, worker: int, request: Header, vector: Tensor | None = None) -> None:
-        workers = self._channel.workers
+        workers = self._workers
         header = np.empty(ANSWER + 2 * workers + BINS)
         header[:ANSWER] = self.ledger.totals
         header[Answer.KIND] = request[Request.KIND]
@@ -215,17 +195,9 @@ class Server:
             header[ANSWER + other] = -1 if other in self._buried else self._clock(other)
         header[ANSWER + workers : ANSWER + 2 * workers] = self.ledger.step_seconds
         header[ANSWER + 2 * workers :] = self.ledger.histogram
-        pulled = self._pulled[worker]
-        if vector is not None and pulled is not None:
-            pulled.copy_(vector)
         if vector is not None:
             self.ledger.totals[Answer.BYTES_PULLED] += vector.nbytes
-        self._channel.send(worker, header)
-        if vector is not None and pulled is None:
-            # From the buffer of this worker, whose push is done with: the weights may change while they travel.
-            self._channel.flush(worker)
-            outgoing = self._received[worker][: self._length]
-            self._channel.send_vector(worker, outgoing.copy_(vector))
+        self._link.answer(worker, header, vector)
 
     def _continue_cut(self) -> None:
         """Apply what belongs to the cut; once it is complete, send it and go on."""
@@ -236,20 +208,21 @@ class Server:
         worker, request, _ = self._cut.asked
         self._reply(worker, request, self._weights.vector)
         if self._weights.buffers.shape[1]:
-            self._send_state(worker, self._weights.buffers.view(-1))
+            self._link.send_state(worker, self._weights.buffers.view(-1))
         if request[Request.WANTS]:
             manifest, vectors = self._weights.state()
-            self._channel.send_text(worker, manifest, TEXT)
+            self._link.send_text(worker, manifest)
             for vector in vectors:
-                self._send_state(worker, vector)
+                self._link.send_state(worker, vector)
         for other, push in self._cut.end():
             self._pushed(other, push)
 
-    def _send_state(self, worker: int, vector: Tensor) -> None:
-        self._channel.send_vector(worker, vector, STATE)
-        self._channel.flush(worker)
-
     def _ended(self, worker: int, request: Header) -> None:
+        if request[Request.SEQUENCE] <= self._sequence[worker]:
+            self._done[worker] = request
+            if self._all_have_ended:
+                self._answer_end(worker)
+            return
         self.ledger.reported(worker, request)
         self._sequence[worker] = int(request[Request.SEQUENCE])
         self._ended_at[worker] = self._clock(worker)
@@ -257,17 +230,25 @@ class Server:
         self._act(self._policy.leave(worker))
         self._end_if_all_have()
 
+    @property
+    def _all_have_ended(self) -> bool:
+        died = sum(rank < self._workers for rank in self._buried)
+        return bool(self._done) and len(self._done) == self._workers - died
+
     def _end_if_all_have(self) -> None:
-        if self._done and len(self._done) == self._channel.workers - len(self._buried):
-            for other, ended in sorted(self._done.items()):
-                self._reply(other, ended, self._weights.vector)
-                self._channel.send_text(other, self._summary(), TEXT)
+        if self._all_have_ended:
+            for worker in sorted(self._done):
+                self._answer_end(worker)
+
+    def _answer_end(self, worker: int) -> None:
+        self._reply(worker, self._done[worker], self._weights.vector)
+        self._link.send_text(worker, self._summary())
 
     def _summary(self) -> dict[str, Any]:
         return {
             **self.ledger.summary(),
-            "died": sorted(self._buried),
-            "clocks": [self._ended_at.get(worker, 0) for worker in range(self._channel.workers)],
+            "died": sorted(rank for rank in self._buried if rank < self._workers),
+            "clocks": [self._ended_at.get(worker, 0) for worker in range(self._workers)],
         }
 
     def _begin_again(self) -> None:

@@ -38,7 +38,7 @@ class Weights:
         """(P,)"""
         self.buffers = torch.zeros(workers, buffers, dtype=dtype)
         """(N, F): each worker's."""
-        self.pieces = pieces
+        self.pieces, self.length = pieces, length
         self._plan, self._workers, self._kind = plan, workers, optimizer
         self._clip_norm, self._sum_over_servers = clip_norm, sum_over_servers
         self._mean = torch.empty(length, dtype=dtype) if plan.consistency == "bsp" and workers > 1 else None

@@ -43,13 +43,14 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     compression: none, or fp16 on the wire (engine horovod).
     reduce_op: average, or adasum (engine horovod; Maleki et al. 2021).
     process_set: the horovod ProcessSet that trains this model (engine horovod; default all ranks).
-    servers: ranks that serve, the last ones (ps; default those of `world`, else 1).
+    servers: pieces of the weights, each with a rank that serves it, the last ones (ps; default those of `world`, or 1).
     plan: consistency, rule and periods of the parameter server (ps; default asynchronous).
 
     Raises ConfigError for options that do not go together, WorldError where ranks or libraries do not.
     """
     if world is None:
-        world = World.create(servers=servers or 1) if strategy == "ps" else World.create()
+        replicas = plan.replicas if plan is not None else 0
+        world = World.create(servers=(servers or 1) * (1 + replicas)) if strategy == "ps" else World.create()
     options: dict[str, Any] = {"backward_passes_per_step": backward_passes_per_step, "clip_norm": clip_norm}
     if strategy == "local":
         if world.size > 1:
@@ -71,10 +72,11 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
 def _ps(
     optimizer: Optimizer, model: nn.Module, world: World, servers: int | None, plan: Plan, options: dict[str, Any]
 ) -> Strategy:
-    if world.servers == 0 or servers not in (None, world.servers):
+    wanted = (servers or 1) * (1 + plan.replicas)
+    if world.servers == 0 or (servers is not None and wanted != world.servers):
         raise ConfigError(
-            f"strategy 'ps' (--strategy) with {servers or 1} servers in a World of {world.servers}: make it with "
-            f"World.create(servers={servers or 1}), under mpirun or srun with two ranks or more"
+            f"strategy 'ps' (--strategy) with {wanted} ranks that serve in a World of {world.servers}: make it with "
+            f"World.create(servers={wanted}), under mpirun or srun with {wanted + 1} ranks or more"
         )
     plan.check(workers=world.everyone.size - world.servers, servers=world.servers)
     from hvdvae.ps.serve import serve_and_exit

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from hvdvae.errors import ConfigError
 from hvdvae.ps.client import Client
 from hvdvae.ps.exchange import exchange_of, plain_options
-from hvdvae.ps.meeting import meet, worker_hello
+from hvdvae.ps.meeting import meet, partners, worker_hello
 from hvdvae.ps.plan import Plan
 from hvdvae.ps.protocol import Answer
 from hvdvae.ps.report import Report
@@ -52,11 +52,17 @@ class ParameterServer(Strategy):
         self.plan = plan
         # Under BSP the servers clip the mean; otherwise every push is a step, and clipped here.
         clipped_there = options.pop("clip_norm", None) if plan.consistency == "bsp" else None
+        if clipped_there and plan.replicas and plan.shards(world.servers) > 1:
+            raise ConfigError(
+                "--clip-norm with --consistency bsp, --replicas 1 and several servers: the norm is a sum over servers, "
+                "and one may die in it; use --servers 1"
+            )
         super().__init__(optimizer, model, world, **options)
         flat = self.flat
         hello = worker_hello(plan, flat, type(optimizer).__name__, clipped_there)
-        self._channel, shards, groups, _ = meet(world, hello)
-        self.client = Client(self._channel, shards, groups, flat.buffers.numel())
+        self._channel, shards, groups, _ = meet(world, hello, plan)
+        holders = partners(self._channel.workers, len(shards), plan)
+        self.client = Client(self._channel, shards, groups, flat.buffers.numel(), holders)
         kind = exchange_of(plan)
         if kind.shares_vectors:
             flat.move_gradient(self.client.outgoing[: flat.gradient.numel()])
@@ -149,12 +155,16 @@ class ParameterServer(Strategy):
         super().load_state_dict(state_dict)
 
     def results(self) -> dict[str, Any]:
-        """What the servers counted: updates, staleness and pushes of the first (all hear of the same), bytes of all."""
+        """What the servers counted: updates, staleness and pushes of the first (all hear of the same), bytes of all.
+
+        And this worker's longest wait for them, and how often it went over to a backup.
+        """
         if not self.ledgers:
             return {}
         total = {key: sum(ledger[key] for ledger in self.ledgers) for key in ("bytes_pushed", "bytes_pulled")}
         chosen = {key: value for key, value in asdict(self.plan).items() if value is not None}
-        return {"servers": len(self.ledgers), **chosen, **self.ledgers[0], **total}
+        mine = {"longest_wait_seconds": self._exchange.longest_wait, "takeovers": self.client.takeovers}
+        return {"servers": len(self.ledgers), **chosen, **self.ledgers[0], **total, **mine}
 
     def finish(self) -> None:
         """Tell the servers that this worker's run is over; return when all are, with the final weights."""

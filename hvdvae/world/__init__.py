@@ -38,7 +38,8 @@ os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 # Its shared windows need no UCX, which complains on every host that it does not find its way on.
 os.environ.setdefault("OMPI_MCA_osc", "^ucx")
 # Where ranks may die, not to meet once more in MPI_Finalize: its fence can wait for the dead. `close` has met.
-if os.environ.get("OMPI_MCA_mpi_ft_enable") == "1":  # noqa: SIM112 - MPI spells it so
+_SURVIVES_DEATHS = os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112 - MPI spells it so
+if _SURVIVES_DEATHS:
     os.environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
 
 DEFAULT_DEADLINE = 300.0
@@ -85,8 +86,9 @@ class World:
         """Join the launcher's ranks. Blocks; every rank must call it.
 
         `device`: auto (a GPU by local rank where there is one), cpu, or a torch device. `deadline`: seconds.
-        `servers`: how many ranks, the last ones, are parameter servers. Raises WorldError if the launcher's count and
-        MPI's disagree or the library that the launcher needs is missing, ConfigError if too few ranks were started.
+        `servers`: how many ranks, the last ones, are parameter servers or their backups. Raises WorldError if the
+        launcher's count and MPI's disagree or the library that the launcher needs is missing, ConfigError if too few
+        ranks were started.
         """
         launch = detect(os.environ)
         check_servers(servers, launch)
@@ -123,6 +125,11 @@ class World:
     def is_first(self) -> bool:
         """Whether this is the trainers' rank 0, which writes files and speaks to the user."""
         return self.rank == 0 and self.role == "trainer"
+
+    @property
+    def survives_deaths(self) -> bool:
+        """Whether MPI lets the others go on when a rank dies (mpirun --with-ft ulfm)."""
+        return _SURVIVES_DEATHS
 
     def sum_(self, tensor: torch.Tensor, what: str = "sum") -> torch.Tensor:
         """Sum over ranks in place, the same bits on all. Blocks; every rank must call. Returns the tensor."""

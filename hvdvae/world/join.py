@@ -13,7 +13,7 @@ from hvdvae.world.collectives import Collectives
 def check_servers(servers: int, launch: Launch) -> None:
     """Raises ConfigError where so many ranks of this launch cannot be servers."""
     if servers < 0:
-        raise ConfigError(f"--servers is {servers}, expected at least 1")
+        raise ConfigError(f"{servers} parameter servers (--servers), expected at least 1")
     if not servers:
         return
     if launch.launcher == "horovodrun-gloo":
@@ -23,8 +23,8 @@ def check_servers(servers: int, launch: Launch) -> None:
         )
     if servers >= launch.size:
         raise ConfigError(
-            f"--servers {servers} of {launch.size} started ranks leaves none to train, expected at most "
-            f"{max(launch.size - 1, 0)}: start more, mpirun -np {servers + 1} or above"
+            f"{servers} parameter servers (--servers) of {launch.size} started ranks leave none to train, expected at "
+            f"most {max(launch.size - 1, 0)}: start more, mpirun -np {servers + 1} or above"
         )
 
 

@@ -7,17 +7,15 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.system.conftest import clean_environment
-from tests.system.worker_jobs import BATCH, EXAMPLES, WORKERS, await_first_epoch, start, worker
+from tests.system.worker_jobs import BATCH, EXAMPLES, MPIRUN_ULFM, WORKERS, await_first_epoch, has_ulfm, start, worker
 
-EPOCHS, MPIRUN = 6, "mpirun --with-ft ulfm"
+EPOCHS = 6
 PLANS = (
     "--consistency asp",
     "--consistency ssp --staleness 1",
@@ -30,24 +28,9 @@ PLANS = (
 )
 
 
-def has_ulfm() -> bool:
-    """Whether the mpirun on the path can let others go on."""
-    try:
-        found = subprocess.run(
-            ["mpirun", "--with-ft", "ulfm", "-n", "1", "true"],
-            env=clean_environment(),
-            capture_output=True,
-            timeout=60,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return found.returncode == 0
-
-
 def kill_one(folder: Path, plan: str, *, victim: int, delay: float) -> None:
     """Kill a worker so many seconds after training began; check that nothing was lost and nobody hung."""
-    job = start(folder, plan, epochs=EPOCHS, mpirun=MPIRUN)
+    job = start(folder, plan, epochs=EPOCHS, mpirun=MPIRUN_ULFM)
     try:
         process = worker(job, victim)
         await_first_epoch(folder)
@@ -81,7 +64,7 @@ def test_the_others_go_on_and_take_over_its_share(tmp_path: Path, plan: str) -> 
 def test_rank_0_keeps_the_log_so_its_death_ends_the_job(tmp_path: Path) -> None:
     if not has_ulfm():
         pytest.skip("this MPI has no ULFM")
-    job = start(tmp_path, "--consistency asp", epochs=EPOCHS, mpirun=MPIRUN)
+    job = start(tmp_path, "--consistency asp", epochs=EPOCHS, mpirun=MPIRUN_ULFM)
     process = worker(job, 0)
     await_first_epoch(tmp_path)
     process.send_signal(signal.SIGKILL)

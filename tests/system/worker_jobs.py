@@ -1,5 +1,6 @@
-"""Jobs over parameter servers, on the embedded digits, whose workers a test kills or stops."""
+"""Jobs over parameter servers, on the embedded digits, whose ranks a test kills or stops."""
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -9,11 +10,27 @@ import psutil  # type: ignore[import-untyped]
 from tests.system.conftest import Launch, clean_environment
 
 WORKERS, EXAMPLES, BATCH = 3, 1457, 10
+MPIRUN_ULFM = "mpirun --with-ft ulfm"
+
+
+def has_ulfm() -> bool:
+    """Whether the mpirun on the path can let others go on."""
+    try:
+        found = subprocess.run(
+            ["mpirun", "--with-ft", "ulfm", "-n", "1", "true"],
+            env=clean_environment(),
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return found.returncode == 0
 
 
 def start(folder: Path, plan: str, *, epochs: int, mpirun: str = "mpirun") -> Launch:
-    """A job of three workers, and of servers as the plan says."""
-    servers = 2 if "--servers 2" in plan else 1
+    """A job of three workers, and of servers and backups as the plan says."""
+    servers = (2 if "--servers 2" in plan else 1) * (2 if "--replicas 1" in plan else 1)
     run = f"--batch-size {BATCH} --epochs {epochs} --nll-samples 2 --pictures-every 0 --threads 1 --out run"
     command = f"{mpirun} --bind-to none --map-by :OVERSUBSCRIBE -n {WORKERS + servers} {sys.executable} -m hvdvae train"
     return Launch(f"{command} --data digits --strategy ps {plan} {run}".split(), clean_environment(), folder)

@@ -1,0 +1,88 @@
+"""Between a server and its workers: where pushes land, and how answers go out.
+
+Shapes: P elements of this server's shard, F of the workers' float buffers (on the last server).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvdvae.errors import WorldError
+from hvdvae.ps.channel import Channel, shard_vectors
+from hvdvae.ps.protocol import STATE, TEXT, Header
+
+
+class Link:
+    """A server's, while it has no backup. `hear` and the three that take what follows a header block."""
+
+    def __init__(self, channel: Channel, shard: slice, *, is_last: bool, buffers: int) -> None:
+        """Lay out memory. `buffers`: F."""
+        self.channel = channel
+        self.length = shard.stop - shard.start
+        self._received: list[Tensor] = []
+        """(P + F) of each worker: its own memory, or the buffer that pushes are received into."""
+        self._pulled: list[Tensor | None] = []
+        """Where each worker finds the weights, if it shares memory."""
+        for worker in range(channel.workers):
+            views = shard_vectors(channel, worker, shard, is_last=is_last)
+            self._received.append(views[0] if views else torch.empty(self.length + buffers, dtype=channel.dtype))
+            self._pulled.append(views[1] if views else None)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it is this server's to say what happens."""
+        return True
+
+    def hear(self) -> tuple[int, Header]:
+        """The next request, and whose it is. Raises PeersDied."""
+        return self.channel.receive()
+
+    def text(self, worker: int, tag: int) -> Any:
+        """The JSON record that came with a request."""
+        return self.channel.receive_text(worker, tag)
+
+    def vector(self, worker: int, into: Tensor) -> None:
+        """A vector of the state that came with a request."""
+        self.channel.receive_vector(worker, into, STATE)
+
+    def pushed(self, worker: int) -> Tensor:
+        """What a worker has pushed (P + F); stays so until the worker is answered, and may be overwritten."""
+        if not self.channel.shares_memory(worker):
+            self.channel.flush(worker)  # The buffer may still be on its way out, as an answer.
+            self.channel.receive_vector(worker, self._received[worker])
+        return self._received[worker]
+
+    def answer(self, worker: int, header: Header, vector: Tensor | None) -> None:
+        """Answer with a header, and weights (P,) if the worker wants them."""
+        pulled = self._pulled[worker]
+        if vector is not None and pulled is not None:
+            pulled.copy_(vector)
+        self.channel.send(worker, header)
+        if vector is not None and pulled is None:
+            # From the buffer of this worker, whose push is done with: the weights may change while they travel.
+            self.channel.flush(worker)
+            self.channel.send_vector(worker, self._received[worker][: self.length].copy_(vector))
+
+    def send_text(self, worker: int, record: Any) -> None:
+        """A JSON-able record after an answer."""
+        self.channel.send_text(worker, record, TEXT)
+
+    def send_state(self, worker: int, vector: Tensor) -> None:
+        """A vector after an answer, which may be changed once this returns."""
+        self.channel.send_vector(worker, vector, STATE)
+        self.channel.flush(worker)
+
+    def deaths(self) -> set[int]:
+        """Ranks that are known to have died, as far as this server may act on it."""
+        return self.channel.dead
+
+    def lost_server(self, rank: int) -> None:
+        """Another server has died. Raises WorldError where the job cannot go on without it."""
+        raise WorldError(
+            f"a parameter server has died (rank {rank}): continue from the last checkpoint with --resume; with "
+            "--replicas 1 its backup would have gone on"
+        )
+
+    def lost_worker(self, worker: int) -> None:
+        """A worker has died, and will not be waited for."""
