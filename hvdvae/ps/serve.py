@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from hvdvae.ps.channel import Channel
+from hvdvae.ps.hello import server_hello
 from hvdvae.ps.link import Link
-from hvdvae.ps.meeting import meet, partners, server_hello
+from hvdvae.ps.meeting import meet, partners
 from hvdvae.ps.plan import Plan
 from hvdvae.ps.replica import Backup, Primary
 from hvdvae.ps.server import Server

@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 from hvdvae.errors import ConfigError
 from hvdvae.ps.client import Client
 from hvdvae.ps.exchange import exchange_of, plain_options
-from hvdvae.ps.meeting import meet, partners, worker_hello
+from hvdvae.ps.hello import worker_hello
+from hvdvae.ps.meeting import meet, partners
 from hvdvae.ps.plan import Plan
 from hvdvae.ps.protocol import Answer
 from hvdvae.ps.report import Report

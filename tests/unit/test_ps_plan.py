@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from hvdvae.errors import ConfigError, WorldError
+from hvdvae.ps.hello import check_hello
 from hvdvae.ps.ledger import quantiles
-from hvdvae.ps.meeting import check_hello
 from hvdvae.ps.plan import Plan
 
 
@@ -30,6 +30,8 @@ from hvdvae.ps.plan import Plan
         ({"prefetch": True, "push_every": 2}, "--prefetch goes with a push and a pull at every step"),
         ({"prefetch": True, "rule": "dcasgd"}, "--prefetch computes with weights that are one pull older"),
         ({"rule": "easgd", "push_every": 2, "fetch_every": 4}, "--rule easgd pulls when it pushes"),
+        ({"replicas": 2}, "--replicas is 2, expected 0 or 1"),
+        ({"replicas": 1}, "1 ranks serve, and --replicas 1 makes pairs of them"),
     ],
 )
 def test_refused(options: dict[str, Any], words: str) -> None:
@@ -40,6 +42,7 @@ def test_refused(options: dict[str, Any], words: str) -> None:
 
 def test_backup_workers_have_one_server() -> None:
     Plan(consistency="bsp", backup_workers=1).check(workers=4, servers=1)
+    Plan(consistency="bsp", backup_workers=1, replicas=1).check(workers=4, servers=2)
     with pytest.raises(ConfigError, match="--servers 2"):
         Plan(consistency="bsp", backup_workers=1).check(workers=4, servers=2)
 
