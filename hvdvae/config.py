@@ -134,6 +134,8 @@ class ServerOptions:
     """Slowest workers of a step that it does not wait for (bsp)."""
     replicas: int = 0
     """Backups of each server, 0 or 1: ranks that take over where it dies (mpirun --with-ft ulfm)."""
+    replace_workers: bool = False
+    """Start a new worker where one died (mpirun --with-ft ulfm)."""
     rule: Literal["plain", "staleness-lr", "dcasgd", "dcasgd-a", "easgd"] = "plain"
     """How a push changes the weights: the optimizer's step; at lr / staleness; delay compensated; elastic averaging."""
     dc_strength: float | None = None

@@ -18,7 +18,12 @@ class Launch:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    joins: bool = False
+    """Whether a running job started this process, to take the place of a trainer that died."""
 
+
+JOINS = "HVDVAE_JOINS"
+"""Environment variable of such a process: its rank among trainers, a stroke, their number."""
 
 # Rank, size, local rank, local size; the first family whose first two are set wins. Open MPI and MPICH stand before
 # Slurm because mpirun inside sbatch hands Slurm's variables of its own daemons on to the ranks.
@@ -45,6 +50,9 @@ def detect(environ: Mapping[str, str]) -> Launch:
             ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
             environ,
         )
+    if JOINS in environ:
+        rank, size = (int(number) for number in environ[JOINS].split("/"))
+        return Launch(launcher="mpirun", rank=rank, size=size, joins=True)
     for launcher, names in _FAMILIES:
         # PMI_* beside SLURM_* are srun's own (pmi2), unless MPICH's mpirun, whose daemons run in a step, set them.
         if names[0] == "PMI_RANK" and "SLURM_STEP_ID" in environ and names[2] not in environ:

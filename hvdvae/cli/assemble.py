@@ -100,6 +100,7 @@ def plan(config: TrainConfig) -> Plan:
         staleness=config.staleness,
         backup_workers=config.backup_workers,
         replicas=config.replicas,
+        replace_workers=config.replace_workers,
         rule=config.rule,
         strength=config.dc_strength,
         elasticity=config.elasticity,

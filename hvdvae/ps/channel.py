@@ -5,7 +5,6 @@ A worker has two vectors: `outgoing` (P + F), what it pushes, and `incoming` (P)
 """
 
 import json
-import secrets
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,11 +14,9 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvdvae.ps import memory
 from hvdvae.ps.doorbell import Doorbell
 from hvdvae.ps.protocol import HEADER, VECTOR, Header
 from hvdvae.world.mpi import MAX_COUNT, acknowledged_deaths
-from hvdvae.world.shared_memory import fits
 
 
 class PeersDied(Exception):
@@ -36,47 +33,41 @@ class Channel:
 
     def __init__(
         self,
-        comm: MPI.Intracomm,
+        comm: Any,
+        rank: int,
+        *,
         workers: int,
-        lengths: tuple[int, int],
         dtype: torch.dtype,
-        peers: Iterable[int],
+        bell: Doorbell,
+        vectors: dict[int, tuple[Tensor, Tensor]],
+        sharing: Iterable[int] = (),
     ) -> None:
-        """Duplicate `comm` and map shared memory. `lengths`: P and F; `peers`: ranks that this one will hear of.
+        """Take the parts; ps/opening.py makes them.
 
-        Blocks; every rank of `comm` must call it.
+        `vectors`: of this rank, and of the workers that share memory with it; `sharing`: ranks that do.
         """
-        self.comm: Any = comm.Dup()
-        self.rank: int = self.comm.rank
-        self.workers = workers
-        self.dtype = dtype
-        self.vectors: dict[int, tuple[Tensor, Tensor]] = {}
-        """Outgoing and incoming vector of the workers that share memory with this rank, and of this rank."""
-        random = np.frombuffer(secrets.token_bytes(8), np.uint8).copy()
-        self.comm.Bcast(random)
-        token = random.tobytes().hex()
-        host: Any = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
-        self.neighbours: list[int] = host.allgather(self.rank)
-        mine = (2 * lengths[0] + lengths[1]) * dtype.itemsize if self.rank < workers else 0
-        self._shares = host.size > 1 and fits(host, host.allreduce(mine, MPI.MAX))
-        self._bell = Doorbell(token, self.rank)
-        if mine:
-            created = memory.create(f"hvdvae-{token}-{self.rank}", mine) if self._shares else bytearray(mine)
-            self.vectors[self.rank] = _halves(created, lengths, dtype)
-        self.comm.Barrier()
-        self._bell.connect(self.neighbours, all_peers_ring=set(peers) <= set(self.neighbours))
-        for other in self.neighbours:
-            if self._shares and other < workers and other != self.rank:
-                self.vectors[other] = _halves(memory.attach(f"hvdvae-{token}-{other}"), lengths, dtype)
-        self.comm.Barrier()
-        self._bell.unlink()
-        memory.forget(f"hvdvae-{token}-{self.rank}")
+        self.comm, self.rank, self.workers, self.dtype = comm, rank, workers, dtype
+        self.vectors = vectors
+        """Outgoing and incoming."""
+        self._bell, self._sharing = bell, set(sharing)
         self._sends: list[tuple[int, MPI.Request, Any]] = []
+        self._routes: dict[int, tuple[Any, int]] = {}
+        """Ranks that `comm` does not reach: a communicator that does, and the rank there."""
+        self._failed: set[int] = set()
+        """Ranks of `comm`."""
         self.dead: set[int] = set()
+        """Those that nobody has taken the place of."""
 
     def shares_memory(self, other: int) -> bool:
         """Whether vectors between this rank and `other` need no message."""
-        return self._shares and other in self.neighbours
+        return other in self._sharing
+
+    def admit(self, number: int, comm: Any, rank: int) -> None:
+        """Reach a rank by another communicator: one that has joined since, and nobody rings for."""
+        self._bell.expect_strangers()
+        self._sharing.discard(number)
+        self._routes[number] = (comm, rank)
+        self.dead.discard(number)
 
     def send(self, to: int, header: Header, tag: int = HEADER) -> None:
         """Send a small array. Does not wait for the receiver; the array may be changed after."""
@@ -100,51 +91,75 @@ class Channel:
     def receive_vector(self, source: int, into: Tensor, tag: int = VECTOR) -> None:
         """Receive a vector. Blocks."""
         array = into.numpy()
+        comm, rank = self._route(source)
         for start in range(0, array.size, MAX_COUNT):
             try:
-                request = self.comm.Irecv(array[start : start + MAX_COUNT], source, tag)
+                request = comm.Irecv(array[start : start + MAX_COUNT], rank, tag)
                 while not request.Test():
                     self._bell.sleep()
             except MPI.Exception as error:
-                raise self._death(error) from None
+                raise self._death(comm, error) from None
         self._bell.ring(source)  # It may wait in `flush`.
 
     def receive_text(self, source: int, tag: int) -> Any:
         """Receive a JSON record. Blocks."""
-        status = self._wait(source, tag)
+        comm, status = self._wait(source, tag)
         data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
-        self.comm.Recv(data, source, tag)
+        comm.Recv(data, status.source, tag)
         return json.loads(data.tobytes())
 
     def receive(self, source: int = MPI.ANY_SOURCE, tag: int = HEADER) -> tuple[int, Header]:
         """The next header, and who sent it. Blocks; sleeps meanwhile."""
-        status = self._wait(source, tag)
+        comm, status = self._wait(source, tag)
         header = np.empty(status.Get_count(MPI.DOUBLE))
-        self.comm.Recv(header, status.source, tag)
-        return status.source, header
+        comm.Recv(header, status.source, tag)
+        return next(iter(self._reached_by(comm)), status.source), header
 
     def next_tag(self, source: int) -> int:
         """The tag of the next message of a rank. Blocks."""
-        return self._wait(source, MPI.ANY_TAG).tag
+        return self._wait(source, MPI.ANY_TAG)[1].tag
 
     def close(self) -> None:
         """Take the bell down. The memory is given back when MPI ends."""
         self._bell.close()
 
-    def _wait(self, source: int, tag: int) -> MPI.Status:
-        status = MPI.Status()
-        try:
-            # Twice: MPI looks first, and only then at what has come in meanwhile.
-            while not (self.comm.Iprobe(source, tag, status) or self.comm.Iprobe(source, tag, status)):
-                self._bell.sleep()
-        except MPI.Exception as error:
-            raise self._death(error) from None
-        return status
+    def _route(self, other: int) -> tuple[Any, int]:
+        """The communicator that reaches a rank, and its rank there."""
+        return self._routes.get(other, (self.comm, other))
 
-    def _death(self, error: MPI.Exception) -> PeersDied:
-        new = acknowledged_deaths(self.comm, error) - self.dead
-        self.dead |= new
+    def _reached_by(self, comm: Any) -> set[int]:
+        """Ranks that only this communicator reaches."""
+        return {number for number, (other, _) in self._routes.items() if other is comm}
+
+    def _wait(self, source: int, tag: int) -> tuple[Any, MPI.Status]:
+        status = MPI.Status()
+        while True:
+            routes = [self._route(source)]
+            if source == MPI.ANY_SOURCE:
+                routes += self._routes.values()
+            for comm, rank in routes:
+                try:
+                    # Twice: MPI looks first, and only then at what has come in meanwhile.
+                    if comm.Iprobe(rank, tag, status) or comm.Iprobe(rank, tag, status):
+                        return comm, status
+                except MPI.Exception as error:
+                    raise self._death(comm, error) from None
+            self._bell.sleep()
+
+    def _death(self, comm: Any, error: MPI.Exception) -> PeersDied:
+        new = self._note_deaths(comm, error)
         return PeersDied(new)
+
+    def _note_deaths(self, comm: Any, error: MPI.Exception) -> set[int]:
+        failed = acknowledged_deaths(comm, error)
+        new = self._reached_by(comm)
+        for number in new:
+            del self._routes[number]
+        if not new:
+            new = failed - self._failed
+            self._failed |= new
+        self.dead |= new
+        return new
 
     def _unfinished_sends(self) -> list[tuple[int, MPI.Request, Any]]:
         left = []
@@ -153,31 +168,15 @@ class Channel:
                 if not request.Test():
                     left.append((to, request, kept))
             except MPI.Exception as error:
-                self.dead |= acknowledged_deaths(self.comm, error)
+                self._note_deaths(self._route(to)[0], error)
         self._sends = left
         return left
 
     def _post(self, array: NDArray[Any], to: int, tag: int) -> None:
         self._unfinished_sends()
+        comm, rank = self._route(to)
         try:
-            self._sends.append((to, self.comm.Isend(array, to, tag), array))
+            self._sends.append((to, comm.Isend(array, rank, tag), array))
             self._bell.ring(to)
         except MPI.Exception as error:
-            self.dead |= acknowledged_deaths(self.comm, error)
-
-
-def _halves(buffer: Any, lengths: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    parameters, buffers = lengths
-    whole = torch.frombuffer(buffer, dtype=dtype, count=2 * parameters + buffers)
-    return whole[: parameters + buffers], whole[parameters + buffers :]
-
-
-def shard_vectors(channel: Channel, worker: int, shard: slice, *, is_last: bool) -> tuple[Tensor, Tensor] | None:
-    """A worker's vectors as a server sees them: its slice of outgoing (the last's with buffers) and of incoming.
-
-    None where they do not share memory.
-    """
-    if not channel.shares_memory(worker):
-        return None
-    outgoing, incoming = channel.vectors[worker]
-    return outgoing[shard.start :] if is_last else outgoing[shard], incoming[shard]
+            self._note_deaths(comm, error)

@@ -237,6 +237,7 @@ class Client:
             server = self._holders[number][0]
             try:
                 _, answer = self._channel.receive(server)
+                self._check(answer, number)
                 if pull and not self._channel.shares_memory(server):
                     self._channel.receive_vector(server, self.incoming[self._shards[number]])
                 if pull:
@@ -248,6 +249,13 @@ class Client:
             except PeersDied:
                 if server in self._channel.dead:
                     self._ask_backup(number)
+
+    def _check(self, answer: Header, number: int) -> None:
+        if answer[Answer.SEQUENCE] != self._sequence:
+            raise WorldError(
+                f"parameter server {number} answered request {answer[Answer.SEQUENCE]:.0f}, expected an answer to "
+                f"{self._sequence}: an answer was sent twice, which is a defect of hvdvae; continue with --resume"
+            )
 
     def _ask_backup(self, number: int) -> None:
         """Send what was not answered to the backup of a server that died. Raises WorldError where there is none."""

@@ -48,6 +48,10 @@ class Doorbell:
         self._others = {other: self._open(other, 0) for other in neighbours if other != self._rank}
         self._sleep = LONG_SLEEP_SECONDS if all_peers_ring else NAP_SECONDS
 
+    def expect_strangers(self) -> None:
+        """From now on somebody will send who cannot ring."""
+        self._sleep = NAP_SECONDS
+
     def unlink(self) -> None:
         """Forget the name, which all have used; a killed process then leaves no file behind."""
         _libc.sem_unlink(self._name(self._rank))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvdvae.errors import WorldError
-from hvdvae.ps.channel import Channel, shard_vectors
+from hvdvae.ps.channel import Channel
 from hvdvae.ps.protocol import STATE, TEXT, Header
 
 
@@ -25,7 +25,7 @@ class Link:
         self._pulled: list[Tensor | None] = []
         """Where each worker finds the weights, if it shares memory."""
         for worker in range(channel.workers):
-            views = shard_vectors(channel, worker, shard, is_last=is_last)
+            views = _vectors_of(channel, worker, shard, is_last=is_last)
             self._received.append(views[0] if views else torch.empty(self.length + buffers, dtype=channel.dtype))
             self._pulled.append(views[1] if views else None)
 
@@ -86,3 +86,14 @@ class Link:
 
     def lost_worker(self, worker: int) -> None:
         """A worker has died, and will not be waited for."""
+
+
+def _vectors_of(channel: Channel, worker: int, shard: slice, *, is_last: bool) -> tuple[Tensor, Tensor] | None:
+    """A worker's vectors as a server sees them: its slice of outgoing (the last's with buffers) and of incoming.
+
+    None where they do not share memory.
+    """
+    if not channel.shares_memory(worker):
+        return None
+    outgoing, incoming = channel.vectors[worker]
+    return outgoing[shard.start :] if is_last else outgoing[shard], incoming[shard]

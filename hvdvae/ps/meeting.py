@@ -7,6 +7,7 @@ import torch
 from hvdvae.errors import ConfigError
 from hvdvae.ps.channel import Channel
 from hvdvae.ps.hello import Hello, check_hello
+from hvdvae.ps.opening import open_channel
 from hvdvae.ps.plan import Plan
 from hvdvae.ps.shards import cut
 from hvdvae.world import World
@@ -27,12 +28,12 @@ class Meeting(NamedTuple):
 def meet(world: World, hello: Hello, plan: Plan) -> Meeting:
     """Compare hellos and open the channel. Blocks; workers and servers must call it.
 
-    Raises WorldError on all of them where they differ, ConfigError for backups where any death ends the job.
+    Raises WorldError on all of them where they differ, ConfigError for what outlives deaths where any ends the job.
     """
-    if plan.replicas and not world.survives_deaths:
+    if (plan.replicas or plan.replace_workers) and not world.survives_deaths:
         raise ConfigError(
-            "--replicas 1 needs an MPI that lets the others go on when a rank dies: start with mpirun --with-ft ulfm "
-            "(Open MPI 5)"
+            "--replicas and --replace-workers need an MPI that lets the others go on when a rank dies: start with "
+            "mpirun --with-ft ulfm (Open MPI 5)"
         )
     hellos = world.gather_from_everyone(hello, "meeting of workers and parameter servers")
     workers = world.everyone.size - world.servers
@@ -46,7 +47,8 @@ def meet(world: World, hello: Hello, plan: Plan) -> Meeting:
         peers = set(range(workers, world.everyone.size))
     with world.watchdog.waiting("memory shared by workers and parameter servers"):
         lengths = (first["parameters"], first["buffers"])
-        channel = Channel(world.everyone, workers, lengths, getattr(torch, first["dtype"]), peers)
+        dtype = getattr(torch, first["dtype"])
+        channel = open_channel(world.everyone, workers=workers, lengths=lengths, dtype=dtype, peers=peers)
     return Meeting(channel, cut(groups, shards), groups, first)
 
 

@@ -18,6 +18,8 @@ class Plan:
     backup_workers: int = 0
     replicas: int = 0
     """Backups of each server, which go on where it dies (ULFM)."""
+    replace_workers: bool = False
+    """Start a worker in the place of one that died (ULFM)."""
     rule: str = "plain"
     strength: float | None = None
     """DC-ASGD's lambda; default 0.04, and 2 for the variance-normalized form (Zheng et al. 2017, section 6)."""
@@ -37,6 +39,11 @@ class Plan:
         if servers % (1 + self.replicas):
             raise ConfigError(
                 f"{servers} ranks serve, and --replicas {self.replicas} makes pairs of them: start an even number"
+            )
+        if self.replace_workers and servers > 1:
+            raise ConfigError(
+                f"--replace-workers with {servers} ranks that serve: the server that starts a worker must be the only "
+                "one; use --servers 1, without --replicas"
             )
         if self.consistency not in CONSISTENCIES:
             raise ConfigError(f"--consistency is {self.consistency!r}, expected one of {', '.join(CONSISTENCIES)}")

@@ -25,6 +25,7 @@ to the backup of a server that died (ps/replica.py); a request is known by its n
     FREEZE    hold back pushes from now                          with the clocks of what was applied
     CUT       TEXT: apply up to these clocks, then send all,     weights; STATE: the workers' buffers (workers, F),
               and go on                                          from the last server; TEXT and STATE if wanted
+    JOIN      I take a dead worker's place; TEXT: hello          at once, with weights; TEXT: Place
     DONE      I push no more, for now                            once all have said it, weights; TEXT: the ledger
     QUIT      worker 0: end                                      and ends
 """
@@ -51,7 +52,8 @@ class Kind(IntEnum):
     CUT = 5
     DONE = 6
     QUIT = 7
-    BURY = 8
+    JOIN = 8
+    BURY = 9
     """Only between a server and its backup."""
 
 
@@ -79,6 +81,8 @@ class Request(IntEnum):
     SECONDS = 13
     HAS_OPTIONS = 14
     """1: OPTIONS were sent before this."""
+    EPOCHS = 15
+    """That the worker has done, with the fraction."""
 
 
 REQUEST = len(Request)

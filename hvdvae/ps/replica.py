@@ -106,6 +106,8 @@ class Backup(Link):
         super().__init__(channel, shard, is_last=is_last, buffers=buffers)
         self._primary = primary
         self._leads = False
+        self._turned_to_me: set[int] = set()
+        """Workers that have sent their requests again since it took over: before that, nobody listens."""
         self._held = [torch.empty_like(push) for push in self._received]
 
     @property
@@ -116,7 +118,9 @@ class Backup(Link):
     def hear(self) -> tuple[int, Header]:
         """What the primary heard."""
         if self._leads:
-            return super().hear()
+            worker, request = super().hear()
+            self._turned_to_me.add(worker)
+            return worker, request
         _, told = self.channel.receive(self._primary, TOLD)
         self._confirm()
         return int(told[0]), told[1:]
@@ -145,18 +149,18 @@ class Backup(Link):
         return self._held[worker]
 
     def answer(self, worker: int, header: Header, vector: Tensor | None) -> None:
-        """The primary does, while it lives."""
-        if self._leads:
+        """The primary does, while it lives; a worker that has not come yet will ask again."""
+        if worker in self._turned_to_me:
             super().answer(worker, header, vector)
 
     def send_text(self, worker: int, record: Any) -> None:
-        """The primary does, while it lives."""
-        if self._leads:
+        """After an answer, if there was one."""
+        if worker in self._turned_to_me:
             super().send_text(worker, record)
 
     def send_state(self, worker: int, vector: Tensor) -> None:
-        """The primary does, while it lives."""
-        if self._leads:
+        """After an answer, if there was one."""
+        if worker in self._turned_to_me:
             super().send_state(worker, vector)
 
     def deaths(self) -> set[int]:

@@ -30,6 +30,10 @@ class Report:
         """Count time that the worker waited for servers."""
         self._sums[Request.BLOCKED_SECONDS] += seconds
 
+    def at(self, epochs: float) -> None:
+        """Say how far this worker has come."""
+        self._sums[Request.EPOCHS] = epochs
+
     def signal(self, number: int) -> None:
         """Say from now on that the operating system asked this worker to end."""
         self._sums[Request.SIGNAL] = number
@@ -37,5 +41,6 @@ class Report:
     def taken(self) -> NDArray[np.float64]:
         """The sums, (REQUEST,); they begin again from zero."""
         sums, self._sums = self._sums, np.zeros(REQUEST)
-        self._sums[Request.SIGNAL] = sums[Request.SIGNAL]
+        for lasting in (Request.SIGNAL, Request.EPOCHS):
+            self._sums[lasting] = sums[lasting]
         return sums

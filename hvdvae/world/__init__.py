@@ -29,7 +29,15 @@ from hvdvae.deadline import Watchdog
 from hvdvae.errors import WorldError
 from hvdvae.launcher import Launch, Launcher, detect
 from hvdvae.world.collectives import Alone, Collectives
-from hvdvae.world.join import check_servers, choose_device, import_horovod, join_gloo, join_mpi, split_roles
+from hvdvae.world.join import (
+    check_servers,
+    choose_device,
+    import_horovod,
+    join_gloo,
+    join_mpi,
+    join_parent,
+    split_roles,
+)
 
 # Open MPI waits by spinning. Yielding in the spin gives the core to whoever computes on it: Horovod's other thread, a
 # late rank, another job. Read by MPI_Init, so it stands here, before anything of ours imports mpi4py. The user's
@@ -59,7 +67,7 @@ class World:
         everyone: Any = None,
         servers: int = 0,
     ) -> None:
-        """Take the parts; `create` makes them.
+        """Take the parts; `create` and `_join_running` make them.
 
         `comm`: the MPI communicator of this process's role, None without MPI. `everyone`: that of all ranks, the
         `servers` last of which are parameter servers.
@@ -70,6 +78,8 @@ class World:
         self.local_size = launch.local_size
         self.host = socket.gethostname()
         self.launcher: Launcher = launch.launcher
+        self.joins = launch.joins
+        """Whether this trainer takes the place of one that died: it meets no other trainer, only the server."""
         self.device = device
         self.watchdog = watchdog
         self.comm = comm
@@ -91,6 +101,8 @@ class World:
         ranks were started.
         """
         launch = detect(os.environ)
+        if launch.joins:
+            return cls._join_running(launch, choose_device(device, launch.local_rank), deadline)
         check_servers(servers, launch)
         chosen = choose_device(device, launch.local_rank)
         if launch.launcher == "none":
@@ -112,6 +124,15 @@ class World:
         if everyone.size > 1:
             watchdog.start()
             world._end_job_on_uncaught_exception()
+        return world
+
+    @classmethod
+    def _join_running(cls, launch: Launch, device: torch.device, deadline: float) -> Self:
+        watchdog = Watchdog(rank=launch.rank, size=launch.size, seconds=deadline)
+        world = cls(launch, Alone(), device, watchdog, None, join_parent(), servers=1)
+        world.rank, world.size = launch.rank, launch.size
+        watchdog.start()
+        world._end_job_on_uncaught_exception()
         return world
 
     @classmethod

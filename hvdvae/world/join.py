@@ -73,6 +73,13 @@ def join_mpi(launch: Launch) -> tuple[Collectives, Any, Any]:
     return carrier, inquiry, carrier.comm
 
 
+def join_parent() -> Any:
+    """The communicator of this process, rank 0, and of the server that started it, rank 1. Blocks for that."""
+    from mpi4py import MPI
+
+    return MPI.Comm.Get_parent().Merge(high=False)
+
+
 def split_roles(comm: Any, color: bool) -> Collectives:
     """Collectives of the ranks of `comm` that have the same color. Blocks; every rank must call it."""
     from hvdvae.world.mpi import MpiCollectives

@@ -108,7 +108,7 @@ def carrier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "messages":
         if request.node.callspec.params.get("name", "adam") != "adam":
             pytest.skip("with adam alone")
-        monkeypatch.setattr("hvdvae.ps.channel.fits", lambda host, size: False)
+        monkeypatch.setattr("hvdvae.ps.opening.fits", lambda host, size: False)
 
 
 def splits(world: World) -> list[int]:

@@ -114,6 +114,14 @@ def test_without_a_backup_left_the_job_ends(tmp_path: Path) -> None:
     assert "--resume" in output
 
 
+def test_a_backup_that_took_over_ends_the_job_where_it_must(tmp_path: Path) -> None:
+    """An abort after a death: Open MPI's launcher may take it for one more death, and let the others wait."""
+    status, output = kill(tmp_path, "--consistency bsp", victims=[PRIMARY, 0], delay=0.1)
+    assert status != 0
+    assert "worker 0, which keeps the log and the checkpoints, has died" in output
+    assert "--resume" in output
+
+
 def soak(kills: int, folder: Path) -> None:
     """Kill so many servers, each in a job of its own, at random moments of random plans. Stops at the first failure."""
     print(f"seed {kills}, {os.cpu_count()} cores")
