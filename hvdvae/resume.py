@@ -7,7 +7,7 @@ example.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,12 @@ class Position:
     """Examples of all ranks in the unfinished epoch."""
     step: int = 0
     """Steps in all."""
+
+    @classmethod
+    def at(cls, epochs: float, examples: int, steps: int) -> Self:
+        """After so many epochs of so many examples of all ranks and steps of each."""
+        whole = int(epochs)
+        return cls(whole, int((epochs - whole) * examples), int(epochs * steps))
 
     def advance(self, examples: int) -> None:
         """One step further."""

@@ -114,7 +114,10 @@ class Trainer:
         self.configuration = dict(config or {})
         """Saved with checkpoints, and compared when one is resumed."""
         self._pulse = pulse_of(optimizer)
-        self._share = optimizer.share
+        self._share = (self.world.rank, self.world.size)
+        """As the batches are cut; where the strategy says another, they are cut anew."""
+        if optimizer.joined_at is not None:
+            self.position = Position.at(optimizer.joined_at, batches.examples, batches.steps(0))
         self._nothing = torch.zeros((), device=self.world.device)
 
     def fit(self, epochs: int) -> Outcome:
@@ -221,6 +224,7 @@ class Trainer:
             self._pulse.count(loss.detach(), rate, distortion, micro_examples)
         self._update()
         position.advance(examples * self._share[1])
+        optimizer.tell_progress(position.epoch + position.examples / self.batches.examples)
         self._pulse.count_step(examples, data_seconds)
 
     def _update(self) -> None:

@@ -42,7 +42,8 @@ def train(asked: Asked) -> int:
     world.watchdog.seconds = config.deadline
     if world.servers:
         plan = assemble.plan(config)
-        plan.check(workers=world.everyone.size - world.servers, servers=world.servers)
+        workers = world.size if world.role == "trainer" else world.everyone.size - world.servers
+        plan.check(workers=workers, servers=world.servers)
         if world.role == "server":
             from hvdvae.ps.serve import serve
 
@@ -63,7 +64,7 @@ def train(asked: Asked) -> int:
     trained, optimizer = _distribute(config, world, model, dataset)
     # Last: what cannot be run must not delete the results of an earlier run (--overwrite).
     folder = prepare_folder(config, world)
-    resumed = _newest(folder, config, world)
+    resumed = _newest(folder, config, world) if not world.joins else None
     if world.is_first and resumed is None:
         # At once: it also tells --overwrite that what follows is ours.
         write_config(config, folder / CONFIG_FILE)
@@ -74,6 +75,9 @@ def train(asked: Asked) -> int:
             write_config(config, folder / CONFIG_FILE)
         _say(_opening(config, trainer, dataset, folder))
     outcome = trainer.fit(config.epochs)
+    if world.joins:
+        world.close()  # Those who were there from the start evaluate.
+        return exit_status(outcome)
     if outcome.signal:
         if world.is_first:
             name = signal.Signals(outcome.signal).name

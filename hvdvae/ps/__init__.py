@@ -14,6 +14,7 @@ A server
     cut.py           a copy of all servers after the same pushes (pure)
     ledger.py        what is counted (pure); state.py: an optimizer's state in pieces (pure)
     link.py          where pushes land and how answers go out; replica.py: the same, with a backup
+    recruiter.py     starts a worker where one died
 
 A worker
     exchange.py      when it pushes and pulls
@@ -21,7 +22,7 @@ A worker
     report.py        what it did since the last push
 
 Between them
-    channel.py       headers and vectors from here to there
+    channel.py       headers and vectors from here to there; opening.py: how one is opened
     doorbell.py      how a waiting process sleeps
     memory.py        what processes of one host share
 """

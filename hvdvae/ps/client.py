@@ -113,6 +113,21 @@ class Client:
             for _ in entry["vectors"]:
                 self._channel.send_vector(server, next(left)[start : start + piece.stop - piece.start], STATE)
 
+    def join(self, hello: dict[str, Any]) -> dict[str, Any]:
+        """Take a dead worker's place; the present weights are in `incoming` then.
+
+        Returns {"epochs": how many the slowest worker has done}, or {"refused": why}.
+        """
+        found: dict[str, Any] = {}
+
+        def send(server: int) -> None:
+            self._channel.send(server, self._request(Kind.JOIN))
+            self._channel.send_text(server, hello, TEXT)
+
+        self._ask(0, send)
+        self._answers(pull=True, rest=lambda number, server: found.update(self._channel.receive_text(server, TEXT)))
+        return found
+
     def push(
         self,
         rates: list[float],

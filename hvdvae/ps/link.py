@@ -53,6 +53,11 @@ class Link:
             self.channel.receive_vector(worker, self._received[worker])
         return self._received[worker]
 
+    def admit(self, worker: int) -> None:
+        """A new worker takes this one's place, which shares no memory."""
+        self._received[worker] = torch.empty_like(self._received[worker])
+        self._pulled[worker] = None
+
     def answer(self, worker: int, header: Header, vector: Tensor | None) -> None:
         """Answer with a header, and weights (P,) if the worker wants them."""
         pulled = self._pulled[worker]

@@ -7,7 +7,7 @@ import torch
 from hvdvae.errors import ConfigError
 from hvdvae.ps.channel import Channel
 from hvdvae.ps.hello import Hello, check_hello
-from hvdvae.ps.opening import open_channel
+from hvdvae.ps.opening import open_channel, open_joining_channel
 from hvdvae.ps.plan import Plan
 from hvdvae.ps.shards import cut
 from hvdvae.world import World
@@ -50,6 +50,19 @@ def meet(world: World, hello: Hello, plan: Plan) -> Meeting:
         dtype = getattr(torch, first["dtype"])
         channel = open_channel(world.everyone, workers=workers, lengths=lengths, dtype=dtype, peers=peers)
     return Meeting(channel, cut(groups, shards), groups, first)
+
+
+def meet_running(world: World, hello: Hello, plan: Plan) -> Meeting:
+    """As `meet`, of a worker that takes a dead one's place: it meets the server alone, which compares. Local."""
+    channel = open_joining_channel(
+        world.everyone,
+        world.rank,
+        workers=world.size,
+        lengths=(hello["parameters"], hello["buffers"]),
+        dtype=getattr(torch, hello["dtype"]),
+    )
+    groups = [slice(start, stop) for start, stop in hello["groups"]]
+    return Meeting(channel, cut(groups, 1), groups, hello)
 
 
 def partners(workers: int, shards: int, plan: Plan) -> list[list[int]]:

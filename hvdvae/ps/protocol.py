@@ -25,7 +25,8 @@ to the backup of a server that died (ps/replica.py); a request is known by its n
     FREEZE    hold back pushes from now                          with the clocks of what was applied
     CUT       TEXT: apply up to these clocks, then send all,     weights; STATE: the workers' buffers (workers, F),
               and go on                                          from the last server; TEXT and STATE if wanted
-    JOIN      I take a dead worker's place; TEXT: hello          at once, with weights; TEXT: Place
+    JOIN      I take a dead worker's place; TEXT: hello          weights; TEXT: epochs that the slowest has done, or
+                                                                 why not
     DONE      I push no more, for now                            once all have said it, weights; TEXT: the ledger
     QUIT      worker 0: end                                      and ends
 """

@@ -10,6 +10,7 @@ from hvdvae.ps.hello import server_hello
 from hvdvae.ps.link import Link
 from hvdvae.ps.meeting import meet, partners
 from hvdvae.ps.plan import Plan
+from hvdvae.ps.recruiter import Recruiter
 from hvdvae.ps.replica import Backup, Primary
 from hvdvae.ps.server import Server
 from hvdvae.ps.shards import pieces
@@ -41,7 +42,8 @@ def serve(world: World, plan: Plan) -> dict[str, Any]:
         clip_norm=meeting.hello["clip_norm"],
         sum_over_servers=lambda value: value if shards == 1 else world.sum_(value, "norm of the gradient"),
     )
-    server = Server(link, weights, plan, world.watchdog)
+    recruiter = Recruiter(channel, meeting.hello) if plan.replace_workers else None
+    server = Server(link, weights, plan, world.watchdog, recruiter)
     with caught():  # Signals end the workers' runs, and those end this one.
         server.run()
     if plan.replicas:

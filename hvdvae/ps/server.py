@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,26 @@ from hvdvae.ps.channel import PeersDied
 from hvdvae.ps.consistency import Action, Apply, Drop, policy
 from hvdvae.ps.consistency import Answer as AnswerIt
 from hvdvae.ps.cut import Asked, Cut
+from hvdvae.ps.hello import Hello
 from hvdvae.ps.ledger import Ledger
 from hvdvae.ps.link import Link
 from hvdvae.ps.plan import Plan
 from hvdvae.ps.protocol import ANSWER, BINS, OPTIONS, REQUEST, TEXT, Answer, Header, Kind, Request
+from hvdvae.ps.recruiter import Recruiter
 from hvdvae.ps.weights import Weights
 
 
 class Server:
     """One of the servers; `run` serves until worker 0 quits."""
 
-    def __init__(self, link: Link, weights: Weights, plan: Plan, watchdog: Watchdog) -> None:
-        """Take the parts: what it hears and answers through, what it holds, and when it does so (`plan`)."""
-        self._link, self._weights, self._watchdog = link, weights, watchdog
+    def __init__(
+        self, link: Link, weights: Weights, plan: Plan, watchdog: Watchdog, recruiter: Recruiter | None = None
+    ) -> None:
+        """Take the parts: what it hears and answers through, what it holds, and when it does so (`plan`).
+
+        `recruiter`: starts workers where some die; None to go on with those that are left.
+        """
+        self._link, self._weights, self._watchdog, self._recruiter = link, weights, watchdog, recruiter
         self._is_step = plan.consistency == "bsp"
         self._workers = workers = link.channel.workers
         self.ledger = Ledger(workers)
@@ -45,6 +53,12 @@ class Server:
         self._sequence = [0] * workers
         self._done: dict[int, Header] = {}
         self._buried: set[int] = set()
+        """Ranks that have died, and whose place nobody has taken."""
+        self._died: list[int] = []
+        self._joined: list[int] = []
+        """Workers, in the order in which it happened."""
+        self._epochs = [0.0] * workers
+        """That each worker has done."""
         self._ended_at: dict[int, int] = {}
 
     def run(self) -> None:
@@ -57,6 +71,7 @@ class Server:
                 self._watchdog.step = self.version
                 if kind is Kind.QUIT:
                     self._reply(worker, request)
+                    self._send_away()
                     return
                 self._hear(kind, worker, request)
             except PeersDied:
@@ -81,12 +96,15 @@ class Server:
             )
         if self._link.speaks:
             sys.stderr.write(f"hvdvae: worker {worker} has died at step {self._clock(worker)}; the others go on\n")
+        self._died.append(worker)
         self._ended_at[worker] = self._clock(worker)
         self._cut.forget(worker)
         self._requests.pop(worker, None)
         self._done.pop(worker, None)
         self._act(self._policy.leave(worker))
         self._continue_cut()
+        if self._recruiter is not None and not self._done:
+            self._recruiter.replace(worker)
         self._end_if_all_have()
 
     def _clock(self, worker: int) -> int:
@@ -110,6 +128,8 @@ class Server:
             self._continue_cut()
         elif kind is Kind.DONE:
             self._ended(worker, request)
+        elif kind is Kind.JOIN:
+            self._admit(worker, request, self._link.text(worker, TEXT))
         elif kind is Kind.BURY:
             self._buried.add(worker)
             self._bury_worker(worker)
@@ -123,6 +143,34 @@ class Server:
                 vectors.append(torch.empty(piece.stop - piece.start, dtype=self._weights.vector.dtype))
                 self._link.vector(worker, vectors[-1])
         self._weights.start(start["options"], start["state"], vectors)
+
+    def _admit(self, worker: int, request: Header, hello: Hello) -> None:
+        """A worker takes a dead one's place: it gets the present weights, and begins where the slowest are."""
+        assert self._recruiter is not None
+        self._link.admit(worker)
+        refusal = self._recruiter.refusal(worker, hello)
+        if refusal is not None:
+            self._reply(worker, request, self._weights.vector)
+            self._link.send_text(worker, {"refused": refusal})
+            return
+        self._buried.discard(worker)
+        self._joined.append(worker)
+        self._sequence[worker] = 0
+        epochs = min((self._epochs[other] for other in self._policy.clocks), default=0.0)
+        self._policy.join(worker)  # Answered here and now, with the weights whatever the rule.
+        self._weights.answered(worker)
+        self._reply(worker, request, self._weights.vector)
+        self._link.send_text(worker, {"epochs": epochs})
+        sys.stderr.write(f"hvdvae: a new worker {worker} begins at epoch {epochs:.2f}\n")
+
+    def _send_away(self) -> None:
+        """The run is over: tell those that come too late for it."""
+        if self._recruiter is not None:
+            with self._watchdog.waiting("a worker that was started as the run ended"):
+                self._recruiter.wait()
+                while self._recruiter.expected - self._link.deaths():
+                    with suppress(PeersDied):
+                        self._hear(Kind.JOIN, *self._link.hear())
 
     def _pushed(self, worker: int, request: Header) -> None:
         if self._all_have_ended:
@@ -142,6 +190,7 @@ class Server:
         self._sequence[worker] = int(request[Request.SEQUENCE])
         self._requests[worker] = request
         self._arrived[worker] = time.perf_counter()
+        self._epochs[worker] = float(request[Request.EPOCHS])
         self.ledger.reported(worker, request)
         if request[Request.KIND] == Kind.PUSH:
             self.ledger.totals[Answer.BYTES_PUSHED] += self._pushes[worker].nbytes
@@ -247,7 +296,8 @@ class Server:
     def _summary(self) -> dict[str, Any]:
         return {
             **self.ledger.summary(),
-            "died": sorted(rank for rank in self._buried if rank < self._workers),
+            "died": self._died,
+            "joined": self._joined,
             "clocks": [self._ended_at.get(worker, 0) for worker in range(self._workers)],
         }
 

@@ -78,7 +78,8 @@ def _ps(
             f"strategy 'ps' (--strategy) with {wanted} ranks that serve in a World of {world.servers}: make it with "
             f"World.create(servers={wanted}), under mpirun or srun with {wanted + 1} ranks or more"
         )
-    plan.check(workers=world.everyone.size - world.servers, servers=world.servers)
+    workers = world.size if world.role == "trainer" else world.everyone.size - world.servers
+    plan.check(workers=workers, servers=world.servers)
     from hvdvae.ps.serve import serve_and_exit
     from hvdvae.strategies.ps import ParameterServer
 

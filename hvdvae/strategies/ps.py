@@ -10,6 +10,7 @@ ps/server.py. Workers and servers of one host share memory: a gradient is pushed
 server writes the weights right into the model.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,8 +22,8 @@ from torch.optim import Optimizer
 from hvdvae.errors import ConfigError
 from hvdvae.ps.client import Client
 from hvdvae.ps.exchange import exchange_of, plain_options
-from hvdvae.ps.hello import worker_hello
-from hvdvae.ps.meeting import meet, partners
+from hvdvae.ps.hello import Hello, worker_hello
+from hvdvae.ps.meeting import meet, meet_running, partners
 from hvdvae.ps.plan import Plan
 from hvdvae.ps.protocol import Answer
 from hvdvae.ps.report import Report
@@ -61,7 +62,7 @@ class ParameterServer(Strategy):
         super().__init__(optimizer, model, world, **options)
         flat = self.flat
         hello = worker_hello(plan, flat, type(optimizer).__name__, clipped_there)
-        self._channel, shards, groups, _ = meet(world, hello, plan)
+        self._channel, shards, groups, _ = (meet_running if world.joins else meet)(world, hello, plan)
         holders = partners(self._channel.workers, len(shards), plan)
         self.client = Client(self._channel, shards, groups, flat.buffers.numel(), holders)
         kind = exchange_of(plan)
@@ -75,7 +76,24 @@ class ParameterServer(Strategy):
         self._started = self._ended = False
         self.ledgers: list[dict[str, Any]] = []
         """What each server counted, known once a run has ended."""
+        if world.joins:
+            self._join(hello)
         world.on_close(self._close)
+
+    def _join(self, hello: Hello) -> None:
+        """Take a dead worker's place in a run that has started; where it cannot, the process ends."""
+        self._started = True
+        with self.world.watchdog.waiting("admission by the parameter server"):
+            found = self.client.join(hello)
+        if "refused" in found:
+            sys.stderr.write(f"hvdvae: the new worker {self._worker} has no place: {found['refused']}\n")
+            sys.exit(0)
+        self._exchange.take()
+        self.joined_at = found["epochs"]
+
+    def tell_progress(self, epochs: float) -> None:
+        """As every strategy's: with the next push, for whoever joins."""
+        self.report.at(epochs)
 
     @property
     def report(self) -> Report:
@@ -176,8 +194,10 @@ class ParameterServer(Strategy):
             self.ledgers = self.client.done(self.report.taken())
         self._exchange.take()
         self._ended = True
-        if len(self.ledgers[0]["died"]) > self.world.everyone.size - self.world.servers - self.world.size:
-            self.world.shrink()
+        world = self.world
+        left = world.everyone.size - world.servers - len(set(self.ledgers[0]["died"]))
+        if not world.joins and left < world.size:
+            world.shrink()  # To those that were there from the start.
 
     def _close(self) -> None:
         self.finish()

@@ -32,6 +32,8 @@ class Strategy(Optimizer):
     """As in `--strategy`."""
     synchronous = True
     """Whether all ranks take the same step at the same time, and hold the same weights after it."""
+    joined_at: float | None = None
+    """Epochs that had been done when this rank took the place of one that died; None: it was there from the start."""
     engine = "none"
     """What carries the collectives: none, horovod or mpi."""
     engine_reason = "one process exchanges nothing"
@@ -206,6 +208,9 @@ class Strategy(Optimizer):
 
     def skip(self) -> None:
         """In place of `update`, where the gradient is not finite."""
+
+    def tell_progress(self, epochs: float) -> None:
+        """Let others know, where somebody asks, how many epochs this rank has done. Local."""
 
     def finish(self) -> None:
         """Return once every rank has taken its last step of a run. Every rank must call it."""
