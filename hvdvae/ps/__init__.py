@@ -15,6 +15,7 @@ A server
     ledger.py        what is counted (pure); state.py: an optimizer's state in pieces (pure)
     link.py          where pushes land and how answers go out; replica.py: the same, with a backup
     recruiter.py     starts a worker where one died
+    recruiter.py     starts a worker where one died
 
 A worker
     exchange.py      when it pushes and pulls

@@ -101,3 +101,8 @@ def test_a_bad_number_is_refused_by_name(environment: dict[str, str], name: str)
 def test_missing_local_numbers_are_those_of_one_process() -> None:
     found = detect({"PMI_RANK": "1", "PMI_SIZE": "2"})
     assert (found.rank, found.size, found.local_rank, found.local_size) == (1, 2, 0, 1)
+
+
+def test_a_process_that_a_running_job_started_is_the_rank_whose_place_it_takes() -> None:
+    spawned = {**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "HVDVAE_JOINS": "2/3"}
+    assert detect(spawned) == Launch(launcher="mpirun", rank=2, size=3, joins=True)

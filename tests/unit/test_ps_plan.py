@@ -40,6 +40,12 @@ def test_refused(options: dict[str, Any], words: str) -> None:
     assert words in str(raised.value)
 
 
+def test_workers_are_replaced_by_the_only_server() -> None:
+    Plan(replace_workers=True).check(workers=2, servers=1)
+    with pytest.raises(ConfigError, match="--replace-workers with 2 ranks that serve"):
+        Plan(replace_workers=True).check(workers=2, servers=2)
+
+
 def test_backup_workers_have_one_server() -> None:
     Plan(consistency="bsp", backup_workers=1).check(workers=4, servers=1)
     Plan(consistency="bsp", backup_workers=1, replicas=1).check(workers=4, servers=2)
