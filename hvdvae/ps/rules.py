@@ -99,6 +99,7 @@ class DelayCompensated(Plain):
         self._pulled = {worker: optimizer.weights.clone() for worker in range(workers)}
         self._mean_square = torch.zeros_like(optimizer.weights) if adaptive else None
         self._scratch = torch.empty_like(optimizer.weights)
+        self._root = torch.empty_like(optimizer.weights) if adaptive else None
 
     def apply(self, push: Tensor, worker: int, staleness: int) -> None:
         """Compensate, then one step. With no update since the pull the push is taken as it is."""
@@ -107,7 +108,7 @@ class DelayCompensated(Plain):
         change = torch.sub(self._optimizer.weights, self._pulled[worker], out=self._scratch)
         change.mul_(push).mul_(push)
         if self._mean_square is not None:
-            change.div_(torch.sqrt(self._mean_square).add_(self.EPSILON))
+            change.div_(torch.sqrt(self._mean_square, out=self._root).add_(self.EPSILON))
         self._optimizer.step(push.add_(change, alpha=self._strength))
 
     def answered(self, worker: int) -> None:
@@ -130,7 +131,9 @@ class Elastic:
 
     def apply(self, push: Tensor, worker: int, staleness: int) -> None:
         """Move the center towards the worker."""
-        force = self._force.setdefault(worker, torch.empty_like(push))
+        if worker not in self._force:
+            self._force[worker] = torch.empty_like(push)
+        force = self._force[worker]
         torch.sub(push, self._center, out=force).mul_(self._rate)
         self._center.add_(force)
 
