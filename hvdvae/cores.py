@@ -31,6 +31,8 @@ def threads_of_rank(world: World) -> int:
     OMP_NUM_THREADS, where the user has set it, rules. Blocks; every rank must call it.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "")
+    if world.joins and not asked.isdecimal():
+        return 1  # It cannot ask how many share its host.
     everyone = world.gather_objects([world.host, sorted(available_cores())], "gather of cores")
     if asked.isdecimal() and int(asked) > 0:
         return int(asked)

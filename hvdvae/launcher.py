@@ -52,7 +52,8 @@ def detect(environ: Mapping[str, str]) -> Launch:
         )
     if JOINS in environ:
         rank, size = (int(number) for number in environ[JOINS].split("/"))
-        return Launch(launcher="mpirun", rank=rank, size=size, joins=True)
+        # Its place on its host is not known; trainers come first, so that on one host it is its rank.
+        return Launch(launcher="mpirun", rank=rank, size=size, local_rank=rank, local_size=size, joins=True)
     for launcher, names in _FAMILIES:
         # PMI_* beside SLURM_* are srun's own (pmi2), unless MPICH's mpirun, whose daemons run in a step, set them.
         if names[0] == "PMI_RANK" and "SLURM_STEP_ID" in environ and names[2] not in environ:

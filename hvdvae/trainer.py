@@ -128,6 +128,8 @@ class Trainer:
         """
         examples, seconds = 0, 0.0
         signal_number = 0
+        self.optimizer.start()
+        self.optimizer.tell_progress(self._epochs_done)
         try:
             with caught() as flag:
                 while self.position.epoch < epochs and not signal_number:
@@ -146,7 +148,7 @@ class Trainer:
             for monitor in self._monitors:
                 monitor.close()
         return Outcome(
-            epochs=self.position.epoch + self.position.examples / self.batches.examples,
+            epochs=self._epochs_done,
             step=self.position.step,
             examples=examples,
             seconds=seconds,
@@ -161,6 +163,11 @@ class Trainer:
     def evaluation_weights(self) -> AbstractContextManager[None]:
         """Inside, the model holds what is to be evaluated: the moving average, if there is one."""
         return self.ema.applied() if self.ema is not None else nullcontext()
+
+    @property
+    def _epochs_done(self) -> float:
+        """With the fraction of the one that is not finished."""
+        return self.position.epoch + self.position.examples / self.batches.examples
 
     def _run_epoch(self, signal_number: Callable[[], int]) -> tuple[int, int, float]:
         """One epoch, or the rest of one. Returns the signal that ended it, examples of all ranks, and seconds."""
@@ -224,7 +231,7 @@ class Trainer:
             self._pulse.count(loss.detach(), rate, distortion, micro_examples)
         self._update()
         position.advance(examples * self._share[1])
-        optimizer.tell_progress(position.epoch + position.examples / self.batches.examples)
+        optimizer.tell_progress(self._epochs_done)
         self._pulse.count_step(examples, data_seconds)
 
     def _update(self) -> None:
@@ -260,7 +267,7 @@ class Trainer:
         if beat.finite_examples:
             means = torch.tensor([1.0, beat.loss, beat.rate, beat.distortion], dtype=torch.float64)
             self._epoch_sums += beat.finite_examples * means
-        epoch = self.position.epoch + self.position.examples / self.batches.examples
+        epoch = self._epochs_done
         lr = float(self.optimizer.param_groups[0]["lr"])
         for monitor in self._monitors:
             monitor.on_beat(beat, step=self.position.step, epoch=epoch, lr=lr)

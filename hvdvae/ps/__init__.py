@@ -11,15 +11,15 @@ A server
     server.py        its loop: hears, asks the policy, answers
     consistency.py   when a push is applied and a worker answered (pure)
     rules.py         how a push changes the weights (pure); weights.py: the slice that it changes
+    attendance.py    which workers take part (pure)
     cut.py           a copy of all servers after the same pushes (pure)
     ledger.py        what is counted (pure); state.py: an optimizer's state in pieces (pure)
     link.py          where pushes land and how answers go out; replica.py: the same, with a backup
     recruiter.py     starts a worker where one died
-    recruiter.py     starts a worker where one died
 
 A worker
     exchange.py      when it pushes and pulls
-    client.py        requests to all servers, sent again to a backup
+    client.py        requests to all servers; asking.py: sent again, to a backup
     report.py        what it did since the last push
 
 Between them

@@ -1,8 +1,4 @@
-"""Headers and vectors between workers and servers: MPI messages, and shared memory where both are on one host.
-
-Shapes: P parameters, F elements of float buffers (the last shard's push carries them behind its slice).
-A worker has two vectors: `outgoing` (P + F), what it pushes, and `incoming` (P), what it pulls.
-"""
+"""Headers and vectors between workers and servers: MPI messages, and shared memory where both are on one host."""
 
 import json
 from collections.abc import Iterable
@@ -25,7 +21,6 @@ class PeersDied(Exception):
     def __init__(self, ranks: set[int]) -> None:
         """`ranks`: those that were not known to be dead."""
         super().__init__(f"ranks {sorted(ranks)} have died")
-        self.ranks = ranks
 
 
 class Channel:
@@ -50,7 +45,7 @@ class Channel:
         self.vectors = vectors
         """Outgoing and incoming."""
         self._bell, self._sharing = bell, set(sharing)
-        self._sends: list[tuple[int, MPI.Request, Any]] = []
+        self._sends: list[tuple[int, Any, MPI.Request, Any]] = []
         self._routes: dict[int, tuple[Any, int]] = {}
         """Ranks that `comm` does not reach: a communicator that does, and the rank there."""
         self._failed: set[int] = set()
@@ -85,7 +80,7 @@ class Channel:
 
     def flush(self, to: int) -> None:
         """Return when all that was sent to this rank may be changed. Blocks; on nobody else, who may have stopped."""
-        while any(receiver == to for receiver, _, _ in self._unfinished_sends()):
+        while any(receiver == to for receiver, *_ in self._unfinished_sends()):
             self._bell.sleep()
 
     def receive_vector(self, source: int, into: Tensor, tag: int = VECTOR) -> None:
@@ -129,14 +124,15 @@ class Channel:
 
     def _reached_by(self, comm: Any) -> set[int]:
         """Ranks that only this communicator reaches."""
-        return {number for number, (other, _) in self._routes.items() if other is comm}
+        # A list first: `admit` may be called meanwhile.
+        return {number for number, (other, _) in list(self._routes.items()) if other is comm}
 
     def _wait(self, source: int, tag: int) -> tuple[Any, MPI.Status]:
         status = MPI.Status()
         while True:
             routes = [self._route(source)]
             if source == MPI.ANY_SOURCE:
-                routes += self._routes.values()
+                routes += list(self._routes.values())
             for comm, rank in routes:
                 try:
                     # Twice: MPI looks first, and only then at what has come in meanwhile.
@@ -161,14 +157,14 @@ class Channel:
         self.dead |= new
         return new
 
-    def _unfinished_sends(self) -> list[tuple[int, MPI.Request, Any]]:
+    def _unfinished_sends(self) -> list[tuple[int, Any, MPI.Request, Any]]:
         left = []
-        for to, request, kept in self._sends:
+        for to, comm, request, kept in self._sends:
             try:
                 if not request.Test():
-                    left.append((to, request, kept))
+                    left.append((to, comm, request, kept))
             except MPI.Exception as error:
-                self._note_deaths(self._route(to)[0], error)
+                self._note_deaths(comm, error)
         self._sends = left
         return left
 
@@ -176,7 +172,7 @@ class Channel:
         self._unfinished_sends()
         comm, rank = self._route(to)
         try:
-            self._sends.append((to, comm.Isend(array, rank, tag), array))
+            self._sends.append((to, comm, comm.Isend(array, rank, tag), array))
             self._bell.ring(to)
         except MPI.Exception as error:
             self._note_deaths(comm, error)

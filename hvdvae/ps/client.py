@@ -1,6 +1,6 @@
 """A worker's side of the parameter server: pushes, pulls, and consistent copies of what the servers hold.
 
-Shapes: P parameters, F elements of float buffers, N workers, G parameter groups.
+Shapes: P parameters, F elements of float buffers, N workers.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvdvae.errors import WorldError
-from hvdvae.ps.channel import Channel, PeersDied
+from hvdvae.ps.asking import Servers
+from hvdvae.ps.channel import Channel
 from hvdvae.ps.protocol import ANSWER, BINS, OPTIONS, REQUEST, STATE, TEXT, Answer, Header, Kind, Request
 from hvdvae.ps.shards import pieces
 from hvdvae.ps.state import Manifest
@@ -39,12 +39,7 @@ class Client:
         `shards`, `groups`: slices of the whole vector; `holders`: of each shard, the ranks of server and backup.
         """
         self._channel, self._shards = channel, shards
-        self._holders = [list(ranks) for ranks in holders]
-        """Those that live, who serves now first."""
-        self._asked: list[Callable[[int], None]] = [lambda server: None] * len(shards)
-        """Sends a server the last request again."""
-        self.takeovers = 0
-        """How often a backup took the place of a server that died."""
+        self._servers = Servers(channel, holders)
         self.outgoing, self.incoming = channel.vectors[channel.rank]
         """(P + F): what is pushed, gradient and buffers; (P): what was pulled."""
         self._groups, self._buffers = groups, buffers
@@ -57,6 +52,11 @@ class Client:
         """Of this worker's last push: the largest of all servers."""
         self.dropped = False
         """Whether the last push came too late."""
+
+    @property
+    def takeovers(self) -> int:
+        """How often a backup took the place of a server that died."""
+        return self._servers.takeovers
 
     @property
     def versions(self) -> NDArray[np.float64]:
@@ -84,49 +84,56 @@ class Client:
         return [int(count) for count in self.answer[ANSWER + 2 * self._channel.workers :]]
 
     def initialize(
-        self, weights: Tensor, options: list[dict[str, Any]], manifest: Manifest, state: list[Tensor]
+        self,
+        weights: Tensor,
+        buffers: Tensor,
+        options: list[dict[str, Any]],
+        manifest: Manifest,
+        state: list[Tensor],
     ) -> None:
-        """Give the servers their weights (P,) and the optimizer its options and state, a vector (piece,) a group.
+        """Give the servers weights (P,), float buffers (F,), and the optimizer's options and state, vectors of groups.
 
         Worker 0 calls it, before anybody pushes: it returns once the servers have all of it, as a push of another
         worker could overtake it. `state`: of whole groups, in the manifest's order.
         """
         for number, shard in enumerate(self._shards):
-            self._ask(number, partial(self._send_start, shard, weights, options, manifest, state))
+            vectors = [weights[shard]]
+            if number == len(self._shards) - 1 and self._buffers:
+                vectors.append(buffers)
+            left = iter(state)
+            for entry, group, piece in zip(manifest, self._groups, pieces(self._groups, shard), strict=True):
+                start = shard.start + piece.start - group.start
+                vectors += [next(left)[start : start + piece.stop - piece.start] for _ in entry["vectors"]]
+            self._servers.ask(number, partial(self._send_start, {"options": options, "state": manifest}, vectors))
         self._answers(pull=False)
 
-    def _send_start(
-        self,
-        shard: slice,
-        weights: Tensor,
-        options: list[dict[str, Any]],
-        manifest: Manifest,
-        state: list[Tensor],
-        server: int,
-    ) -> None:
+    def _send_start(self, record: dict[str, Any], vectors: list[Tensor], server: int) -> None:
         self._channel.send(server, self._request(Kind.INIT))
-        self._channel.send_text(server, {"options": options, "state": manifest}, TEXT)
-        self._channel.send_vector(server, weights[shard], STATE)
-        left = iter(state)
-        for entry, group, piece in zip(manifest, self._groups, pieces(self._groups, shard), strict=True):
-            start = shard.start + piece.start - group.start
-            for _ in entry["vectors"]:
-                self._channel.send_vector(server, next(left)[start : start + piece.stop - piece.start], STATE)
+        self._channel.send_text(server, record, TEXT)
+        for vector in vectors:
+            self._channel.send_vector(server, vector, STATE)
 
-    def join(self, hello: dict[str, Any]) -> dict[str, Any]:
+    def join(self, hello: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
         """Take a dead worker's place; the present weights are in `incoming` then.
 
-        Returns {"epochs": how many the slowest worker has done}, or {"refused": why}.
+        Returns {"epochs": how many the slowest worker has done}, or {"refused": why}; and each worker's buffers (N, F).
         """
         found: dict[str, Any] = {}
+        buffers = torch.zeros(self._channel.workers, self._buffers, dtype=self._channel.dtype)
 
         def send(server: int) -> None:
             self._channel.send(server, self._request(Kind.JOIN))
             self._channel.send_text(server, hello, TEXT)
 
-        self._ask(0, send)
-        self._answers(pull=True, rest=lambda number, server: found.update(self._channel.receive_text(server, TEXT)))
-        return found
+        self._servers.ask(0, send)
+
+        def rest(number: int, server: int) -> None:
+            found.update(self._channel.receive_text(server, TEXT))
+            if "epochs" in found:
+                self._channel.receive_vector(server, buffers.view(-1), STATE)
+
+        self._answers(pull=True, rest=rest)
+        return found, buffers
 
     def push(
         self,
@@ -154,7 +161,7 @@ class Client:
             request[Request.HAS_OPTIONS] = float(options is not None)
             request[REQUEST:] = rates
             vector = self.outgoing[shard.start :] if number == len(self._shards) - 1 else self.outgoing[shard]
-            self._ask(number, partial(self._send_push, request, options, vector if finite else None))
+            self._servers.ask(number, partial(self._send_push, request, options, vector if finite else None))
         answers = self._answers(pull=pull)
         self.staleness = int(max(answer[Answer.STALENESS] for answer in answers))
         self.dropped = any(answer[Answer.DROPPED_MINE] for answer in answers)
@@ -168,26 +175,34 @@ class Client:
         if vector is not None and not self._channel.shares_memory(server):
             self._channel.send_vector(server, vector)
 
-    def copy(self, *, state: bool) -> Copy:
-        """What all servers hold after the same pushes; weights go to `incoming`. Others push on meanwhile."""
+    def copy(self, *, state: bool, goes_on: bool) -> Copy:
+        """What all servers hold after the same pushes; weights go to `incoming`. Others push on meanwhile.
+
+        `goes_on`: this worker computes with these weights from now on; otherwise with those that it had.
+        """
+        versions = self.versions
         while True:
             takeovers = self.takeovers
-            found = self._copy_once(state=state)
+            found = self._copy_once(state=state, goes_on=goes_on)
             if self.takeovers == takeovers or len(self._shards) == 1:
-                return found  # Otherwise a backup may have gone on past the moment that the others copied.
+                break  # Otherwise a backup may have gone on past the moment that the others copied.
+        if not goes_on:
+            self._versions[:] = versions
+        return found
 
-    def _copy_once(self, *, state: bool) -> Copy:
+    def _copy_once(self, *, state: bool, goes_on: bool) -> Copy:
         clocks = [0] * self._channel.workers
         if len(self._shards) > 1:
             self._sequence += 1
             for number in range(len(self._shards)):
-                self._ask(number, partial(self._channel.send, header=self._request(Kind.FREEZE)))
+                self._servers.ask(number, partial(self._channel.send, header=self._request(Kind.FREEZE)))
             workers = slice(ANSWER, ANSWER + self._channel.workers)
             # -1 stands for a worker that has died.
             clocks = np.max([answer[workers] for answer in self._answers(pull=False)], axis=0).astype(int).tolist()
         self._sequence += 1
         request = self._request(Kind.CUT)
         request[Request.WANTS] = float(state)
+        request[Request.GOES_ON] = float(goes_on)
         buffers = torch.zeros(self._channel.workers, self._buffers, dtype=self._channel.dtype)
         states: dict[int, tuple[Manifest, list[Tensor]]] = {}
 
@@ -198,7 +213,7 @@ class Client:
                 states[number] = self._receive_state(number, server)
 
         for number in range(len(self._shards)):
-            self._ask(number, partial(self._send_cut, request, clocks))
+            self._servers.ask(number, partial(self._send_cut, request, clocks))
         self._answers(pull=True, rest=rest)
         return Copy(buffers, [states[number] for number in sorted(states)])
 
@@ -216,14 +231,14 @@ class Client:
 
         for number in range(len(self._shards)):
             request = self._request(Kind.DONE, report if number == 0 else None)
-            self._ask(number, partial(self._channel.send, header=request))
+            self._servers.ask(number, partial(self._channel.send, header=request))
         self._answers(pull=True, rest=rest)
         return [ledgers[number] for number in sorted(ledgers)]
 
     def quit(self) -> None:
         """Worker 0: end the servers."""
         for number in range(len(self._shards)):
-            self._ask(number, partial(self._channel.send, header=self._request(Kind.QUIT)))
+            self._servers.ask(number, partial(self._channel.send, header=self._request(Kind.QUIT)))
         self._answers(pull=False)
 
     def _request(self, kind: Kind, report: NDArray[np.float64] | None = None, groups: int = 0) -> Header:
@@ -234,54 +249,27 @@ class Client:
         request[Request.SEQUENCE] = self._sequence
         return request
 
-    def _ask(self, number: int, send: Callable[[int], None]) -> None:
-        """Send a server a request; `send` takes its rank, and can be called again."""
-        self._asked[number] = send
-        send(self._holders[number][0])
-
     def _answers(self, *, pull: bool, rest: Callable[[int, int], None] | None = None) -> list[Header]:
         """Of all servers, to their last requests; `rest` takes what comes after the weights, from (number, rank)."""
-        answers = [self._answer(number, pull=pull, rest=rest) for number in range(len(self._shards))]
+        answers = [
+            self._servers.answer(number, self._sequence, partial(self._take, number, pull, rest))
+            for number in range(len(self._shards))
+        ]
         self.answer = answers[0]
         for field in (Answer.BYTES_PUSHED, Answer.BYTES_PULLED):
             self.answer[field] = sum(answer[field] for answer in answers)
         return answers
 
-    def _answer(self, number: int, *, pull: bool, rest: Callable[[int, int], None] | None) -> Header:
-        while True:
-            server = self._holders[number][0]
-            try:
-                _, answer = self._channel.receive(server)
-                self._check(answer, number)
-                if pull and not self._channel.shares_memory(server):
-                    self._channel.receive_vector(server, self.incoming[self._shards[number]])
-                if pull:
-                    self._versions[number] = answer[Answer.VERSION]
-                if rest is not None:
-                    rest(number, server)
-                self._channel.flush(server)
-                return answer
-            except PeersDied:
-                if server in self._channel.dead:
-                    self._ask_backup(number)
-
-    def _check(self, answer: Header, number: int) -> None:
-        if answer[Answer.SEQUENCE] != self._sequence:
-            raise WorldError(
-                f"parameter server {number} answered request {answer[Answer.SEQUENCE]:.0f}, expected an answer to "
-                f"{self._sequence}: an answer was sent twice, which is a defect of hvdvae; continue with --resume"
-            )
-
-    def _ask_backup(self, number: int) -> None:
-        """Send what was not answered to the backup of a server that died. Raises WorldError where there is none."""
-        lost = self._holders[number].pop(0)
-        if not self._holders[number]:
-            raise WorldError(
-                f"parameter server {number} (rank {lost}) has died: continue from the last checkpoint with --resume; "
-                "with --replicas 1 its backup would have gone on"
-            )
-        self.takeovers += 1
-        self._asked[number](self._holders[number][0])
+    def _take(
+        self, number: int, pull: bool, rest: Callable[[int, int], None] | None, server: int, answer: Header
+    ) -> None:
+        """What comes with an answer."""
+        if pull and not self._channel.shares_memory(server):
+            self._channel.receive_vector(server, self.incoming[self._shards[number]])
+        if pull:
+            self._versions[number] = answer[Answer.VERSION]
+        if rest is not None:
+            rest(number, server)
 
     def _receive_state(self, number: int, server: int) -> tuple[Manifest, list[Tensor]]:
         manifest: Manifest = self._channel.receive_text(server, TEXT)

@@ -38,6 +38,10 @@ class Cut:
         """This worker has died: its push does not come any more."""
         self._held.pop(worker, None)
 
+    def forget_pushes(self) -> None:
+        """Those that were held back come again."""
+        self._held.clear()
+
     def due(self, clocks: Mapping[int, int]) -> list[tuple[int, Header]]:
         """Pushes that belong to the copy, in the order in which they came; they are held back no longer."""
         if self.asked is None:

@@ -82,8 +82,11 @@ class Link:
         """Ranks that are known to have died, as far as this server may act on it."""
         return self.channel.dead
 
-    def lost_server(self, rank: int) -> None:
-        """Another server has died. Raises WorldError where the job cannot go on without it."""
+    def lost_server(self, rank: int) -> bool:
+        """Another server has died. Whether this one takes its place, and workers send again what was not answered.
+
+        Raises WorldError where the job cannot go on without it.
+        """
         raise WorldError(
             f"a parameter server has died (rank {rank}): continue from the last checkpoint with --resume; with "
             "--replicas 1 its backup would have gone on"

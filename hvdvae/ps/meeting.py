@@ -11,6 +11,7 @@ from hvdvae.ps.opening import open_channel, open_joining_channel
 from hvdvae.ps.plan import Plan
 from hvdvae.ps.shards import cut
 from hvdvae.world import World
+from hvdvae.world.mpi import can_ask_from_threads
 
 
 class Meeting(NamedTuple):
@@ -34,6 +35,10 @@ def meet(world: World, hello: Hello, plan: Plan) -> Meeting:
         raise ConfigError(
             "--replicas and --replace-workers need an MPI that lets the others go on when a rank dies: start with "
             "mpirun --with-ft ulfm (Open MPI 5)"
+        )
+    if plan.replace_workers and not can_ask_from_threads():
+        raise ConfigError(
+            "--replace-workers needs an MPI with MPI_THREAD_MULTIPLE: a server starts workers in a thread; leave it"
         )
     hellos = world.gather_from_everyone(hello, "meeting of workers and parameter servers")
     workers = world.everyone.size - world.servers

@@ -16,7 +16,7 @@
 
 Worker and server on one host exchange vectors in shared memory, and no VECTOR is sent: a worker writes before it sends
 the header, and a server before it answers. Nothing is pickled. Every request is answered, so that it can be sent again
-to the backup of a server that died (ps/replica.py); a request is known by its number, and what it asks is done once.
+to the backup of a server that died (ps/replica.py); a PUSH or DONE is known by its number, and counts once.
 
     kind      worker says                                        server answers
     INIT      worker 0: TEXT and STATE follow, weights first     once it has all of it
@@ -55,6 +55,7 @@ class Kind(IntEnum):
     QUIT = 7
     JOIN = 8
     BURY = 9
+    LOST = 10
     """Only between a server and its backup."""
 
 
@@ -82,7 +83,9 @@ class Request(IntEnum):
     SECONDS = 13
     HAS_OPTIONS = 14
     """1: OPTIONS were sent before this."""
-    EPOCHS = 15
+    GOES_ON = 15
+    """Of a CUT: 1, the worker trains on with the weights that it gets."""
+    EPOCHS = 16
     """That the worker has done, with the fraction."""
 
 

@@ -29,21 +29,32 @@ class Recruiter:
         self._started: dict[int, int] = {}
         self.expected: set[int] = set()
         """Places for which a worker was started that has not come yet."""
+        self._there: set[int] = set()
+        """Those of them whose worker can be heard."""
 
     def replace(self, worker: int) -> None:
         """Start a worker in this one's place, unless too many have died there. Does not block."""
         self._started[worker] = self._started.get(worker, 0) + 1
         if self._started[worker] > MOST:
-            sys.stderr.write(f"hvdvae: {MOST} workers have died in the place of worker {worker}: none is started\n")
+            sys.stderr.write(f"hvdvae: {MOST} workers were started in the place of worker {worker} and died: no more\n")
             return
         self.expected.add(worker)
         thread = threading.Thread(target=self._start, args=(worker,), name=f"hvdvae-start-{worker}", daemon=True)
         thread.start()
         self._threads.append(thread)
 
+    def replace_lost(self, dead: set[int]) -> None:
+        """Start another for those that have died before they came."""
+        for worker in sorted(self._there & dead):
+            sys.stderr.write(f"hvdvae: the new worker {worker} has died before it came\n")
+            self._there.discard(worker)
+            self.expected.discard(worker)
+            self.replace(worker)
+
     def refusal(self, worker: int, hello: Hello) -> str | None:
         """Why the one that has come for this place cannot have it; None if it can."""
         self.expected.discard(worker)
+        self._there.discard(worker)
         if self._is_over:
             return "the run has ended meanwhile"
         try:
@@ -65,6 +76,10 @@ class Recruiter:
         try:
             both = MPI.COMM_SELF.Spawn(sys.executable, sys.orig_argv[1:], info=options)
             self._channel.admit(worker, both.Merge(high=True), 0)
+            self._there.add(worker)
         except MPI.Exception as error:
             self.expected.discard(worker)
-            sys.stderr.write(f"hvdvae: no worker could be started in the place of worker {worker}: {error}\n")
+            sys.stderr.write(
+                f"hvdvae: no worker could be started in the place of worker {worker} ({error}); the "
+                "others go on: has the job a free slot (mpirun --map-by :OVERSUBSCRIBE)?\n"
+            )

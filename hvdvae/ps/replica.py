@@ -8,15 +8,18 @@ On the channel's communicator, besides what ps/protocol.py says:
 
     tag                     direction          payload                                    dtype
     TOLD                    primary -> backup  worker, then the header that it sent;      float64
-                                               or worker, then BURY: it has died
+                                               or worker, then BURY: it has died,
+                            or LOST: what should follow, does not
     TEXT, OPTIONS, VECTOR,  primary -> backup  what came with that header, as it came     as there
     STATE
     CONFIRM                 backup -> primary  one for each of these, once it is held     float64 (0)
 
-A TOLD in place of what should have followed the last one: the worker died before the primary had it all.
+LOST: the worker died before the primary had all of its request.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -46,7 +49,8 @@ class Primary(Link):
 
     def text(self, worker: int, tag: int) -> Any:
         """As Link's, and told."""
-        record = super().text(worker, tag)
+        with self._telling_of_loss(worker):
+            record = super().text(worker, tag)
         if self._backup is not None:
             self.channel.send_text(self._backup, record, tag)
             self._unconfirmed += 1
@@ -54,12 +58,14 @@ class Primary(Link):
 
     def vector(self, worker: int, into: Tensor) -> None:
         """As Link's, and told."""
-        super().vector(worker, into)
+        with self._telling_of_loss(worker):
+            super().vector(worker, into)
         self._tell_vector(into, STATE)
 
     def pushed(self, worker: int) -> Tensor:
         """As Link's, and told. A copy: should the server die, the worker sends again what it has, unchanged."""
-        push = self._own[worker].copy_(super().pushed(worker))
+        with self._telling_of_loss(worker):
+            push = self._own[worker].copy_(super().pushed(worker))
         self._tell_vector(push, VECTOR)
         return push
 
@@ -73,14 +79,23 @@ class Primary(Link):
                 self._go_on_alone()
         super().answer(worker, header, vector)
 
-    def lost_server(self, rank: int) -> None:
+    def lost_server(self, rank: int) -> bool:
         """Its backup: go on without. Any other is that server's backup's affair."""
         if rank == self._backup:
             self._go_on_alone()
+        return False
 
     def lost_worker(self, worker: int) -> None:
         """The backup has to forget it at the same point."""
         self._tell(worker, np.array([Kind.BURY], dtype=np.float64))
+
+    @contextmanager
+    def _telling_of_loss(self, worker: int) -> Iterator[None]:
+        try:
+            yield
+        except PeersDied:
+            self._tell(worker, np.array([Kind.LOST], dtype=np.float64))
+            raise
 
     def _tell(self, worker: int, request: Header) -> None:
         if self._backup is not None:
@@ -167,13 +182,15 @@ class Backup(Link):
         """While it follows, the primary tells when a worker is to be forgotten."""
         return self.channel.dead if self._leads else self.channel.dead & {self._primary}
 
-    def lost_server(self, rank: int) -> None:
+    def lost_server(self, rank: int) -> bool:
         """Its primary: take over. Any other is that server's backup's affair."""
         if rank == self._primary:
             self._leads = True
             sys.stderr.write(
                 f"hvdvae: a parameter server has died (rank {rank}); its backup (rank {self.channel.rank}) goes on\n"
             )
+
+        return rank == self._primary
 
     def _take(self, into: Tensor, tag: int) -> None:
         self._await(tag)
@@ -182,7 +199,8 @@ class Backup(Link):
 
     def _await(self, tag: int) -> None:
         if self.channel.next_tag(self._primary) != tag:
-            raise PeersDied(set())
+            worker, _ = self.hear()
+            raise PeersDied({worker})
 
     def _confirm(self) -> None:
         self.channel.send(self._primary, np.empty(0), CONFIRM)

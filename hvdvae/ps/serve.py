@@ -1,7 +1,6 @@
 """What a server's rank does from the meeting with the workers to their end."""
 
 import sys
-from typing import Any
 
 import torch
 
@@ -19,10 +18,10 @@ from hvdvae.signals import caught
 from hvdvae.world import World
 
 
-def serve(world: World, plan: Plan) -> dict[str, Any]:
+def serve(world: World, plan: Plan) -> None:
     """Be a server until the workers have ended. Blocks; every server must call it, while workers build the strategy.
 
-    Returns the server's ledger. Raises WorldError where ranks differ.
+    Raises WorldError where ranks differ.
     """
     torch.set_num_threads(1)
     meeting = meet(world, server_hello(plan), plan)
@@ -49,7 +48,6 @@ def serve(world: World, plan: Plan) -> dict[str, Any]:
     if plan.replicas:
         world.shrink()  # A server may have died, and not all that are left need to know.
     channel.close()
-    return server.ledger.summary()
 
 
 def _link(channel: Channel, shard: slice, is_last: bool, buffers: int, holders: list[int]) -> Link:

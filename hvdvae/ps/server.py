@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hvdvae.deadline import Watchdog
 from hvdvae.errors import WorldError
+from hvdvae.ps.attendance import Attendance
 from hvdvae.ps.channel import PeersDied
 from hvdvae.ps.consistency import Action, Apply, Drop, policy
 from hvdvae.ps.consistency import Answer as AnswerIt
@@ -51,15 +52,11 @@ class Server:
         self._staleness = [0] * workers
         self._late: set[int] = set()
         self._sequence = [0] * workers
-        self._done: dict[int, Header] = {}
-        self._buried: set[int] = set()
-        """Ranks that have died, and whose place nobody has taken."""
-        self._died: list[int] = []
-        self._joined: list[int] = []
-        """Workers, in the order in which it happened."""
+        self._attendance = Attendance(workers)
+        self._noted: set[int] = set()
+        """Ranks whose death has been seen to."""
         self._epochs = [0.0] * workers
         """That each worker has done."""
-        self._ended_at: dict[int, int] = {}
 
     def run(self) -> None:
         """Serve. Blocks until worker 0 quits."""
@@ -80,13 +77,16 @@ class Server:
 
     def _bury(self) -> None:
         """Go on without those that have died since: the policy forgets a worker, and nobody waits for it."""
-        while lost := sorted(self._link.deaths() - self._buried):
-            self._buried.add(lost[0])
+        while lost := sorted(self._link.deaths() - self._noted):
+            self._noted.add(lost[0])
             if lost[0] >= self._workers:
-                self._link.lost_server(lost[0])
+                if self._link.lost_server(lost[0]):
+                    self._cut.forget_pushes()  # They come again.
             else:
                 self._link.lost_worker(lost[0])
                 self._bury_worker(lost[0])
+        if self._recruiter is not None:
+            self._recruiter.replace_lost(self._link.deaths())
 
     def _bury_worker(self, worker: int) -> None:
         if worker == 0:
@@ -96,19 +96,17 @@ class Server:
             )
         if self._link.speaks:
             sys.stderr.write(f"hvdvae: worker {worker} has died at step {self._clock(worker)}; the others go on\n")
-        self._died.append(worker)
-        self._ended_at[worker] = self._clock(worker)
+        self._attendance.die(worker, self._clock(worker))
         self._cut.forget(worker)
         self._requests.pop(worker, None)
-        self._done.pop(worker, None)
         self._act(self._policy.leave(worker))
         self._continue_cut()
-        if self._recruiter is not None and not self._done:
+        if self._recruiter is not None and not self._attendance.done:
             self._recruiter.replace(worker)
         self._end_if_all_have()
 
     def _clock(self, worker: int) -> int:
-        return self._policy.clocks.get(worker, self._ended_at.get(worker, 0))
+        return self._policy.clocks.get(worker, self._attendance.ended_at.get(worker, 0))
 
     def _hear(self, kind: Kind, worker: int, request: Header) -> None:
         if kind is Kind.INIT:
@@ -131,12 +129,15 @@ class Server:
         elif kind is Kind.JOIN:
             self._admit(worker, request, self._link.text(worker, TEXT))
         elif kind is Kind.BURY:
-            self._buried.add(worker)
+            self._noted.add(worker)
             self._bury_worker(worker)
 
     def _initialize(self, worker: int) -> None:
         start = self._link.text(worker, TEXT)
         self._link.vector(worker, self._weights.vector)
+        if self._weights.buffers.shape[1]:
+            self._link.vector(worker, self._weights.buffers[0])
+            self._weights.buffers[1:] = self._weights.buffers[0]
         vectors = []
         for entry, piece in zip(start["state"], self._weights.pieces, strict=True):
             for _ in entry["vectors"]:
@@ -148,19 +149,23 @@ class Server:
         """A worker takes a dead one's place: it gets the present weights, and begins where the slowest are."""
         assert self._recruiter is not None
         self._link.admit(worker)
-        refusal = self._recruiter.refusal(worker, hello)
+        is_over = self._attendance.all_have_ended
+        refusal = "the run has ended meanwhile" if is_over else self._recruiter.refusal(worker, hello)
         if refusal is not None:
             self._reply(worker, request, self._weights.vector)
             self._link.send_text(worker, {"refused": refusal})
             return
-        self._buried.discard(worker)
-        self._joined.append(worker)
+        self._noted.discard(worker)
+        self._attendance.join(worker)
         self._sequence[worker] = 0
         epochs = min((self._epochs[other] for other in self._policy.clocks), default=0.0)
         self._policy.join(worker)  # Answered here and now, with the weights whatever the rule.
         self._weights.answered(worker)
         self._reply(worker, request, self._weights.vector)
         self._link.send_text(worker, {"epochs": epochs})
+        self._epochs[worker] = epochs
+        if self._weights.buffers.shape[1]:
+            self._link.send_state(worker, self._weights.buffers.view(-1))
         sys.stderr.write(f"hvdvae: a new worker {worker} begins at epoch {epochs:.2f}\n")
 
     def _send_away(self) -> None:
@@ -173,8 +178,9 @@ class Server:
                         self._hear(Kind.JOIN, *self._link.hear())
 
     def _pushed(self, worker: int, request: Header) -> None:
-        if self._all_have_ended:
-            self._begin_again()
+        if self._attendance.all_have_ended:
+            for other, clock in self._attendance.begin_again().items():
+                self._policy.join(other, clock)
         if request[Request.HAS_OPTIONS]:
             self._weights.set_options(self._link.text(worker, OPTIONS))
         if request[Request.KIND] == Kind.PUSH:
@@ -241,7 +247,7 @@ class Server:
         header[Answer.DROPPED_MINE] = worker in self._late
         self._late.discard(worker)
         for other in range(workers):
-            header[ANSWER + other] = -1 if other in self._buried else self._clock(other)
+            header[ANSWER + other] = -1 if other in self._attendance.missing else self._clock(other)
         header[ANSWER + workers : ANSWER + 2 * workers] = self.ledger.step_seconds
         header[ANSWER + 2 * workers :] = self.ledger.histogram
         if vector is not None:
@@ -251,10 +257,13 @@ class Server:
     def _continue_cut(self) -> None:
         """Apply what belongs to the cut; once it is complete, send it and go on."""
         for other, push in self._cut.due(self._policy.clocks):
-            self._pushed(other, push)
+            with suppress(PeersDied):  # Of that worker: the others' are not lost with it.
+                self._pushed(other, push)
         if self._cut.asked is None or not self._cut.is_complete(self._policy.clocks):
             return
         worker, request, _ = self._cut.asked
+        if request[Request.GOES_ON]:
+            self._weights.answered(worker)
         self._reply(worker, request, self._weights.vector)
         if self._weights.buffers.shape[1]:
             self._link.send_state(worker, self._weights.buffers.view(-1))
@@ -264,45 +273,32 @@ class Server:
             for vector in vectors:
                 self._link.send_state(worker, vector)
         for other, push in self._cut.end():
-            self._pushed(other, push)
+            with suppress(PeersDied):
+                self._pushed(other, push)
 
     def _ended(self, worker: int, request: Header) -> None:
-        if request[Request.SEQUENCE] <= self._sequence[worker]:
-            self._done[worker] = request
-            if self._all_have_ended:
-                self._answer_end(worker)
-            return
-        self.ledger.reported(worker, request)
-        self._sequence[worker] = int(request[Request.SEQUENCE])
-        self._ended_at[worker] = self._clock(worker)
-        self._done[worker] = request
-        self._act(self._policy.leave(worker))
+        self._attendance.end(worker, request, self._clock(worker))
+        if request[Request.SEQUENCE] > self._sequence[worker]:
+            self.ledger.reported(worker, request)
+            self._sequence[worker] = int(request[Request.SEQUENCE])
+            self._act(self._policy.leave(worker))
         self._end_if_all_have()
 
-    @property
-    def _all_have_ended(self) -> bool:
-        died = sum(rank < self._workers for rank in self._buried)
-        return bool(self._done) and len(self._done) == self._workers - died
-
     def _end_if_all_have(self) -> None:
-        if self._all_have_ended:
-            for worker in sorted(self._done):
+        if self._attendance.all_have_ended:
+            for worker in sorted(self._attendance.unanswered):
+                self._attendance.unanswered.discard(worker)
                 self._answer_end(worker)
 
     def _answer_end(self, worker: int) -> None:
-        self._reply(worker, self._done[worker], self._weights.vector)
+        self._weights.answered(worker)
+        self._reply(worker, self._attendance.done[worker], self._weights.vector)
         self._link.send_text(worker, self._summary())
 
     def _summary(self) -> dict[str, Any]:
         return {
             **self.ledger.summary(),
-            "died": self._died,
-            "joined": self._joined,
-            "clocks": [self._ended_at.get(worker, 0) for worker in range(self._workers)],
+            "died": self._attendance.died,
+            "joined": self._attendance.joined,
+            "clocks": [self._attendance.ended_at.get(worker, 0) for worker in range(self._workers)],
         }
-
-    def _begin_again(self) -> None:
-        """All had ended and one pushes: another run of the same job, by all of them."""
-        for worker in sorted(self._done):
-            self._policy.join(worker, self._ended_at[worker])
-        self._done.clear()

@@ -84,12 +84,14 @@ class ParameterServer(Strategy):
         """Take a dead worker's place in a run that has started; where it cannot, the process ends."""
         self._started = True
         with self.world.watchdog.waiting("admission by the parameter server"):
-            found = self.client.join(hello)
+            found, rows = self.client.join(hello)
         if "refused" in found:
             sys.stderr.write(f"hvdvae: the new worker {self._worker} has no place: {found['refused']}\n")
             sys.exit(0)
         self._exchange.take()
+        self.flat.buffers.copy_(rows[self.client.living].mean(0))
         self.joined_at = found["epochs"]
+        self.report.at(found["epochs"])
 
     def tell_progress(self, epochs: float) -> None:
         """As every strategy's: with the next push, for whoever joins."""
@@ -123,19 +125,24 @@ class ParameterServer(Strategy):
         self._take_step(finite=False)
 
     def _take_step(self, *, finite: bool) -> None:
-        self._start()
+        self.start()
         self._ended = False
         self._exchange.step(finite=finite)
 
-    def _start(self) -> None:
-        """Before the first step: the servers get worker 0's weights and optimizer, which may come from a checkpoint."""
+    def start(self) -> None:
+        """The servers get worker 0's weights and optimizer, which may come from a checkpoint; once.
+
+        Blocks; every worker must call it. The first step does.
+        """
         if self._started:
             return
         self._started = True
         if self.world.is_first:
             manifest, vectors = packed(self.inner)
             with self.world.watchdog.waiting("start of the parameter servers"):
-                self.client.initialize(self.flat.parameters, plain_options(self.inner), manifest, vectors)
+                self.client.initialize(
+                    self.flat.parameters, self.flat.buffers, plain_options(self.inner), manifest, vectors
+                )
         if not self._exchange.steps_itself:
             self.inner.state.clear()  # The servers have it.
         self.world.barrier("start of the parameter servers", patient=True)
@@ -145,20 +152,20 @@ class ParameterServer(Strategy):
         """Inside, the model holds the servers' weights of one moment, all after the same pushes; others train on.
 
         Yields float buffers of all workers (size, F). With `state`, `state_dict` is the servers', or this worker's own
-        under EASGD, where servers have none. Blocks; one worker's affair.
+        under EASGD, where servers have none. Blocks; one worker's affair, after `start`.
         """
-        self._start()
+        self.start()
         self._exchange.settle()
         keeps = self._exchange.steps_itself
         own_weights = self.flat.parameters.clone() if keeps else None
         own_state, own_buffers = dict(self.inner.state), self.flat.buffers.clone()
         with self.world.watchdog.waiting("copy of the parameter servers' weights"):
-            found = self.client.copy(state=state)
-        self._exchange.take()
-        self.flat.buffers.copy_(found.buffers.mean(0))
-        if state and self.plan.rule != "easgd":
-            unpacked(self.inner, *joined(self.flat.group_slices, found.states))
+            found = self.client.copy(state=state, goes_on=not keeps)
         try:
+            self._exchange.take()
+            self.flat.buffers.copy_(found.buffers[self.client.living].mean(0))
+            if state and self.plan.rule != "easgd":
+                unpacked(self.inner, *joined(self.flat.group_slices, found.states))
             yield found.buffers
         finally:
             self.flat.buffers.copy_(own_buffers)
@@ -203,6 +210,7 @@ class ParameterServer(Strategy):
         self.finish()
         self.world.barrier("end of the parameter servers", patient=True)
         if self.world.is_first:
-            self.client.quit()
+            with self.world.watchdog.waiting("end of the parameter servers"):
+                self.client.quit()
         self._exchange.close()
         self._channel.close()

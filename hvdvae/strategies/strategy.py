@@ -209,6 +209,9 @@ class Strategy(Optimizer):
     def skip(self) -> None:
         """In place of `update`, where the gradient is not finite."""
 
+    def start(self) -> None:
+        """Called by every rank before its first step of a run."""
+
     def tell_progress(self, epochs: float) -> None:
         """Let others know, where somebody asks, how many epochs this rank has done. Local."""
 

@@ -328,6 +328,20 @@ def test_a_copy_leaves_a_worker_what_is_its_own(world: World, plan: Plan) -> Non
         train(optimizer, model, mine, copy)
 
 
+def test_a_worker_that_has_not_pushed_yet_counts_with_the_first_buffers(world: World) -> None:
+    """BatchNorm's variance is 1 before the first step, on all; 0 would be nobody's."""
+    for optimizer, model, mine in workers_at_every_split(world, Plan(), Net, OPTIMIZERS["sgd"]):
+
+        def copy(step: int, optimizer: Any, model: nn.Module = model, mine: World = mine) -> None:
+            if mine.rank == 0 and step == 0:
+                with optimizer.fetched():
+                    variance = dict(model.named_buffers())["layers.1.running_var"]
+                    assert float(variance.min()) > 0.8
+
+        optimizer.start()
+        train(optimizer, model, mine, copy)
+
+
 def test_no_push_overtakes_the_first_weights(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """MPI keeps order between two ranks only: a server may hear worker 1 before worker 0."""
     from hvdvae.ps.channel import Channel

@@ -16,7 +16,8 @@ def needs_ulfm() -> None:
 
 def kill_one(folder: Path, plan: str, epochs: int) -> tuple[str, dict[str, object]]:
     """Output and summary of a job whose worker 1 is killed in the first epochs."""
-    job = start(folder, f"{plan} --replace-workers", epochs=epochs, mpirun=MPIRUN_ULFM)
+    # Nobody says how many threads: the new worker has to find out for itself.
+    job = start(folder, f"{plan} --replace-workers", epochs=epochs, mpirun=MPIRUN_ULFM, threads="")
     try:
         process = worker(job, 1)
         await_first_epoch(folder)

@@ -105,4 +105,4 @@ def test_missing_local_numbers_are_those_of_one_process() -> None:
 
 def test_a_process_that_a_running_job_started_is_the_rank_whose_place_it_takes() -> None:
     spawned = {**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "HVDVAE_JOINS": "2/3"}
-    assert detect(spawned) == Launch(launcher="mpirun", rank=2, size=3, joins=True)
+    assert detect(spawned) == Launch(launcher="mpirun", rank=2, size=3, local_rank=2, local_size=3, joins=True)
