@@ -24,7 +24,6 @@ class Recruiter:
     def __init__(self, channel: Channel, hello: Hello) -> None:
         """Nobody is to be started yet. `hello`: what the workers said when they met."""
         self._channel, self._hello = channel, hello
-        self._is_over = False
         self._threads: list[threading.Thread] = []
         self._started: dict[int, int] = {}
         self.expected: set[int] = set()
@@ -51,11 +50,11 @@ class Recruiter:
             self.expected.discard(worker)
             self.replace(worker)
 
-    def refusal(self, worker: int, hello: Hello) -> str | None:
+    def refusal(self, worker: int, hello: Hello, *, is_over: bool) -> str | None:
         """Why the one that has come for this place cannot have it; None if it can."""
         self.expected.discard(worker)
         self._there.discard(worker)
-        if self._is_over:
+        if is_over:
             return "the run has ended meanwhile"
         try:
             check_hello([self._hello, hello], workers=2)
@@ -64,8 +63,7 @@ class Recruiter:
         return None
 
     def wait(self) -> None:
-        """The run is over. Returns once all that were started can be heard, or could not be. Blocks."""
-        self._is_over = True
+        """Return once all that were started can be heard, or could not be. Blocks."""
         for thread in self._threads:
             thread.join()
 

@@ -149,8 +149,7 @@ class Server:
         """A worker takes a dead one's place: it gets the present weights, and begins where the slowest are."""
         assert self._recruiter is not None
         self._link.admit(worker)
-        is_over = self._attendance.all_have_ended
-        refusal = "the run has ended meanwhile" if is_over else self._recruiter.refusal(worker, hello)
+        refusal = self._recruiter.refusal(worker, hello, is_over=self._attendance.all_have_ended)
         if refusal is not None:
             self._reply(worker, request, self._weights.vector)
             self._link.send_text(worker, {"refused": refusal})
