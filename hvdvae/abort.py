@@ -5,6 +5,8 @@ import subprocess
 import sys
 from typing import NoReturn
 
+from hvdvae.launcher import survives_deaths
+
 GRACE_SECONDS = 2
 """That the launcher has to end the job before it is told by a signal."""
 
@@ -19,7 +21,7 @@ def abort_job(code: int) -> NoReturn:
     if "mpi4py.MPI" in sys.modules:
         mpi = sys.modules["mpi4py.MPI"]
         if mpi.Is_initialized() and not mpi.Is_finalized():
-            if os.environ.get("OMPI_MCA_mpi_ft_enable") == "1":  # noqa: SIM112 - MPI spells it so
+            if survives_deaths(os.environ):
                 _end_launcher()
             mpi.COMM_WORLD.Abort(code)
     os._exit(code)

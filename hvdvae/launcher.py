@@ -63,6 +63,11 @@ def detect(environ: Mapping[str, str]) -> Launch:
     return Launch(launcher="none")
 
 
+def survives_deaths(environ: Mapping[str, str]) -> bool:
+    """Whether MPI lets the others go on when a rank dies (mpirun --with-ft ulfm). Pure."""
+    return environ.get("OMPI_MCA_mpi_ft_enable") == "1"
+
+
 def _read(launcher: Launcher, names: tuple[str, str, str, str], environ: Mapping[str, str]) -> Launch:
     rank, size, local_rank, local_size = (_number(name, environ) for name in names)
     return Launch(launcher=launcher, rank=rank, size=max(size, 1), local_rank=local_rank, local_size=max(local_size, 1))

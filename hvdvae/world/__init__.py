@@ -27,7 +27,7 @@ import torch
 from hvdvae.abort import abort_job
 from hvdvae.deadline import Watchdog
 from hvdvae.errors import WorldError
-from hvdvae.launcher import Launch, Launcher, detect
+from hvdvae.launcher import Launch, Launcher, detect, survives_deaths
 from hvdvae.world.collectives import Alone, Collectives
 from hvdvae.world.join import (
     check_servers,
@@ -46,8 +46,7 @@ os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 # Its shared windows need no UCX, which complains on every host that it does not find its way on.
 os.environ.setdefault("OMPI_MCA_osc", "^ucx")
 # Where ranks may die, not to meet once more in MPI_Finalize: its fence can wait for the dead. `close` has met.
-_SURVIVES_DEATHS = os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112 - MPI spells it so
-if _SURVIVES_DEATHS:
+if survives_deaths(os.environ):
     os.environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
 
 DEFAULT_DEADLINE = 300.0
@@ -150,7 +149,7 @@ class World:
     @property
     def survives_deaths(self) -> bool:
         """Whether MPI lets the others go on when a rank dies (mpirun --with-ft ulfm)."""
-        return _SURVIVES_DEATHS
+        return survives_deaths(os.environ)
 
     def sum_(self, tensor: torch.Tensor, what: str = "sum") -> torch.Tensor:
         """Sum over ranks in place, the same bits on all. Blocks; every rank must call. Returns the tensor."""

@@ -23,8 +23,8 @@ def check_servers(servers: int, launch: Launch) -> None:
         )
     if servers >= launch.size:
         raise ConfigError(
-            f"{servers} parameter servers (--servers) of {launch.size} started ranks leave none to train, expected at "
-            f"most {max(launch.size - 1, 0)}: start more, mpirun -np {servers + 1} or above"
+            f"{servers} parameter servers (--servers, --replicas) of {launch.size} started ranks leave none to train, "
+            f"expected at most {max(launch.size - 1, 0)}: start more, mpirun -np {servers + 1} or above"
         )
 
 

@@ -98,7 +98,7 @@ def test_a_signal_saves_and_a_resume_goes_on(
 @pytest.mark.parametrize(
     ("ranks", "options", "expected"),
     [
-        (3, ["--servers", "3"], "3 parameter servers (--servers) of 3 started ranks leave none to train"),
+        (3, ["--servers", "3"], "3 parameter servers (--servers, --replicas) of 3 started ranks leave none to train"),
         (2, ["--consistency", "ssp"], "--consistency ssp needs a bound"),
         (2, ["--staleness", "3"], "--staleness bounds --consistency ssp"),
         (3, ["--consistency", "bsp", "--rule", "dcasgd"], "--rule dcasgd is for pushes that come one by one"),
