@@ -98,21 +98,23 @@ class Channel:
 
     def receive_text(self, source: int, tag: int) -> Any:
         """Receive a JSON record. Blocks."""
-        comm, status = self._wait(source, tag)
-        data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
-        comm.Recv(data, status.source, tag)
-        return json.loads(data.tobytes())
+        return json.loads(self._receive(source, tag, np.uint8)[1].tobytes())
 
     def receive(self, source: int = MPI.ANY_SOURCE, tag: int = HEADER) -> tuple[int, Header]:
         """The next header, and who sent it. Blocks; sleeps meanwhile."""
-        comm, status = self._wait(source, tag)
-        header = np.empty(status.Get_count(MPI.DOUBLE))
-        comm.Recv(header, status.source, tag)
-        return next(iter(self._reached_by(comm)), status.source), header
+        return self._receive(source, tag, np.float64)
 
     def next_tag(self, source: int) -> int:
         """The tag of the next message of a rank. Blocks."""
-        return self._wait(source, MPI.ANY_TAG)[1].tag
+        comm, rank = self._route(source)
+        status = MPI.Status()
+        while True:
+            try:
+                if comm.Iprobe(rank, MPI.ANY_TAG, status) or comm.Iprobe(rank, MPI.ANY_TAG, status):
+                    return status.tag
+            except MPI.Exception as error:
+                raise self._death(comm, error) from None
+            self._bell.sleep()
 
     def close(self) -> None:
         """Take the bell down. The memory is given back when MPI ends."""
@@ -127,7 +129,18 @@ class Channel:
         # A list first: `admit` may be called meanwhile.
         return {number for number, (other, _) in list(self._routes.items()) if other is comm}
 
-    def _wait(self, source: int, tag: int) -> tuple[Any, MPI.Status]:
+    def _receive(self, source: int, tag: int, dtype: type[np.generic]) -> tuple[int, NDArray[Any]]:
+        """The next message of a rank (or of any), and who sent it. Blocks."""
+        comm, message, status = self._await(source, tag)
+        array = np.empty(status.Get_count(MPI.BYTE) // np.dtype(dtype).itemsize, dtype)
+        try:
+            message.Recv(array)
+        except MPI.Exception as error:
+            raise self._death(comm, error) from None
+        return next(iter(self._reached_by(comm)), status.source), array
+
+    def _await(self, source: int, tag: int) -> tuple[Any, MPI.Message, MPI.Status]:
+        """A message, taken off the queue: of a rank that has died since, MPI would refuse to receive it by its name."""
         status = MPI.Status()
         while True:
             routes = [self._route(source)]
@@ -136,10 +149,11 @@ class Channel:
             for comm, rank in routes:
                 try:
                     # Twice: MPI looks first, and only then at what has come in meanwhile.
-                    if comm.Iprobe(rank, tag, status) or comm.Iprobe(rank, tag, status):
-                        return comm, status
+                    message = comm.Improbe(rank, tag, status) or comm.Improbe(rank, tag, status)
                 except MPI.Exception as error:
                     raise self._death(comm, error) from None
+                if message is not None:
+                    return comm, message, status
             self._bell.sleep()
 
     def _death(self, comm: Any, error: MPI.Exception) -> PeersDied:

@@ -65,6 +65,8 @@ class Server:
                 with self._watchdog.waiting("a push of any worker", patient=True):
                     worker, request = self._link.hear()
                 kind = Kind(int(request[Request.KIND]))
+                if worker in self._noted and kind is not Kind.JOIN:
+                    continue  # What the dead sent last may come after the news.
                 self._watchdog.step = self.version
                 if kind is Kind.QUIT:
                     self._reply(worker, request)

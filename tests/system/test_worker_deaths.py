@@ -28,14 +28,24 @@ PLANS = (
 )
 
 
-def kill_one(folder: Path, plan: str, *, victim: int, delay: float) -> None:
-    """Kill a worker so many seconds after training began; check that nothing was lost and nobody hung."""
+def kill_one(folder: Path, plan: str, *, victim: int, delay: float, unheard: bool = False) -> None:
+    """Kill a worker so many seconds after training began; check that nothing was lost and nobody hung.
+
+    `unheard`: the server is stopped meanwhile, and hears of the death before it hears what the worker sent last.
+    """
     job = start(folder, plan, epochs=EPOCHS, mpirun=MPIRUN_ULFM)
     try:
         process = worker(job, victim)
         await_first_epoch(folder)
         time.sleep(delay)
+        server = worker(job, WORKERS) if unheard else None
+        if server is not None:
+            server.suspend()
+            time.sleep(0.3)
         process.send_signal(signal.SIGKILL)
+        if server is not None:
+            time.sleep(1.0)
+            server.resume()
         ended = job.finish(100)
     finally:
         job.kill()
@@ -59,6 +69,13 @@ def test_the_others_go_on_and_take_over_its_share(tmp_path: Path, plan: str) -> 
     if not has_ulfm():
         pytest.skip("this MPI has no ULFM")
     kill_one(tmp_path, plan, victim=1, delay=0.1)
+
+
+@pytest.mark.parametrize("plan", ["--consistency asp", "--consistency bsp"])
+def test_the_last_words_of_the_dead_come_after_the_news(tmp_path: Path, plan: str) -> None:
+    if not has_ulfm():
+        pytest.skip("this MPI has no ULFM")
+    kill_one(tmp_path, plan, victim=1, delay=0.1, unheard=True)
 
 
 def test_rank_0_keeps_the_log_so_its_death_ends_the_job(tmp_path: Path) -> None:
