@@ -1,0 +1,75 @@
+"""Which way of parallelizing reaches a likelihood first, on this machine, under these conditions.
+
+    python benchmarks/compare.py benchmarks/studies/two-minutes.yaml
+    python benchmarks/compare.py STUDY.yaml --report-only       # the report anew, of what was measured
+
+Runs the cells of a study one after the other, each as an mpirun of its own, and writes report.html, pictures/,
+cells.csv and a JSON file a cell into --output. A study that was stopped goes on where it was when it is started again.
+The exit status is 0 also where cells failed: the report shows them.
+"""
+
+import argparse
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+if (
+    __name__ == "__main__"
+):  # A script's own folder is on the path; the modules beside it are a package of the one above.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.study.cells import cells
+from benchmarks.study.findings import conditions, sentence
+from benchmarks.study.page import write_page
+from benchmarks.study.run import results_in, run
+from benchmarks.study.study_file import Study, StudyError, open_study
+from hvdvae.data import open_dataset
+from hvdvae.errors import DataError
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def options() -> argparse.Namespace:
+    """The command line; exits with 2 on a bad one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="a YAML file; benchmarks/studies/ has some")
+    parser.add_argument("--output", type=Path, help="folder [benchmarks/results/STUDY-DATE]")
+    parser.add_argument("--report-only", action="store_true", help="measure nothing")
+    parser.add_argument("--retry-failed", action="store_true", help="measure cells anew that failed")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure, write, and say what was found. The exit status."""
+    asked = options()
+    try:
+        study, text = open_study(asked.study)
+        folder = asked.output or RESULTS / f"{asked.study.stem}-{datetime.now(UTC):%Y-%m-%d}"
+        if asked.report_only:
+            found = results_in(study, folder)
+            if not found:
+                raise StudyError(
+                    f"{folder} has no results of this study: run it without --report-only, or name --output"
+                )
+        else:
+            open_dataset(study.data)  # What is not there should be known, or downloaded, before anything is measured.
+            found = run(study, folder, retry_failed=asked.retry_failed)
+    except (StudyError, DataError) as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    command = shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]])
+    page = write_page(study, text, found, folder, command)
+    print(_summary(study, found, len(cells(study))))
+    print(f"\nreport: {page}")
+    return 0
+
+
+def _summary(study: Study, found: list[dict[str, object]], total: int) -> str:
+    lines = [f"{study.title}: {len(found)} of {total} cells"]
+    lines += [f"{one.scenario}, {one.size} ranks: {sentence(one)}" for one in conditions(study, found)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

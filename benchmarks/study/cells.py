@@ -1,0 +1,88 @@
+"""The cells of a study and their order: one a contender, world size, scenario and seed. Pure."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from benchmarks.statistics_of_rounds import rotated
+from benchmarks.study.study_file import Contender, Scenario, Study
+from hvdvae.config import TrainConfig
+from hvdvae.disturbance import Trouble
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: a job of its own."""
+
+    contender: Contender
+    size: int
+    """Ranks that train."""
+    scenario: Scenario
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """In file names."""
+        return f"{self.scenario.name}.np{self.size}.{self.contender.name}.seed{self.seed}"
+
+    @property
+    def ranks(self) -> int:
+        """All that are started."""
+        return self.size + self.contender.servers()
+
+    def config(self) -> TrainConfig:
+        """Of its run."""
+        ours = self.contender.config
+        return replace(ours, seed=self.seed, lr=ours.lr * (self.size if self.contender.scales_lr else 1))
+
+
+def cells(study: Study) -> list[Cell]:
+    """In the order in which they run.
+
+    Seed by seed, so that a study that was interrupted has something of everything; within a seed the contenders of one
+    condition follow each other, beginning with another one each time: a machine that grows slower hits all alike. One
+    process alone is measured once a scenario, whatever the world sizes.
+    """
+    found = []
+    contenders = list(study.contenders.values())
+    turn = 0
+    for seed in study.seeds:
+        for scenario in study.scenarios.values():
+            alone = [one for one in contenders if one.config.strategy == "local" and one.peer is None]
+            found += [Cell(one, 1, scenario, seed) for one in alone]
+            for size in study.world_sizes:
+                together = [one for one in contenders if one not in alone]
+                found += [Cell(one, size, scenario, seed) for one in rotated(together, turn)]
+                turn += 1
+    return found
+
+
+def order(study: Study, cell: Cell) -> dict[str, Any]:
+    """All that decides what a cell measures, JSON-able: what its ranks are told."""
+    return {
+        "data": study.data,
+        "epochs": study.epochs,
+        "seconds": study.seconds,
+        "snapshot_epochs": study.snapshot_epochs,
+        "nll_samples": study.nll_samples,
+        "size": cell.size,
+        "seed": cell.seed,
+        "contender": cell.contender.name,
+        "peer": cell.contender.peer,
+        "hook": cell.contender.hook,
+        "config": asdict(cell.config()),
+        "scenario": cell.scenario.name,
+        "troubles": [{"kind": _kind(trouble), **asdict(trouble)} for trouble in cell.scenario.troubles],
+        "link_mbit": cell.scenario.link_mbit,
+        "shares": cell.scenario.shares if cell.size > 1 else None,
+    }
+
+
+def digest(ordered: dict[str, Any]) -> str:
+    """Tells whether a result is of the same question."""
+    return hashlib.sha256(json.dumps(ordered, sort_keys=True).encode()).hexdigest()
+
+
+def _kind(trouble: Trouble) -> str:
+    return type(trouble).__name__.lower()

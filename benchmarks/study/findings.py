@@ -1,0 +1,188 @@
+"""What the cells of a study say, and no more: medians over seeds, and differences where spreads do not overlap. Pure.
+
+A condition is a scenario at a world size. One process alone belongs to every size.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.statistics_of_rounds import Rounds, Spread, paired_ratios, spread
+from benchmarks.study.numbers import crossing, elbo_at
+from benchmarks.study.study_file import Study
+
+Cells = Sequence[Mapping[str, Any]]
+LEAST_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender under one condition."""
+
+    contender: str
+    cells: Cells
+    """In the order of seeds; those that failed too."""
+    steps_together: bool
+    seconds: Rounds
+    """To the target; None for a seed that failed or did not get there."""
+    examples: Rounds
+
+    @property
+    def failed(self) -> int:
+        """Cells."""
+        return sum(cell["failed"] is not None for cell in self.cells)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether every seed that was to run got to the target."""
+        return all(value is not None for value in self.seconds)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One scenario at one world size."""
+
+    scenario: str
+    size: int
+    target: float | None
+    """Validation ELBO, nats; None where what sets it did not get so far."""
+    rows: list[Row]
+    """In the study's order."""
+
+
+def conditions(study: Study, cells: Cells) -> list[Condition]:
+    """All conditions of which there are cells."""
+    found = []
+    for scenario in study.scenarios:
+        for size in study.world_sizes:
+            mine = [cell for cell in cells if cell["scenario"] == scenario and cell["size"] in (size, 1)]
+            if any(cell["size"] == size for cell in mine):
+                target = target_of(study, cells, scenario, size)
+                found.append(Condition(scenario, size, target, [*_rows(study, mine, target, size)]))
+    return found
+
+
+def _rows(study: Study, mine: Cells, target: float | None, size: int) -> list[Row]:
+    rows = []
+    for name, contender in study.contenders.items():
+        alone = contender.peer is None and contender.config.strategy == "local"
+        cells = sorted(
+            (cell for cell in mine if cell["contender"] == name and cell["size"] == (1 if alone else size)),
+            key=lambda cell: int(cell["seed"]),
+        )
+        if cells:
+            together = contender.peer is not None or contender.config.strategy != "ps"
+            rows.append(Row(name, cells, together, _times(cells, target, "seconds"), _times(cells, target, "examples")))
+    return rows
+
+
+def _times(cells: Cells, target: float | None, key: str) -> Rounds:
+    return [
+        None if cell["failed"] is not None or target is None else crossing(cell["points"], target, key)
+        for cell in cells
+    ]
+
+
+def target_of(study: Study, cells: Cells, scenario: str, size: int) -> float | None:
+    """The ELBO that everybody is to reach: as the study says, or the median over seeds of what its contender reached.
+
+    Of this scenario; where that contender failed in it, of the first scenario in which it did not.
+    """
+    target = study.target
+    if target.nats is not None:
+        return target.nats
+    assert target.epochs is not None
+    for name in (scenario, *study.scenarios):
+        reached = [
+            elbo_at(cell["points"], target.epochs * cell["epoch_examples"])
+            for cell in cells
+            if (cell["scenario"], cell["contender"]) == (name, target.contender)
+            and cell["size"] in (size, 1)
+            and cell["failed"] is None
+        ]
+        found = spread(reached)
+        if found is not None:
+            return found.median
+    return None
+
+
+def apart(one: Rounds, other: Rounds) -> bool:
+    """Whether two sets of measurements can be told apart: at least three of each, and their ranges do not overlap."""
+    a, b = spread(one), spread(other)
+    if a is None or b is None or min(_count(one), _count(other)) < LEAST_SEEDS:
+        return False
+    return a.high < b.low or b.high < a.low
+
+
+def _count(rounds: Rounds) -> int:
+    return sum(value is not None for value in rounds)
+
+
+def sooner(one: Row, other: Row) -> Spread | None:
+    """How many times sooner `one` is at the target than `other`, seed by seed."""
+    shared = min(len(one.seconds), len(other.seconds))
+    return spread(paired_ratios(other.seconds[:shared], one.seconds[:shared]))
+
+
+def ranking(condition: Condition) -> list[Row]:
+    """Those whose every seed reached the target, the first one first."""
+    arrived = [row for row in condition.rows if row.arrived]
+    return sorted(arrived, key=lambda row: _median(row.seconds))
+
+
+def _median(rounds: Rounds) -> float:
+    found = spread(rounds)
+    return found.median if found is not None else float("inf")
+
+
+def sentence(condition: Condition) -> str:
+    """Who wins, by how much, and whom it cannot be told from; in plain words."""
+    if condition.target is None:
+        return "What sets the target did not get so far: nothing can be said."
+    order = ranking(condition)
+    late = [row.contender for row in condition.rows if not row.arrived and row.failed < len(row.cells)]
+    dead = [row.contender for row in condition.rows if row.failed]
+    rest = f" Not in every seed: {', '.join(late)}." if late else ""
+    rest += f" Failed: {', '.join(dead)}." if dead else ""
+    if not order:
+        return f"Nobody reached {condition.target:.2f} nats.{rest}"
+    best = order[0]
+    least = min(_count(row.seconds) for row in order)
+    if least < LEAST_SEEDS:
+        return (
+            f"{best.contender} came first to {condition.target:.2f} nats, but with {least} "
+            f"{'seed' if least == 1 else 'seeds'} nothing is claimed; at least {LEAST_SEEDS} are needed.{rest}"
+        )
+    same = [row for row in order[1:] if not apart(best.seconds, row.seconds)]
+    others = [row for row in order[1:] if row not in same]
+    if same:
+        names = ", ".join(row.contender for row in [best, *same])
+        text = f"No difference seen between {names}: they reach {condition.target:.2f} nats first"
+    else:
+        text = f"{best.contender} reaches {condition.target:.2f} nats first"
+    found = spread(best.seconds)
+    assert found is not None
+    text += f", after {shown(found, digits_of(found.median))} s"
+    against = _against(best, others)
+    return f"{text}{'; ' + against if against else ''}.{rest}"
+
+
+def _against(best: Row, others: Sequence[Row]) -> str:
+    """The next one, and the next that steps together if the winner does not."""
+    named = others[:1]
+    if not best.steps_together and named and not named[0].steps_together:
+        named = [*named, *[row for row in others if row.steps_together][:1]]
+    return ", ".join(f"{shown(sooner(best, row), 2)} times sooner than {row.contender}" for row in named)
+
+
+def shown(found: Spread | None, digits: int) -> str:
+    """Median [least, greatest]."""
+    if found is None:
+        return "-"
+    return f"{found.median:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+
+
+def digits_of(value: float) -> int:
+    """Behind the point, for three figures in all. Pure."""
+    return max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0

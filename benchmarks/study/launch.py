@@ -1,0 +1,122 @@
+"""One cell as a job of its own: started in its own process group, ended whatever happens, its words kept."""
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+from benchmarks.study.job import ADDRESS
+from hvdvae.cli import mpirun
+
+GRACE_SECONDS = 8.0
+PR_SET_PDEATHSIG = 1
+SETTINGS = {"OMPI_MCA_mpi_yield_when_idle": "1", "HOROVOD_LOG_LEVEL": "error"}
+"""For all contenders: MPI yields its core while it waits, as our World sets it."""
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class JobFailed(Exception):
+    """A job ended badly; the text says how."""
+
+
+def run_ranks(folder: Path, ranks: int, log: Path, *, seconds: float, survives_deaths: bool) -> None:
+    """Run job.py on so many ranks. Blocks for at most so many seconds; raises JobFailed."""
+    program = mpirun.find()
+    if program is None:
+        raise JobFailed("no mpirun in this Python's environment nor on the PATH: `hvdvae doctor` says more")
+    command = mpirun.command(program, mpirun.name(program), ranks, fault_tolerant=survives_deaths)
+    environment = {**mpirun.environment(os.environ), **SETTINGS, ADDRESS: f"127.0.0.1:{_free_port()}"}
+    environment["GLOO_SOCKET_IFNAME"] = _loopback()
+    run(
+        [*command, sys.executable, "-m", "benchmarks.study.job", str(folder)],
+        log,
+        environment=environment,
+        seconds=seconds,
+    )
+
+
+def judge(folder: Path, log: Path, *, seconds: float) -> None:
+    """Run judge.py. Blocks for at most so many seconds; raises JobFailed."""
+    run(
+        [sys.executable, "-m", "benchmarks.study.judge", str(folder)],
+        log,
+        environment=dict(os.environ),
+        seconds=seconds,
+    )
+
+
+def run(command: Sequence[str], log: Path, *, environment: Mapping[str, str], seconds: float) -> None:
+    """Run to the end, with all that it says appended to `log`. Blocks; raises JobFailed."""
+    paths = [str(ROOT), environment.get("PYTHONPATH", "")]
+    with log.open("ab") as words:
+        job = subprocess.Popen(
+            command,
+            env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            stdin=subprocess.DEVNULL,
+            stdout=words,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_end_with_me,
+        )
+        with _ended(job):
+            try:
+                status = job.wait(seconds)
+            except subprocess.TimeoutExpired:
+                raise JobFailed(f"was still running after {seconds:.0f} s, and was ended") from None
+    if status != 0:
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+        raise JobFailed(f"ended with {how}")
+
+
+@contextmanager
+def _ended(job: subprocess.Popen[bytes]) -> Iterator[None]:
+    """After it, neither the job nor anything that it started runs."""
+    try:
+        yield
+    finally:
+        family = _family(job)
+        if job.poll() is None:
+            job.terminate()  # A launcher ends its ranks, wherever they are.
+            psutil.wait_procs(family, GRACE_SECONDS)
+        for process in family:
+            if process.is_running():
+                process.kill()
+        job.wait()
+
+
+def _family(job: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    try:
+        me = psutil.Process(job.pid)
+        return [*me.children(recursive=True), me]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _end_with_me() -> None:
+    """In the child: SIGTERM when the harness dies, even by SIGKILL; nobody else would end the job then."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _loopback() -> str:
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in names if name.startswith("lo")), names[0])
+
+
+def has(program: str) -> bool:
+    """Whether a program is on the path."""
+    return shutil.which(program) is not None

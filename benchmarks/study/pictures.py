@@ -1,0 +1,272 @@
+"""The pictures of a report, by matplotlib: as SVG for the page and as PNG files."""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from benchmarks.statistics_of_rounds import spread
+from benchmarks.study.findings import Condition, Row, ranking
+from benchmarks.study.numbers import SPLIT
+
+COLORS = mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]
+SPLIT_COLORS = dict(zip(SPLIT, ("#2b7a4b", "#c9c9c9", "#d9a520", "#3b6fb6", "#c0392b"), strict=True))
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "svg.hashsalt": "hvdvae",
+    # Text stays text: it can be searched and read aloud.
+    "svg.fonttype": "none",
+}
+DOTS_PER_INCH = 160
+
+
+class Gallery:
+    """Draws, keeps the SVG for the page, and writes the PNG."""
+
+    def __init__(self, folder: Path, contenders: Sequence[str]) -> None:
+        """`contenders`: in the study's order; each has its color in all pictures."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._colors = {name: COLORS[(2 * place) % 20 + (2 * place) // 20] for place, name in enumerate(contenders)}
+
+    def curves(self, name: str, condition: Condition, key: str) -> str:
+        """Validation ELBO over `key` (seconds or examples), one line a seed."""
+
+        def draw(axes: Axes) -> None:
+            floor = _floor(condition)
+            for row in condition.rows:
+                for number, cell in enumerate(row.cells):
+                    points = [point for point in cell["points"] if point["elbo"] is not None]
+                    axes.plot(
+                        [point[key] / (1 if key == "seconds" else 1000) for point in points],
+                        [point["elbo"] for point in points],
+                        color=self._colors[row.contender],
+                        linewidth=1.2,
+                        alpha=0.85,
+                        label=row.contender if number == 0 else None,
+                    )
+            if condition.target is not None:
+                axes.axhline(condition.target, color="black", linewidth=0.8, linestyle="--")
+                axes.annotate(
+                    f"target {condition.target:.2f}",
+                    (1, condition.target),
+                    xycoords=("axes fraction", "data"),
+                    ha="right",
+                    va="bottom",
+                )
+            if floor is not None:
+                axes.set_ylim(bottom=floor)
+            axes.set_xlabel("seconds of training" if key == "seconds" else "examples, thousands, all ranks together")
+            axes.set_ylabel("validation ELBO (nats per example)")
+            axes.legend(loc="lower right", ncols=2)
+
+        return self._draw(name, draw, (6.4, 4.0))
+
+    def times(self, name: str, condition: Condition) -> str:
+        """Seconds to the target: median, and least and greatest of the seeds; the first one on top."""
+        order = ranking(condition)
+        rows = [*order, *[row for row in condition.rows if row not in order]]
+
+        def draw(axes: Axes) -> None:
+            for place, row in enumerate(rows):
+                found = spread(row.seconds)
+                if row in order and found is not None:
+                    error = [[found.median - found.low], [found.high - found.median]]
+                    axes.barh(place, found.median, color=self._colors[row.contender], xerr=error, capsize=3)
+                else:
+                    why = "failed" if row.failed else "not reached within the budget"
+                    axes.text(
+                        0, place, f" {why} in {_missing(row)} of {len(row.cells)} seeds", va="center", style="italic"
+                    )
+            axes.set_yticks(range(len(rows)), [row.contender for row in rows])
+            axes.set_ylim(len(rows) - 0.4, -0.6)
+            axes.grid(visible=False, axis="y")
+            axes.set_xlabel("seconds to the target, median and range over seeds")
+
+        return self._draw(name, draw, (6.4, 0.9 + 0.32 * len(rows)))
+
+    def split(self, name: str, condition: Condition) -> str:
+        """Where each rank's time went, mean over seeds."""
+        bars = [
+            (f"{row.contender}, rank {rank}" if rank == 0 else f"rank {rank}", shares)
+            for row in condition.rows
+            for rank, shares in enumerate(_mean_split(row))
+        ]
+
+        def draw(axes: Axes) -> None:
+            left = np.zeros(len(bars))
+            for part in SPLIT:
+                width = np.array([shares[part] for _, shares in bars])
+                axes.barh(range(len(bars)), width, left=left, color=SPLIT_COLORS[part], label=part, height=0.85)
+                left += width
+            axes.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=7)
+            axes.invert_yaxis()
+            axes.set_xlim(0, 1)
+            axes.grid(visible=False, axis="y")
+            axes.set_xlabel("share of a rank's time")
+            axes.legend(ncols=len(SPLIT), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+        return self._draw(name, draw, (6.4, 0.9 + 0.17 * len(bars)))
+
+    def staleness(self, name: str, condition: Condition) -> str:
+        """Updates between pull and push, of all pushes that were applied."""
+        rows = [row for row in condition.rows if not row.steps_together and _staleness(row)]
+
+        def draw(axes: Axes) -> None:
+            width = 0.8 / max(len(rows), 1)
+            top = max((_quantile(_staleness(row), 0.999) for row in rows), default=0)
+            for place, row in enumerate(rows):
+                counts = _staleness(row)
+                total = sum(counts.values())
+                values = range(top + 1)
+                shares = [counts.get(value, 0) / total for value in values]
+                shift = (place - (len(rows) - 1) / 2) * width
+                axes.bar(
+                    [value + shift for value in values],
+                    shares,
+                    width,
+                    color=self._colors[row.contender],
+                    label=row.contender,
+                )
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_xlabel("staleness (updates between pull and push)")
+            axes.set_ylabel("share of pushes")
+            axes.legend()
+
+        return self._draw(name, draw, (6.4, 2.8)) if rows else ""
+
+    def scaling(self, name: str, scenario: str, found: Sequence[Condition], cores: int) -> str:
+        """Throughput over world size, with the line of ideal scaling from one process, if there was one."""
+        sizes = sorted({condition.size for condition in found})
+
+        def draw(axes: Axes) -> None:
+            alone = [rate for condition in found for row in condition.rows for rate in _rates(row) if _is_alone(row)]
+            one = spread(alone)
+            if one is not None:
+                ends = [1, max(sizes)]
+                axes.plot(
+                    ends,
+                    [one.median * end for end in ends],
+                    color="black",
+                    linestyle="--",
+                    linewidth=0.8,
+                    label="ideal",
+                )
+            for contender in self._colors:
+                points = [
+                    (1 if _is_alone(row) else condition.size, spread(_rates(row)))
+                    for condition in found
+                    for row in condition.rows
+                    if row.contender == contender
+                ]
+                measured = [(size, rate) for size, rate in points if rate is not None]
+                if not measured:
+                    continue
+                axes.errorbar(
+                    [size for size, _ in measured],
+                    [rate.median for _, rate in measured],
+                    [
+                        [rate.median - rate.low for _, rate in measured],
+                        [rate.high - rate.median for _, rate in measured],
+                    ],
+                    color=self._colors[contender],
+                    marker="o",
+                    markersize=4,
+                    capsize=2,
+                    label=contender,
+                )
+            if max(sizes) > cores:
+                axes.axvspan(cores + 0.02, max(sizes) + 0.2, color="#f3e3d3", zorder=0)
+                axes.annotate(
+                    "more ranks than cores", (max(sizes) + 0.15, 0.02), xycoords=("data", "axes fraction"), ha="right"
+                )
+            axes.set_xticks(sorted({1, *sizes}))
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("ranks that train")
+            axes.set_ylabel("examples per second")
+            axes.legend(ncols=2, fontsize=7)
+
+        return self._draw(name, draw, (6.4, 3.6))
+
+    def _draw(self, name: str, draw: Callable[[Axes], None], inches: tuple[float, float]) -> str:
+        with mpl.rc_context(STYLE):
+            figure = Figure(figsize=inches)
+            draw(figure.add_subplot())
+            figure.savefig(self._folder / f"{name}.png", dpi=DOTS_PER_INCH)
+            text = io.StringIO()
+            figure.savefig(text, format="svg", metadata={"Date": None})
+        return _scoped(text.getvalue(), name)
+
+
+def _scoped(svg: str, name: str) -> str:
+    """An <svg> element whose ids are of this picture alone: a page has several."""
+    svg = svg[svg.index("<svg") :]
+    mark = re.sub(r"[^a-z0-9]+", "-", name.lower())
+    svg = re.sub(r'\bid="', f'id="{mark}-', svg)
+    svg = re.sub(r'href="#', f'href="#{mark}-', svg)
+    return re.sub(r"url\(#", f"url(#{mark}-", svg)
+
+
+def _floor(condition: Condition) -> float | None:
+    """Lower end of the ELBO that is worth drawing: first looks are far below all others."""
+    late = [
+        point["elbo"]
+        for row in condition.rows
+        for cell in row.cells
+        for point in cell["points"][2:]
+        if point["elbo"] is not None
+    ]
+    return float(np.quantile(late, 0.05)) - 1.0 if late else None
+
+
+def _missing(row: Row) -> int:
+    return sum(value is None for value in row.seconds)
+
+
+def _is_alone(row: Row) -> bool:
+    return all(cell["size"] == 1 for cell in row.cells)
+
+
+def _rates(row: Row) -> list[float | None]:
+    return [cell["examples_per_second"] for cell in row.cells if cell["failed"] is None]
+
+
+def _mean_split(row: Row) -> list[dict[str, float]]:
+    """Of each rank."""
+    splits = [cell["split"] for cell in row.cells if cell["failed"] is None]
+    if not splits:
+        return []
+    ranks = min(len(split) for split in splits)
+    return [{part: float(np.mean([split[rank][part] for split in splits])) for part in SPLIT} for rank in range(ranks)]
+
+
+def _staleness(row: Row) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for cell in row.cells:
+        found: Mapping[str, Any] = cell.get("staleness", {})
+        for value, count in found.items():
+            counts[int(value)] = counts.get(int(value), 0) + count
+    return counts
+
+
+def _quantile(counts: Mapping[int, int], share: float) -> int:
+    left = share * sum(counts.values())
+    for value in sorted(counts):
+        left -= counts[value]
+        if left <= 0:
+            return value
+    return max(counts)

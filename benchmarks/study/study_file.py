@@ -1,0 +1,232 @@
+"""What a study asks, read from a YAML file; every mistake is named with its line, before anything runs. Pure."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from benchmarks.study.located import Located, StudyError, read, shown
+from hvdvae.cli.values import checked, expected
+from hvdvae.config import TrainConfig
+from hvdvae.disturbance import Jitter, Kill, Slow, Stop, Trouble
+from hvdvae.errors import ConfigError
+
+PEERS = {"horovod": ("none", "fp16"), "ddp": ("none", "fp16", "powersgd")}
+"""Competitors that are not ours, and what they can do to fewer bytes."""
+TROUBLES: dict[str, type] = {"slow": Slow, "jitter": Jitter, "stop": Stop, "kill": Kill}
+NOT_A_CONTENDERS = (
+    "seed",
+    "out",
+    "resume",
+    "overwrite",
+    "data",
+    "epochs",
+    "checkpoint_every",
+    "keep",
+    "pictures_every",
+)
+"""Keys of hvdvae train that the study itself decides, or that have no meaning in it."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of parallelizing."""
+
+    name: str
+    config: TrainConfig
+    """Of the run, but for the seed. For a peer: model, batch size, learning rate."""
+    peer: str | None = None
+    """horovod or ddp; None: ours."""
+    hook: str = "none"
+    """What a peer does to gradients on the wire."""
+    scales_lr: bool = False
+    """Learning rate times the number of ranks, as Horovod's guide has it."""
+
+    def servers(self) -> int:
+        """Ranks besides those that train."""
+        ours = self.config
+        return ours.servers * (1 + ours.replicas) if self.peer is None and ours.strategy == "ps" else 0
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Conditions under which contenders are measured."""
+
+    name: str
+    troubles: tuple[Trouble, ...] = ()
+    link_mbit: float | None = None
+    """Rate of the link of each rank, which is then a host of its own (a network namespace)."""
+    shares: tuple[float, ...] | None = None
+    """Parts of the training data that each rank holds; None: all ranks share all of it."""
+
+    @property
+    def kills(self) -> bool:
+        """Whether a rank dies."""
+        return any(isinstance(trouble, Kill) for trouble in self.troubles)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Validation ELBO to be reached: a number, or what a contender reaches after some epochs."""
+
+    nats: float | None = None
+    contender: str | None = None
+    epochs: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """All of it."""
+
+    title: str
+    data: str
+    world_sizes: tuple[int, ...]
+    """Ranks that train; servers come on top."""
+    seeds: tuple[int, ...]
+    target: Target
+    epochs: float
+    """Budget of a cell, all ranks together."""
+    seconds: float
+    """Budget of a cell."""
+    snapshot_epochs: float
+    """Between two looks at the model."""
+    nll_samples: int
+    contenders: dict[str, Contender]
+    scenarios: dict[str, Scenario]
+
+
+_KEYS = (*(field.name for field in fields(Study)), "train", "budget")
+
+
+def open_study(path: Path) -> tuple[Study, str]:
+    """A study and the text of its file. Raises StudyError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise StudyError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise StudyError(f"{path}: found bytes that are no UTF-8 text, expected YAML") from None
+    return parse(text, path.name), text
+
+
+def parse(text: str, name: str) -> Study:
+    """A study from YAML. Raises StudyError naming `name` and the line."""
+    top = read(text, name)
+    required = ("title", "world_sizes", "seeds", "target", "budget", "contenders", "scenarios")
+    parts = top.mapping([key for key in _KEYS if key not in ("epochs", "seconds")], required)
+    shared = _options(parts["train"], NOT_A_CONTENDERS) if "train" in parts else {}
+    contenders = {
+        key: _contender(key, part, shared, parts.get("train", part))
+        for key, part in _named(parts["contenders"]).items()
+    }
+    budget = parts["budget"].mapping(("epochs", "seconds"), ("epochs", "seconds"))
+    sizes = tuple(item.whole(1) for item in parts["world_sizes"].items())
+    scenarios = {key: _scenario(key, part, sizes) for key, part in _named(parts["scenarios"]).items()}
+    return Study(
+        title=parts["title"].text(),
+        data=parts["data"].text() if "data" in parts else "digits",
+        world_sizes=_once(parts["world_sizes"], sizes),
+        seeds=_once(parts["seeds"], tuple(item.whole(0) for item in parts["seeds"].items())),
+        target=_target(parts["target"], contenders),
+        epochs=budget["epochs"].positive(),
+        seconds=budget["seconds"].positive(),
+        snapshot_epochs=parts["snapshot_epochs"].positive() if "snapshot_epochs" in parts else 0.5,
+        nll_samples=parts["nll_samples"].whole(1) if "nll_samples" in parts else 50,
+        contenders=contenders,
+        scenarios=scenarios,
+    )
+
+
+def _named(part: Located) -> dict[str, Located]:
+    found = part.any_mapping()
+    if not found:
+        raise part.error("is empty, expected at least one")
+    for key, item in found.items():
+        if not re.fullmatch(r"[a-z0-9][a-z0-9+-]*", key):
+            raise item.error("a name is part of file names: expected small letters, digits, + and -")
+    return found
+
+
+def _once(part: Located, values: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(values)) < len(values):
+        raise part.error(f"found {list(values)}, expected each once")
+    return values
+
+
+def _options(part: Located, refused: tuple[str, ...], also: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Keys of hvdvae train, of their types."""
+    hints = {key: hint for key, hint in get_type_hints(TrainConfig).items() if key not in refused}
+    values = {}
+    for key, item in part.mapping([*hints, *also]).items():
+        if key in also:
+            continue
+        try:
+            values[key] = checked(item.value, hints[key])
+        except ValueError:
+            raise item.error(f"found {shown(item.value)}, expected {expected(hints[key])}") from None
+    return values
+
+
+def _contender(name: str, part: Located, shared: dict[str, Any], train: Located) -> Contender:
+    own = _options(part, NOT_A_CONTENDERS, ("peer", "hook", "scales_lr"))
+    parts = part.any_mapping()
+    peer = parts["peer"].text() if "peer" in parts else None
+    if peer is not None and peer not in PEERS:
+        raise parts["peer"].error(f"found {peer!r}, expected one of {', '.join(PEERS)}")
+    hook = parts["hook"].text() if "hook" in parts else "none"
+    if hook not in PEERS.get(peer or "", ("none",)):
+        choices = ", ".join(PEERS[peer]) if peer else "none: ours have `compression`"
+        raise parts["hook"].error(f"found {hook!r}, expected one of {choices}")
+    if peer is not None and "strategy" in own:
+        raise parts["strategy"].error("a contender is either one of ours, with a strategy, or a peer")
+    scales_lr = parts["scales_lr"].value if "scales_lr" in parts else False
+    if not isinstance(scales_lr, bool):
+        raise parts["scales_lr"].error(f"found {shown(scales_lr)}, expected true or false")
+    try:
+        config = TrainConfig(**{"threads": 1, **shared, **own})
+    except ConfigError as error:
+        raise (part if own else train).error(str(error)) from None
+    return Contender(name, config, peer, hook, scales_lr)
+
+
+def _scenario(name: str, part: Located, sizes: tuple[int, ...]) -> Scenario:
+    if part.value is None:
+        return Scenario(name)
+    parts = part.mapping([*TROUBLES, "link_mbit", "shares"])
+    troubles = tuple(_trouble(parts[key], TROUBLES[key]) for key in parts if key in TROUBLES)
+    for key, item in parts.items():
+        rank = item.value.get("rank") if isinstance(item.value, dict) else None
+        if key in TROUBLES and isinstance(rank, int) and rank >= min(sizes):
+            raise item.child("rank").error(f"found {rank}, but the smallest world has ranks 0 to {min(sizes) - 1}")
+    shares = tuple(item.positive() for item in parts["shares"].items()) if "shares" in parts else None
+    if shares is not None and {len(shares)} != set(sizes):
+        raise parts["shares"].error(f"found {len(shares)} shares for world sizes {list(sizes)}, expected one a rank")
+    link = parts["link_mbit"].positive() if "link_mbit" in parts else None
+    return Scenario(name, troubles, link, shares)
+
+
+def _trouble(part: Located, kind: type) -> Trouble:
+    hints = get_type_hints(kind)
+    needed = [field.name for field in fields(kind) if field.name != "by"]
+    values: dict[str, Any] = {}
+    take: dict[Any, Callable[[Located], Any]] = {int: lambda item: item.whole(0), float: Located.number}
+    for key, item in part.mapping(list(hints), needed).items():
+        values[key] = take.get(hints[key], Located.text)(item)
+    try:
+        trouble: Trouble = kind(**values)
+    except ConfigError as error:
+        raise part.error(str(error)) from None
+    return trouble
+
+
+def _target(part: Located, contenders: dict[str, Contender]) -> Target:
+    parts = part.mapping(("nats", "contender", "epochs"))
+    if set(parts) == {"nats"}:
+        return Target(nats=parts["nats"].number())
+    if set(parts) != {"contender", "epochs"}:
+        raise part.error(f"found {list(parts)}, expected `nats`, or `contender` and `epochs`")
+    name = parts["contender"].text()
+    if name not in contenders:
+        raise parts["contender"].error(f"found {name!r}, expected one of {', '.join(contenders)}")
+    return Target(contender=name, epochs=parts["epochs"].positive())
