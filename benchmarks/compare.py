@@ -21,9 +21,10 @@ if (
 
 from benchmarks.study.cells import cells
 from benchmarks.study.findings import conditions, sentence
+from benchmarks.study.located import StudyError
 from benchmarks.study.page import write_page
 from benchmarks.study.run import results_in, run
-from benchmarks.study.study_file import Study, StudyError, open_study
+from benchmarks.study.study_file import Study, open_study
 from hvdvae.data import open_dataset
 from hvdvae.errors import DataError
 

@@ -2,20 +2,26 @@
 # The compiler and the Python that a build needs: found, or installed where we may, or asked for. To be sourced.
 : "${venv:?}" "${state:?}"
 
+# debian_packages WHAT DEBIAN_PACKAGES: as root on Debian installs them; fails elsewhere.
+debian_packages() {
+    local what=$1 packages=$2
+    [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null || return 1
+    echo "install: $what is missing: installing $packages with apt-get"
+    mkdir -p "$state"
+    # shellcheck disable=SC2086  # several package names
+    if { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages; } \
+        >"$state/apt.log" 2>&1; then
+        return
+    fi
+    tail -n 5 "$state/apt.log" >&2
+    return 1
+}
+
 # need_package WHAT DEBIAN_PACKAGES REMEDY...: as root on Debian installs them, else stops with the remedy.
 need_package() {
     local what=$1 packages=$2
     shift 2
-    if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
-        echo "install: $what is missing: installing $packages with apt-get"
-        mkdir -p "$state"
-        # shellcheck disable=SC2086  # several package names
-        if { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages; } \
-            >"$state/apt.log" 2>&1; then
-            return
-        fi
-        tail -n 5 "$state/apt.log" >&2
-    fi
+    if debian_packages "$what" "$packages"; then return; fi
     die "$what is missing. $*"
 }
 

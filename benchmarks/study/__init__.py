@@ -1,4 +1,4 @@
-"""A study: which way of parallelizing reaches a likelihood first, under which conditions; benchmarks/compare.py runs it.
+"""A study: which way of parallelizing reaches a likelihood first, under which conditions; compare.py runs it.
 
 idea                                                       file
 what is asked: a YAML file with every mistake by its line  located.py, study_file.py

@@ -20,6 +20,7 @@ class Cell:
     """Ranks that train."""
     scenario: Scenario
     seed: int
+    strong_scaling: bool = False
 
     @property
     def name(self) -> str:
@@ -34,7 +35,9 @@ class Cell:
     def config(self) -> TrainConfig:
         """Of its run."""
         ours = self.contender.config
-        return replace(ours, seed=self.seed, lr=ours.lr * (self.size if self.contender.scales_lr else 1))
+        lr = ours.lr * (self.size if self.contender.scales_lr else 1)
+        batch = ours.batch_size // (self.size if self.strong_scaling else 1)
+        return replace(ours, seed=self.seed, lr=lr, batch_size=batch)
 
 
 def cells(study: Study) -> list[Cell]:
@@ -46,15 +49,15 @@ def cells(study: Study) -> list[Cell]:
     """
     found = []
     contenders = list(study.contenders.values())
-    turn = 0
-    for seed in study.seeds:
+    for turn, seed in enumerate(study.seeds):
         for scenario in study.scenarios.values():
             alone = [one for one in contenders if one.config.strategy == "local" and one.peer is None]
-            found += [Cell(one, 1, scenario, seed) for one in alone]
-            for size in study.world_sizes:
+            found += [Cell(one, 1, scenario, seed, study.strong_scaling) for one in alone]
+            for place, size in enumerate(study.world_sizes):
                 together = [one for one in contenders if one not in alone]
-                found += [Cell(one, size, scenario, seed) for one in rotated(together, turn)]
-                turn += 1
+                found += [
+                    Cell(one, size, scenario, seed, study.strong_scaling) for one in rotated(together, turn + place)
+                ]
     return found
 
 

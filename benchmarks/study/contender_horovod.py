@@ -48,7 +48,7 @@ class RawHorovod:
 
     def steps_done(self) -> int:
         """As Contender's."""
-        return self._mine * self.size
+        return int(self._mine * self.size)
 
     def any(self, flag: bool) -> bool:
         """As Contender's."""

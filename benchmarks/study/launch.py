@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,12 +13,14 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 
 from benchmarks.study.job import ADDRESS
+from benchmarks.study.namespaces import NoNetwork, network
 from hvdvae.cli import mpirun
 
 GRACE_SECONDS = 8.0
 PR_SET_PDEATHSIG = 1
 SETTINGS = {"OMPI_MCA_mpi_yield_when_idle": "1", "HOROVOD_LOG_LEVEL": "error"}
 """For all contenders: MPI yields its core while it waits, as our World sets it."""
+PASSED = ("PYTHONPATH", "OMP_NUM_THREADS", "HVDVAE_DATA")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -27,20 +28,31 @@ class JobFailed(Exception):
     """A job ended badly; the text says how."""
 
 
-def run_ranks(folder: Path, ranks: int, log: Path, *, seconds: float, survives_deaths: bool) -> None:
-    """Run job.py on so many ranks. Blocks for at most so many seconds; raises JobFailed."""
+def run_ranks(
+    folder: Path, ranks: int, log: Path, *, seconds: float, survives_deaths: bool, link_mbit: float | None
+) -> None:
+    """Run job.py on so many ranks. Blocks for at most so many seconds; raises JobFailed.
+
+    `link_mbit`: of each rank, which is a host of its own then; None: all on this one.
+    """
     program = mpirun.find()
     if program is None:
         raise JobFailed("no mpirun in this Python's environment nor on the PATH: `hvdvae doctor` says more")
-    command = mpirun.command(program, mpirun.name(program), ranks, fault_tolerant=survives_deaths)
-    environment = {**mpirun.environment(os.environ), **SETTINGS, ADDRESS: f"127.0.0.1:{_free_port()}"}
-    environment["GLOO_SOCKET_IFNAME"] = _loopback()
-    run(
-        [*command, sys.executable, "-m", "benchmarks.study.job", str(folder)],
-        log,
-        environment=environment,
-        seconds=seconds,
-    )
+    environment = {**mpirun.environment(os.environ), **SETTINGS}
+    job = [sys.executable, "-m", "benchmarks.study.job", str(folder)]
+    if link_mbit is None:
+        command = mpirun.command(program, mpirun.name(program), ranks, fault_tolerant=survives_deaths)
+        environment |= {ADDRESS: f"127.0.0.1:{_free_port()}", "GLOO_SOCKET_IFNAME": _loopback()}
+        run([*command, *job], log, environment=environment, seconds=seconds)
+        return
+    try:
+        with network(ranks, link_mbit) as hosts:
+            environment |= {ADDRESS: f"{hosts.addresses[0]}:29500", "GLOO_SOCKET_IFNAME": "eth0"}
+            # mpirun hands on to other hosts what it is told to.
+            passed = [part for name in (ADDRESS, "GLOO_SOCKET_IFNAME", *SETTINGS, *PASSED) for part in ("-x", name)]
+            run([*hosts.mpirun(program), *passed, *job], log, environment=environment, seconds=seconds)
+    except NoNetwork as error:
+        raise JobFailed(f"skipped: {error}") from None
 
 
 def judge(folder: Path, log: Path, *, seconds: float) -> None:
@@ -115,8 +127,3 @@ def _free_port() -> int:
 def _loopback() -> str:
     names = [name for _, name in socket.if_nameindex()]
     return next((name for name in names if name.startswith("lo")), names[0])
-
-
-def has(program: str) -> bool:
-    """Whether a program is on the path."""
-    return shutil.which(program) is not None

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.study.contender import Contender
-from benchmarks.study.stopwatch import DATA, EXCHANGE, PASSES, UPDATE, Stopwatch
+from benchmarks.study.stopwatch import DATA, EXCHANGE, PASSES, TROUBLE, UPDATE, Stopwatch
 from hvdvae.data import Loader
 from hvdvae.disturbance import Disturbance
 from hvdvae.seeding import seed_everything
@@ -90,8 +90,9 @@ def train(
                 break
         with watch.on(DATA):
             batch = next(batches)
-        with watch.on(PASSES):
+        with watch.on(TROUBLE):
             disturbance.before_step(step, work)
+        with watch.on(PASSES):
             seed_everything(device, seed, contender.rank, step)
             contender.zero_grad()
             objective(contender.model, batch, examples / loader.examples)["loss"].backward()
@@ -112,7 +113,7 @@ def state_of(model: nn.Module) -> NDArray[np.float32]:
 def load_state(model: nn.Module, state: NDArray[np.float32]) -> None:
     """Put them back. Mutates the model."""
     values = _values(model)
-    parts = torch.from_numpy(state).split([value.numel() for value in values])
+    parts = torch.split(torch.from_numpy(state), [value.numel() for value in values])
     for value, part in zip(values, parts, strict=True):
         value.copy_(part.view(value.shape))
 

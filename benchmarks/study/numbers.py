@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.study.stopwatch import CPU, DATA, EXCHANGE, PASSES, QUEUE, UPDATE
+from benchmarks.study.stopwatch import CPU, DATA, EXCHANGE, PASSES, QUEUE, TROUBLE, UPDATE
 
 FIRST_STEPS = 20
 """Of each rank, left out of latencies, throughput and the split of time: connections are made in them."""
 SPLIT = ("compute", "core", "data", "communicate", "wait")
-"""Shares of a rank's time: at work; ready to, while others had the cores; getting batches; moving vectors; waiting."""
+"""Shares of a rank's time: at work, and what a scenario adds to it; ready to, while others had the cores; getting
+batches; moving vectors; waiting."""
 
 Steps = NDArray[np.float64]
 
@@ -79,7 +80,7 @@ def elbo_at(points: Sequence[Mapping[str, Any]], examples: float) -> float | Non
 
 def _latency(steps: Steps) -> NDArray[np.float64]:
     """Of each step."""
-    return np.asarray(steps[:, [DATA, PASSES, EXCHANGE, UPDATE]].sum(1))
+    return np.asarray(steps[:, [DATA, TROUBLE, PASSES, EXCHANGE, UPDATE]].sum(1))
 
 
 def _split(warm: Sequence[Steps], counted: Mapping[str, Any]) -> list[dict[str, float]]:
@@ -106,7 +107,7 @@ def _split(warm: Sequence[Steps], counted: Mapping[str, Any]) -> list[dict[str, 
             communicates, waits = least.sum(), (exchange - least).sum()
         else:  # A rank is missing steps, as one that was killed.
             communicates, waits = exchange.sum(), 0.0
-        queue = steps[:, [PASSES + QUEUE, EXCHANGE + QUEUE, UPDATE + QUEUE]].sum()
+        queue = steps[:, [TROUBLE + QUEUE, PASSES + QUEUE, EXCHANGE + QUEUE, UPDATE + QUEUE]].sum()
         data = steps[:, DATA].sum()
         compute = max(total - communicates - waits - queue - data, 0.0)
         parts = (compute, queue, data, communicates, waits)
@@ -121,7 +122,7 @@ def _payload(order: Mapping[str, Any], parameters: int, counted: Mapping[str, An
     if order["hook"] == "powersgd" or order["config"]["reduce_op"] == "adasum":
         return None
     width = 2 if "fp16" in (order["hook"], order["config"]["compression"]) else 4
-    return 2 * (order["size"] - 1) / order["size"] * parameters * width
+    return float(2 * (order["size"] - 1) / order["size"] * parameters * width)
 
 
 def _sent(everyone: Sequence[Mapping[str, Any]]) -> float:

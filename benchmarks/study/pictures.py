@@ -18,7 +18,7 @@ from benchmarks.study.numbers import SPLIT
 
 COLORS = mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]
 SPLIT_COLORS = dict(zip(SPLIT, ("#2b7a4b", "#c9c9c9", "#d9a520", "#3b6fb6", "#c0392b"), strict=True))
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.spines.top": False,

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from benchmarks.machine import machine
 from benchmarks.study.cells import Cell, cells, digest, order
 from benchmarks.study.launch import JobFailed, judge, run_ranks
+from benchmarks.study.located import StudyError
 from benchmarks.study.numbers import numbers
-from benchmarks.study.study_file import Study, StudyError
+from benchmarks.study.study_file import Study
 
 START_SECONDS = 120.0
 """What a job may take besides its budget: to start, to open the data, to end."""
@@ -72,7 +73,8 @@ def measure(study: Study, cell: Cell, log: Path) -> dict[str, Any]:
         try:
             seconds = study.seconds + START_SECONDS
             survives = cell.scenario.kills and cell.contender.servers() > 0
-            run_ranks(folder, cell.ranks, log, seconds=seconds, survives_deaths=survives)
+            link = cell.scenario.link_mbit if cell.size > 1 else None
+            run_ranks(folder, cell.ranks, log, seconds=seconds, survives_deaths=survives, link_mbit=link)
             judge(folder, log, seconds=seconds)
             found = {**json.loads((folder / "curve.json").read_text()), **_numbers(ordered, folder)}
         except (JobFailed, OSError) as error:

@@ -3,11 +3,12 @@
 Columns of a step, seconds, float64:
 
     DATA           getting the batch
-    PASSES         forward and backward, and what a scenario adds to them
+    TROUBLE        what a scenario adds: work, or sleep
+    PASSES         forward and backward
     EXCHANGE       with other ranks, where that is a part of its own
     UPDATE         of the weights
 
-and of the last three, beside them,
+and of all but the first, beside them,
 
     .. + CPU       the part in which this thread ran
     .. + QUEUE     the part in which it was ready to run, and other processes had the cores
@@ -21,9 +22,9 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-DATA, PASSES, EXCHANGE, UPDATE = 0, 1, 4, 7
+DATA, TROUBLE, PASSES, EXCHANGE, UPDATE = 0, 1, 4, 7, 10
 CPU, QUEUE = 1, 2
-COLUMNS = 10
+COLUMNS = 13
 
 
 class Stopwatch:

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from benchmarks.study.located import Located, StudyError, read, shown
 from hvdvae.cli.values import checked, expected
-from hvdvae.config import TrainConfig
+from hvdvae.config import TrainConfig, flag
 from hvdvae.disturbance import Jitter, Kill, Slow, Stop, Trouble
 from hvdvae.errors import ConfigError
 
@@ -92,6 +92,8 @@ class Study:
     snapshot_epochs: float
     """Between two looks at the model."""
     nll_samples: int
+    strong_scaling: bool
+    """Whether `batch_size` is that of all ranks together, and each takes its part; else it is each rank's."""
     contenders: dict[str, Contender]
     scenarios: dict[str, Scenario]
 
@@ -133,6 +135,7 @@ def parse(text: str, name: str) -> Study:
         seconds=budget["seconds"].positive(),
         snapshot_epochs=parts["snapshot_epochs"].positive() if "snapshot_epochs" in parts else 0.5,
         nll_samples=parts["nll_samples"].whole(1) if "nll_samples" in parts else 50,
+        strong_scaling=_flag(parts["strong_scaling"]) if "strong_scaling" in parts else False,
         contenders=contenders,
         scenarios=scenarios,
     )
@@ -152,6 +155,12 @@ def _once(part: Located, values: tuple[int, ...]) -> tuple[int, ...]:
     if len(set(values)) < len(values):
         raise part.error(f"found {list(values)}, expected each once")
     return values
+
+
+def _flag(part: Located) -> bool:
+    if not isinstance(part.value, bool):
+        raise part.error(f"found {shown(part.value)}, expected true or false")
+    return part.value
 
 
 def _options(part: Located, refused: tuple[str, ...], also: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -180,14 +189,21 @@ def _contender(name: str, part: Located, shared: dict[str, Any], train: Located)
         raise parts["hook"].error(f"found {hook!r}, expected one of {choices}")
     if peer is not None and "strategy" in own:
         raise parts["strategy"].error("a contender is either one of ours, with a strategy, or a peer")
-    scales_lr = parts["scales_lr"].value if "scales_lr" in parts else False
-    if not isinstance(scales_lr, bool):
-        raise parts["scales_lr"].error(f"found {shown(scales_lr)}, expected true or false")
+    scales_lr = _flag(parts["scales_lr"]) if "scales_lr" in parts else False
     try:
         config = TrainConfig(**{"threads": 1, **shared, **own})
     except ConfigError as error:
-        raise (part if own else train).error(str(error)) from None
+        raise _culprit(str(error), part, train).error(str(error)) from None
     return Contender(name, config, peer, hook, scales_lr)
+
+
+def _culprit(message: str, *parts: Located) -> Located:
+    """The key that a message names by its flag, else the first part."""
+    for part in parts:
+        for key in part.value:
+            if re.search(rf"{flag(key)}\b(?!-)", message):
+                return part.child(key)
+    return parts[0]
 
 
 def _scenario(name: str, part: Located, sizes: tuple[int, ...]) -> Scenario:

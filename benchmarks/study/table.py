@@ -22,12 +22,12 @@ class Column:
 
 
 def _mean_staleness(cell: Mapping[str, Any]) -> float:
-    counts = {int(value): count for value, count in cell["staleness"].items()}
+    counts: dict[int, int] = {int(value): count for value, count in cell["staleness"].items()}
     return sum(value * count for value, count in counts.items()) / max(sum(counts.values()), 1)
 
 
 def _share(part: str) -> Callable[[Mapping[str, Any]], float]:
-    return lambda cell: 100 * sum(rank[part] for rank in cell["split"]) / len(cell["split"])
+    return lambda cell: float(100 * sum(rank[part] for rank in cell["split"]) / len(cell["split"]))
 
 
 def _best(cell: Mapping[str, Any]) -> float | None:

@@ -1,0 +1,109 @@
+"""Hosts that are not there: network namespaces with a name, an address and a shaped link each, on one machine.
+
+    host 1 (10.77.0.1) --- link of so many Mbit/s ---+
+    host 2 (10.77.0.2) --- link of so many Mbit/s ---+--- bridge
+    ...                                              |
+
+What a host sends is shaped by a token bucket (tc tbf) at its own end. Needs root, ip, tc and unshare.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+PREFIX, SUBNET = "hvdvae", "10.77.0"
+BURST, LATENCY = "64kb", "200ms"
+"""Of the token bucket: what may leave at once, and how long a packet may queue."""
+
+
+class NoNetwork(Exception):
+    """Hosts cannot be made here; the text says why."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """So many hosts."""
+
+    addresses: list[str]
+    agent: Path
+    """Starts a command on a host, as ssh would: AGENT ADDRESS COMMAND..."""
+
+    def mpirun(self, program: str) -> list[str]:
+        """A launcher of one rank a host, to be followed by the command. Runs on the first host (Open MPI 5)."""
+        net = f"{SUBNET}.0/24"
+        launcher = [program, "--host", ",".join(f"{address}:1" for address in self.addresses)]
+        launcher += ["-np", str(len(self.addresses)), "--bind-to", "none", "--prefix", str(Path(program).parents[1])]
+        launcher += ["--mca", "pml", "ob1", "--mca", "btl", "self,sm,tcp", "--mca", "btl_tcp_if_include", net]
+        launcher += ["--prtemca", "prte_if_include", net, "--prtemca", "plm_ssh_agent", str(self.agent)]
+        return [str(self.agent), self.addresses[0], *launcher]
+
+
+@contextmanager
+def network(count: int, mbit: float) -> Iterator[Network]:
+    """Inside, there are so many hosts, each on a link of `mbit` Mbit/s. Raises NoNetwork."""
+    if os.geteuid() != 0:
+        raise NoNetwork("network namespaces need root")
+    for program in ("ip", "tc", "unshare"):
+        if shutil.which(program) is None:
+            raise NoNetwork(f"network namespaces need {program}, which is not on the path")
+    _remove(count)
+    with tempfile.TemporaryDirectory(prefix="hvdvae-hosts-") as place:
+        agent = Path(place) / "agent"
+        agent.write_text(AGENT)
+        agent.chmod(0o700)
+        try:
+            _run(f"ip link add {PREFIX} type bridge")
+            _run(f"ip link set {PREFIX} up")
+            for number in range(1, count + 1):
+                _add_host(number, mbit)
+            yield Network([f"{SUBNET}.{number}" for number in range(1, count + 1)], agent)
+        finally:
+            _remove(count)
+
+
+AGENT = f"""#!/bin/sh
+# Runs a command on the host with this address: in its network namespace, under its name.
+number=${{1##*.}}
+shift
+export HVDVAE_HOST={PREFIX}$number
+if [ $# -eq 1 ]; then # As ssh: one argument is a line for the shell.
+    exec ip netns exec $HVDVAE_HOST unshare --uts sh -c 'hostname $HVDVAE_HOST && eval "$1"' sh "$1"
+fi
+exec ip netns exec $HVDVAE_HOST unshare --uts sh -c 'hostname $HVDVAE_HOST && exec "$@"' sh "$@"
+"""
+
+
+def _add_host(number: int, mbit: float) -> None:
+    host, outer = f"{PREFIX}{number}", f"{PREFIX}-v{number}"
+    inside = f"ip netns exec {host}"
+    _run(f"ip netns add {host}")
+    _run(f"ip link add {outer} type veth peer name eth0 netns {host}")
+    _run(f"ip link set {outer} master {PREFIX} up")
+    _run(f"{inside} ip addr add {SUBNET}.{number}/24 dev eth0")
+    _run(f"{inside} ip link set lo up")
+    _run(f"{inside} ip link set eth0 up")
+    _run(f"{inside} tc qdisc replace dev eth0 root tbf rate {mbit:g}mbit burst {BURST} latency {LATENCY}")
+
+
+def _remove(count: int) -> None:
+    """What there is of these hosts, also of a harness that was killed."""
+    for number in range(1, count + 1):
+        for command in (f"ip netns del {PREFIX}{number}", f"ip link del {PREFIX}-v{number}"):
+            subprocess.run(shlex.split(command), capture_output=True, check=False)
+    subprocess.run(["ip", "link", "del", PREFIX], capture_output=True, check=False)
+
+
+def _run(command: str | Sequence[str]) -> None:
+    words = shlex.split(command) if isinstance(command, str) else list(command)
+    try:
+        ended = subprocess.run(words, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoNetwork(f"{' '.join(words)}: {error}") from None
+    if ended.returncode != 0:
+        raise NoNetwork(f"{' '.join(words)}: {ended.stderr.strip() or ended.returncode}")

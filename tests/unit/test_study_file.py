@@ -1,0 +1,146 @@
+"""Studies say what they ask, and every mistake in one is named with its line."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.study.cells import cells, digest, order
+from benchmarks.study.located import StudyError
+from benchmarks.study.study_file import Study, open_study, parse
+from hvdvae.disturbance import Slow
+
+STUDIES = Path(__file__).parents[2] / "benchmarks" / "studies"
+
+GOOD = """\
+title: Who wins
+data: digits
+train: {model: mlp, batch_size: 20, lr: 1e-3}
+world_sizes: [2, 4]
+seeds: [0, 1, 2]
+target: {contender: allreduce, epochs: 2}
+budget: {epochs: 3, seconds: 60}
+contenders:
+  single: {strategy: local}
+  allreduce: {strategy: allreduce, engine: mpi}
+  ssp8:
+    strategy: ps
+    consistency: ssp
+    staleness: 8
+  horovod-n: {peer: horovod, scales_lr: true}
+  ddp: {peer: ddp, hook: powersgd, lr: 0.002}
+scenarios:
+  uniform:
+  slow: {slow: {rank: 1, factor: 3}}
+"""
+
+
+def study(text: str = GOOD) -> Study:
+    return parse(text, "s.yaml")
+
+
+def test_a_study_says_what_it_asks() -> None:
+    found = study()
+    assert (found.world_sizes, found.seeds, found.epochs, found.seconds) == ((2, 4), (0, 1, 2), 3, 60)
+    assert found.contenders["ssp8"].config.staleness == 8
+    assert found.contenders["ssp8"].config.batch_size == 20
+    assert found.contenders["ddp"].config.lr == 0.002
+    assert found.scenarios["slow"].troubles == (Slow(rank=1, factor=3.0),)
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: str(path.stem))
+def test_the_studies_that_come_along_are_good(path: Path) -> None:
+    found, _ = open_study(path)
+    assert cells(found)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ("title: Who wins", "titel: Who wins", 1, "unknown key; did you mean title?"),
+        ("title: Who wins\n", "", 1, "has no 'title'"),
+        ("[2, 4]", "[2, 2]", 4, "expected each once"),
+        ("[2, 4]", "[0, 2]", 4, "found 0, expected a whole number of at least 1"),
+        ("[2, 4]", "two", 4, "found 'two', expected a list"),
+        ("[0, 1, 2]", "[]", 5, "found [], expected a list"),
+        ("lr: 1e-3", "lr: fast", 3, "found 'fast', expected a number"),
+        ("lr: 1e-3", "lr: -1", 3, "--lr is -1"),
+        ("lr: 1e-3", "seed: 3", 3, "unknown key"),
+        ("contender: allreduce, epochs", "contender: allreduse, epochs", 6, "found 'allreduse', expected one of"),
+        ("{contender: allreduce, epochs: 2}", "{nats: nan}", 6, "expected a number"),
+        ("{contender: allreduce, epochs: 2}", "{nats: -20, epochs: 2}", 6, "expected `nats`, or"),
+        ("{epochs: 3, seconds: 60}", "{epochs: 3}", 7, "has no 'seconds'"),
+        ("{epochs: 3, seconds: 60}", "{epochs: 0, seconds: 60}", 7, "expected a number above 0"),
+        ("    staleness: 8", "    stalenes: 8", 14, "did you mean staleness?"),
+        ("    staleness: 8", "    staleness: many", 14, "expected a whole number"),
+        ("    strategy: ps", "    strategy: pss", 12, "expected one of local, allreduce, ps"),
+        ("    strategy: ps", "    strategy: allreduce", 12, "--consistency is for --strategy ps"),
+        ("  ssp8:", "  SSP 8:", 11, "a name is part of file names"),
+        ("  single:", "  allreduce:", 10, "stands twice"),
+        ("{peer: ddp, hook: powersgd", "{peer: dpp, hook: powersgd", 16, "expected one of horovod, ddp"),
+        ("hook: powersgd", "hook: magic", 16, "expected one of none, fp16, powersgd"),
+        ("peer: ddp, hook", "strategy: ps, hook", 16, "ours have `compression`"),
+        ("peer: ddp, hook: powersgd", "peer: ddp, strategy: ps", 16, "either one of ours"),
+        ("scales_lr: true", "scales_lr: maybe", 15, "expected true or false"),
+        ("factor: 3", "factor: 0.5", 19, "factor is 0.5"),
+        ("factor: 3", "by: sleep", 19, "has no 'factor'"),
+        ("rank: 1, factor", "rank: 2, factor", 19, "the smallest world has ranks 0 to 1"),
+        ("slow: {rank: 1, factor: 3}", "shares: [1, 2]", 19, "expected one a rank"),
+        ("slow: {rank: 1, factor: 3}", "link_mbit: 0", 19, "expected a number above 0"),
+        ("slow: {rank: 1, factor: 3}", "slwo: {rank: 1, factor: 3}", 19, "did you mean slow?"),
+        ("{model: mlp, batch", "{model: mlp batch", 3, "no YAML"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line(old: str, new: str, line: int, message: str) -> None:
+    assert old in GOOD
+    with pytest.raises(StudyError) as error:
+        study(GOOD.replace(old, new, 1))
+    assert str(error.value).startswith(f"s.yaml, line {line}:"), error.value
+    assert message in str(error.value)
+
+
+def test_files_that_are_no_study(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="No such file"):
+        open_study(tmp_path / "none.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(StudyError, match="UTF-8"):
+        open_study(tmp_path / "bytes.yaml")
+    for text in ("", "- a\n- b\n", "just words"):
+        with pytest.raises(StudyError, match=r"s.yaml, line 1"):
+            study(text)
+
+
+def test_cells_are_every_combination_once_and_one_process_once_a_scenario() -> None:
+    found = cells(study())
+    names = [cell.name for cell in found]
+    assert len(set(names)) == len(names)
+    # Four contenders at two sizes and one alone, in two scenarios with three seeds.
+    assert len(found) == (4 * 2 + 1) * 2 * 3
+    assert {cell.size for cell in found if cell.contender.name == "single"} == {1}
+
+
+def test_the_order_turns_and_nobody_is_always_first() -> None:
+    found = [cell for cell in cells(study()) if cell.size == 2 and cell.scenario.name == "uniform"]
+    firsts = [found[start].contender.name for start in range(0, len(found), 4)]
+    assert len(set(firsts)) == 3, "another one begins with each seed"
+    assert [cell.seed for cell in found] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_what_a_cell_is_told_follows_from_the_study() -> None:
+    by_name = {cell.name: cell for cell in cells(study())}
+    scaled = by_name["uniform.np4.horovod-n.seed1"]
+    assert scaled.config().lr == pytest.approx(4e-3)
+    assert scaled.config().seed == 1
+    assert by_name["uniform.np4.ssp8.seed0"].ranks == 5, "a server is one more rank"
+    strong = next(cell for cell in cells(study("strong_scaling: true\n" + GOOD)) if cell.size == 4)
+    assert strong.config().batch_size == 5
+
+
+def test_a_changed_study_is_another_question() -> None:
+    def of(text: str) -> dict[str, str]:
+        found = study(text)
+        return {cell.name: digest(order(found, cell)) for cell in cells(found)}
+
+    before, after = of(GOOD), of(GOOD.replace("factor: 3", "factor: 4"))
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {name for name in before if name.startswith("slow.")}
+    assert len(set(before.values())) == len(before)
