@@ -50,7 +50,7 @@ def run_ranks(
             environment |= {ADDRESS: f"{hosts.addresses[0]}:29500", "GLOO_SOCKET_IFNAME": "eth0"}
             # mpirun hands on to other hosts what it is told to.
             passed = [part for name in (ADDRESS, "GLOO_SOCKET_IFNAME", *SETTINGS, *PASSED) for part in ("-x", name)]
-            run([*hosts.mpirun(program), *passed, *job], log, environment=environment, seconds=seconds)
+            run(hosts.mpirun(program, [*passed, *job]), log, environment=environment, seconds=seconds)
     except NoNetwork as error:
         raise JobFailed(f"skipped: {error}") from None
 

@@ -32,16 +32,16 @@ class Network:
 
     addresses: list[str]
     agent: Path
-    """Starts a command on a host, as ssh would: AGENT ADDRESS COMMAND..."""
+    """Starts a command on a host, as ssh would: AGENT ADDRESS WORDS..., which the shell there reads."""
 
-    def mpirun(self, program: str) -> list[str]:
-        """A launcher of one rank a host, to be followed by the command. Runs on the first host (Open MPI 5)."""
+    def mpirun(self, program: str, command: Sequence[str]) -> list[str]:
+        """A launch of one rank a host, from the first host (Open MPI 5)."""
         net = f"{SUBNET}.0/24"
         launcher = [program, "--host", ",".join(f"{address}:1" for address in self.addresses)]
         launcher += ["-np", str(len(self.addresses)), "--bind-to", "none", "--prefix", str(Path(program).parents[1])]
         launcher += ["--mca", "pml", "ob1", "--mca", "btl", "self,sm,tcp", "--mca", "btl_tcp_if_include", net]
         launcher += ["--prtemca", "prte_if_include", net, "--prtemca", "plm_ssh_agent", str(self.agent)]
-        return [str(self.agent), self.addresses[0], *launcher]
+        return [str(self.agent), self.addresses[0], shlex.join([*launcher, *command])]
 
 
 @contextmanager
@@ -72,10 +72,7 @@ AGENT = f"""#!/bin/sh
 number=${{1##*.}}
 shift
 export HVDVAE_HOST={PREFIX}$number
-if [ $# -eq 1 ]; then # As ssh: one argument is a line for the shell.
-    exec ip netns exec $HVDVAE_HOST unshare --uts sh -c 'hostname $HVDVAE_HOST && eval "$1"' sh "$1"
-fi
-exec ip netns exec $HVDVAE_HOST unshare --uts sh -c 'hostname $HVDVAE_HOST && exec "$@"' sh "$@"
+exec ip netns exec $HVDVAE_HOST unshare --uts sh -c "hostname $HVDVAE_HOST && $*"
 """
 
 
