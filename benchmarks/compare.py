@@ -37,8 +37,16 @@ def options() -> argparse.Namespace:
     parser.add_argument("study", type=Path, help="a YAML file; benchmarks/studies/ has some")
     parser.add_argument("--output", type=Path, help="folder [benchmarks/results/STUDY-DATE]")
     parser.add_argument("--report-only", action="store_true", help="measure nothing")
+    parser.add_argument(
+        "--launcher",
+        help="starts the ranks, as 'srun --mpi=pmix -n {ranks}' in an allocation; all hosts must see --output "
+        "[mpirun on this machine]",
+    )
     parser.add_argument("--retry-failed", action="store_true", help="measure cells anew that failed")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.launcher is not None and "{ranks}" not in asked.launcher:
+        parser.error(f"--launcher: found {asked.launcher!r}, expected {{ranks}} in it, where the number goes")
+    return asked
 
 
 def main() -> int:
@@ -55,10 +63,13 @@ def main() -> int:
                 )
         else:
             open_dataset(study.data)  # What is not there should be known, or downloaded, before anything is measured.
-            found = run(study, folder, retry_failed=asked.retry_failed)
-    except (StudyError, DataError) as error:
+            found = run(study, folder, retry_failed=asked.retry_failed, launcher=asked.launcher)
+    except (StudyError, DataError, OSError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("compare: stopped; the same command goes on", file=sys.stderr)
+        return 130
     command = shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]])
     page = write_page(study, text, found, folder, command)
     print(_summary(study, found, len(cells(study))))

@@ -19,7 +19,7 @@ if (
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.statistics_of_rounds import spread
-from benchmarks.study.findings import Condition, Row, conditions, shown
+from benchmarks.study.findings import Condition, conditions, shown
 from benchmarks.study.located import StudyError
 from benchmarks.study.page import write_page
 from benchmarks.study.run import run
@@ -86,7 +86,7 @@ def main() -> int:
                 seconds=asked.seconds,
             )
             study = parse(text, f"{mode} scaling")
-            cells = run(study, folder / mode, retry_failed=False)
+            cells = run(study, folder / mode)
             page = write_page(study, text, cells, folder / mode, " ".join(["python", *sys.argv]))
             cores = max(cell["machine"]["hardware"]["cores"] for cell in cells)
             print(
@@ -104,21 +104,17 @@ def main() -> int:
 def _lines(study: Study, found: list[Condition], cores: int) -> list[str]:
     """A line a contender and size: throughput, and efficiency against one process."""
     lines = [f"{'':<20}{'ranks':>6}{'examples/s':>28}{'efficiency':>24}"]
-    alone = [rate for row in found[0].rows if row.contender == "one-process" for rate in _rates(row)]
+    alone = [rate for row in found[0].rows if row.alone for rate in row.rates]
     for name in study.contenders:
         for condition in found:
             for row in condition.rows:
-                if row.contender != name or (name == "one-process" and condition is not found[0]):
+                if row.contender != name or (row.alone and condition is not found[0]):
                     continue
-                size = 1 if name == "one-process" else condition.size
+                size = 1 if row.alone else condition.size
                 share = efficiency(row, alone, size)
                 label = " oversubscribed" if size > cores else ""
-                lines.append(f"{name:<20}{size:>6}{shown(spread(_rates(row)), 0):>28}{shown(share, 2):>24}{label}")
+                lines.append(f"{name:<20}{size:>6}{shown(spread(row.rates), 0):>28}{shown(share, 2):>24}{label}")
     return lines
-
-
-def _rates(row: Row) -> list[float | None]:
-    return [cell["examples_per_second"] for cell in row.cells if cell["failed"] is None]
 
 
 if __name__ == "__main__":

@@ -106,12 +106,28 @@ class OptimizationOptions:
 class StrategyOptions:
     """Parallelism."""
 
-    strategy: Literal["local", "allreduce", "ps"] = "allreduce"
-    """local: one process. allreduce: synchronous SGD, every rank steps on the mean gradient. ps: parameter servers."""
+    strategy: Literal["local", "allreduce", "local-sgd", "diloco", "ps"] = "allreduce"
+    """local: one process. allreduce: synchronous SGD, every rank steps on the mean gradient. local-sgd: ranks step by
+    themselves and average their weights now and then. diloco: with an outer optimizer. ps: parameter servers."""
     engine: Literal["horovod", "mpi", "auto"] = "horovod"
     """What carries the allreduce; auto picks and says why."""
-    compression: Literal["none", "fp16"] = "none"
-    """Gradients on the wire (engine horovod)."""
+    compression: Literal["none", "fp16", "bf16", "int8", "sign", "topk", "randomk", "powersgd"] = "none"
+    """What travels, gradients or (local-sgd, diloco) differences of weights. fp16 with allreduce and engine horovod is
+    Horovod's own; all others are carried by MPI."""
+    compression_share: float | None = None
+    """Of the elements, that topk and randomk send [0.01]."""
+    compression_rank: int | None = None
+    """Of powersgd's matrices [2]."""
+    compression_momentum: float = 0.0
+    """Momentum correction of topk and randomk (Lin et al. 2018); with --optimizer sgd without momentum of its own."""
+    sync_every: int | None = None
+    """Steps between two averages [local-sgd 16; diloco 64]."""
+    adaptive_sync: bool = False
+    """Average more often as the loss falls, beginning with --sync-every (local-sgd, diloco; Wang and Joshi 2019)."""
+    outer_lr: float | None = None
+    """Learning rate of diloco's outer optimizer [0.7]."""
+    outer_momentum: float | None = None
+    """Nesterov momentum of diloco's outer optimizer [0.9]."""
     reduce_op: Literal["average", "adasum"] = "average"
     """How gradients are combined; adasum needs engine horovod and a power of two of ranks."""
     sync_batch_norm: bool = False
@@ -236,6 +252,8 @@ _AT_LEAST: dict[str, float] = {
     "backup_workers": 0,
     "replicas": 0,
     "dc_strength": 0,
+    "compression_rank": 1,
+    "sync_every": 1,
     "validation": 1,
     "skip_limit": 1,
     "nll_samples": 0,
@@ -248,7 +266,7 @@ _AT_LEAST: dict[str, float] = {
     "momentum": 0,
     "seed": 0,
 }
-_ABOVE_ZERO = ("sigma", "lr", "eps", "clip_norm", "deadline", "step_epochs", "gamma")
+_ABOVE_ZERO = ("sigma", "outer_lr", "lr", "eps", "clip_norm", "deadline", "step_epochs", "gamma")
 
 
 def flag(key: str) -> str:
@@ -269,6 +287,23 @@ def check(config: TrainConfig) -> None:
             raise ConfigError(f"{flag(key)} is {values[key]}, expected a finite number above 0")
     if config.seed >= 2**63:
         raise ConfigError(f"--seed is {config.seed}, expected less than 2**63")
+    if not 0 <= config.compression_momentum < 1:
+        raise ConfigError(f"--compression-momentum is {config.compression_momentum}, expected 0 to below 1")
+    for key, codecs in (
+        ("compression_share", ("topk", "randomk")),
+        ("compression_rank", ("powersgd",)),
+        ("compression_momentum", ("topk", "randomk")),
+    ):
+        if values[key] and config.compression not in codecs:
+            raise ConfigError(
+                f"{flag(key)} is for --compression {' and '.join(codecs)}, found --compression {config.compression}"
+            )
+    if config.compression_share is not None and not 0 < config.compression_share <= 1:
+        raise ConfigError(f"--compression-share is {config.compression_share}, expected a part of 1 above 0")
+    if config.compression_momentum and (config.optimizer != "sgd" or config.momentum):
+        raise ConfigError(
+            "--compression-momentum takes the place of the optimizer's: use --optimizer sgd without --momentum"
+        )
     if config.momentum >= 1:
         raise ConfigError(f"--momentum is {config.momentum}, expected less than 1")
     if not 0 <= config.ema < 1:
@@ -291,6 +326,25 @@ def check(config: TrainConfig) -> None:
         raise ConfigError("--sync-batch-norm needs --batch-norm: there are no statistics to share without it")
     if config.momentum and config.optimizer not in ("sgd", "rmsprop"):
         raise ConfigError(f"--momentum is for --optimizer sgd or rmsprop, found --optimizer {config.optimizer}")
+    averages = config.strategy in ("local-sgd", "diloco")
+    for key, strategies in (
+        ("sync_every", ("local-sgd", "diloco")),
+        ("adaptive_sync", ("local-sgd", "diloco")),
+        ("outer_lr", ("diloco",)),
+        ("outer_momentum", ("diloco",)),
+    ):
+        if values[key] not in (None, False) and config.strategy not in strategies:
+            raise ConfigError(
+                f"{flag(key)} is for --strategy {' and '.join(strategies)}, found --strategy {config.strategy}"
+            )
+    if config.outer_momentum is not None and not 0 <= config.outer_momentum < 1:
+        raise ConfigError(f"--outer-momentum is {config.outer_momentum}, expected 0 to below 1")
+    if averages and config.ema:
+        raise ConfigError(f"--ema does not go with --strategy {config.strategy}: ranks have weights of their own")
+    if averages:
+        for key in ("reduce_op", "sync_batch_norm"):
+            if values[key] not in (False, "average"):
+                raise ConfigError(f"{flag(key)} {values[key]} is for --strategy allreduce, found {config.strategy}")
     if config.strategy == "local":
         for key in ("compression", "reduce_op", "sync_batch_norm"):
             if values[key] not in (False, "none", "average"):

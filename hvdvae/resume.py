@@ -56,6 +56,7 @@ def snapshot(trainer: "Trainer", rows: Tensor, config: Mapping[str, Any]) -> Che
     state = optimizer.state_dict()
     tensors = {f"model/{name}": tensor for name, tensor in trainer.model.state_dict().items()}
     tensors["buffers"] = rows
+    tensors |= {f"strategy/{name}": tensor for name, tensor in optimizer.memory().items()}
     scalars: dict[str, dict[str, Any]] = {}
     for number, entries in state["state"].items():
         for key, value in entries.items():
@@ -103,6 +104,11 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
     if rows.shape[1] == optimizer.flat.buffers.numel():
         same = rows.shape[0] == world.size
         optimizer.flat.buffers.copy_(rows[world.rank] if same else rows.mean(0))
+    for name, memory in optimizer.memory().items():
+        saved = tensors.get(f"strategy/{name}")
+        # Another strategy, or codec, begins with nothing to remember.
+        if saved is not None and saved.shape == memory.shape:
+            memory.copy_(saved)
     state: dict[int, dict[str, Any]] = {
         int(number): dict(entries) for number, entries in record["optimizer_scalars"].items()
     }

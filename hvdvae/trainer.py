@@ -287,6 +287,7 @@ class Trainer:
             "lr": float(self.optimizer.param_groups[0]["lr"]),
             "gradient_norm": self.optimizer.gradient_norm,
             "skipped_steps": float(self.optimizer.skipped_steps),
+            **self.optimizer.traffic(),
         }
         if not examples:  # A resume at the remainder of an epoch: nothing was trained in it.
             metrics = {name: metrics[name] for name in ("lr", "skipped_steps")}

@@ -1,6 +1,5 @@
 """The cells of a study and their order: one a contender, world size, scenario and seed. Pure."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -51,10 +50,10 @@ def cells(study: Study) -> list[Cell]:
     contenders = list(study.contenders.values())
     for turn, seed in enumerate(study.seeds):
         for scenario in study.scenarios.values():
-            alone = [one for one in contenders if one.config.strategy == "local" and one.peer is None]
+            alone = [one for one in contenders if one.alone]
             found += [Cell(one, 1, scenario, seed, study.strong_scaling) for one in alone]
             for place, size in enumerate(study.world_sizes):
-                together = [one for one in contenders if one not in alone]
+                together = [one for one in contenders if not one.alone]
                 found += [
                     Cell(one, size, scenario, seed, study.strong_scaling) for one in rotated(together, turn + place)
                 ]
@@ -69,6 +68,7 @@ def order(study: Study, cell: Cell) -> dict[str, Any]:
         "seconds": study.seconds,
         "snapshot_epochs": study.snapshot_epochs,
         "nll_samples": study.nll_samples,
+        "bound": study.target.bound,
         "size": cell.size,
         "seed": cell.seed,
         "contender": cell.contender.name,
@@ -82,9 +82,16 @@ def order(study: Study, cell: Cell) -> dict[str, Any]:
     }
 
 
-def digest(ordered: dict[str, Any]) -> str:
-    """Tells whether a result is of the same question."""
-    return hashlib.sha256(json.dumps(ordered, sort_keys=True).encode()).hexdigest()
+def same_question(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two orders ask the same; an option that came later, and stands at its default, changes no question."""
+    return _essence(one) == _essence(other)
+
+
+def _essence(ordered: dict[str, Any]) -> dict[str, Any]:
+    default = asdict(TrainConfig())
+    plain = json.loads(json.dumps(ordered))
+    config = {key: value for key, value in plain.pop("config").items() if value != default.get(key)}
+    return {key: value for key, value in {**plain, "config": config}.items() if value not in (None, [], "none", "elbo")}
 
 
 def _kind(trouble: Trouble) -> str:

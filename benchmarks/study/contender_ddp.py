@@ -7,6 +7,7 @@ import gc
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +23,13 @@ class Ddp:
     steps_together = True
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, hook: str, *, address: str, rank: int, size: int
+        self, model: nn.Module, optimizer: Optimizer, hook: str, *, meeting: Path, rank: int, size: int
     ) -> None:
-        """Blocks; every rank must build it. `address`: HOST:PORT that rank 0 opens."""
+        """Blocks; every rank must build it. `meeting`: a file that does not exist yet, where all ranks see it."""
         self._device = next(model.parameters()).device
         distributed.init_process_group(
             "nccl" if self._device.type == "cuda" else "gloo",
-            init_method=f"tcp://{address}",
+            init_method=meeting.absolute().as_uri(),
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=120),

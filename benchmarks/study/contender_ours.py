@@ -25,6 +25,13 @@ class Ours:
             engine=config.engine,
             clip_norm=config.clip_norm,
             compression=config.compression,
+            compression_share=config.compression_share,
+            compression_rank=config.compression_rank,
+            compression_momentum=config.compression_momentum,
+            sync_every=config.sync_every,
+            adaptive_sync=config.adaptive_sync,
+            outer_lr=config.outer_lr,
+            outer_momentum=config.outer_momentum,
             reduce_op=config.reduce_op,
             plan=assemble.plan(config),
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.statistics_of_rounds import Rounds, Spread, paired_ratios, spread
-from benchmarks.study.numbers import crossing, elbo_at
+from benchmarks.study.numbers import crossing, height, height_at
 from benchmarks.study.study_file import Study
 
 Cells = Sequence[Mapping[str, Any]]
@@ -23,6 +23,8 @@ class Row:
     contender: str
     cells: Cells
     """In the order of seeds; those that failed too."""
+    alone: bool
+    """Whether it is one process, whatever the world size."""
     steps_together: bool
     seconds: Rounds
     """To the target; None for a seed that failed or did not get there."""
@@ -32,6 +34,11 @@ class Row:
     def failed(self) -> int:
         """Cells."""
         return sum(cell["failed"] is not None for cell in self.cells)
+
+    @property
+    def rates(self) -> list[float]:
+        """Examples/s of all ranks, of the cells that did not fail."""
+        return [cell["examples_per_second"] for cell in self.cells if cell["failed"] is None]
 
     @property
     def arrived(self) -> bool:
@@ -45,8 +52,9 @@ class Condition:
 
     scenario: str
     size: int
+    bound: str
     target: float | None
-    """Validation ELBO, nats; None where what sets it did not get so far."""
+    """Least height of the bound (numbers.height), nats; None where what sets it did not get so far."""
     rows: list[Row]
     """In the study's order."""
 
@@ -59,46 +67,48 @@ def conditions(study: Study, cells: Cells) -> list[Condition]:
             mine = [cell for cell in cells if cell["scenario"] == scenario and cell["size"] in (size, 1)]
             if any(cell["size"] == size for cell in mine):
                 target = target_of(study, cells, scenario, size)
-                found.append(Condition(scenario, size, target, [*_rows(study, mine, target, size)]))
+                found.append(Condition(scenario, size, study.target.bound, target, _rows(study, mine, target, size)))
     return found
 
 
 def _rows(study: Study, mine: Cells, target: float | None, size: int) -> list[Row]:
     rows = []
     for name, contender in study.contenders.items():
-        alone = contender.peer is None and contender.config.strategy == "local"
+        own_size = 1 if contender.alone else size
         cells = sorted(
-            (cell for cell in mine if cell["contender"] == name and cell["size"] == (1 if alone else size)),
+            (cell for cell in mine if (cell["contender"], cell["size"]) == (name, own_size)),
             key=lambda cell: int(cell["seed"]),
         )
         if cells:
             together = contender.peer is not None or contender.config.strategy != "ps"
-            rows.append(Row(name, cells, together, _times(cells, target, "seconds"), _times(cells, target, "examples")))
+            seconds, examples = (_times(cells, target, key, study.target.bound) for key in ("seconds", "examples"))
+            rows.append(Row(name, cells, contender.alone, together, seconds, examples))
     return rows
 
 
-def _times(cells: Cells, target: float | None, key: str) -> Rounds:
+def _times(cells: Cells, target: float | None, key: str, bound: str) -> Rounds:
     return [
-        None if cell["failed"] is not None or target is None else crossing(cell["points"], target, key)
+        None if cell["failed"] is not None or target is None else crossing(cell["points"], target, key, bound)
         for cell in cells
     ]
 
 
 def target_of(study: Study, cells: Cells, scenario: str, size: int) -> float | None:
-    """The ELBO that everybody is to reach: as the study says, or the median over seeds of what its contender reached.
+    """What everybody is to reach: as the study says, or the median over seeds of what its contender reached.
 
     Of this scenario; where that contender failed in it, of the first scenario in which it did not.
     """
     target = study.target
     if target.nats is not None:
-        return target.nats
+        return height({target.bound: target.nats}, target.bound)
     assert target.epochs is not None
+    assert target.contender is not None
+    own_size = 1 if study.contenders[target.contender].alone else size
     for name in (scenario, *study.scenarios):
         reached = [
-            elbo_at(cell["points"], target.epochs * cell["epoch_examples"])
+            height_at(cell["points"], target.epochs * cell["epoch_examples"], target.bound)
             for cell in cells
-            if (cell["scenario"], cell["contender"]) == (name, target.contender)
-            and cell["size"] in (size, 1)
+            if (cell["scenario"], cell["contender"], cell["size"]) == (name, target.contender, own_size)
             and cell["failed"] is None
         ]
         found = spread(reached)
@@ -142,30 +152,38 @@ def sentence(condition: Condition) -> str:
         return "What sets the target did not get so far: nothing can be said."
     order = ranking(condition)
     late = [row.contender for row in condition.rows if not row.arrived and row.failed < len(row.cells)]
-    dead = [row.contender for row in condition.rows if row.failed]
+    skipped = [row.contender for row in condition.rows if any(_is_skipped(cell) for cell in row.cells)]
+    dead = [row.contender for row in condition.rows if row.failed and row.contender not in skipped]
     rest = f" Not in every seed: {', '.join(late)}." if late else ""
     rest += f" Failed: {', '.join(dead)}." if dead else ""
+    rest += f" Skipped: {', '.join(skipped)}." if skipped else ""
     if not order:
-        return f"Nobody reached {condition.target:.2f} nats.{rest}"
+        return f"Nobody reached {goal(condition)}.{rest}"
     best = order[0]
     least = min(_count(row.seconds) for row in order)
     if least < LEAST_SEEDS:
         return (
-            f"{best.contender} came first to {condition.target:.2f} nats, but with {least} "
+            f"{best.contender} came first to {goal(condition)}, but with {least} "
             f"{'seed' if least == 1 else 'seeds'} nothing is claimed; at least {LEAST_SEEDS} are needed.{rest}"
         )
     same = [row for row in order[1:] if not apart(best.seconds, row.seconds)]
     others = [row for row in order[1:] if row not in same]
     if same:
         names = ", ".join(row.contender for row in [best, *same])
-        text = f"No difference seen between {names}: they reach {condition.target:.2f} nats first"
+        text = f"No difference seen between {names}: they reach {goal(condition)} first"
     else:
-        text = f"{best.contender} reaches {condition.target:.2f} nats first"
+        text = f"{best.contender} reaches {goal(condition)} first"
     found = spread(best.seconds)
     assert found is not None
     text += f", after {shown(found, digits_of(found.median))} s"
     against = _against(best, others)
     return f"{text}{'; ' + against if against else ''}.{rest}"
+
+
+def goal(condition: Condition) -> str:
+    """The target in words."""
+    assert condition.target is not None
+    return f"an NLL of {-condition.target:.2f} nats" if condition.bound == "nll" else f"{condition.target:.2f} nats"
 
 
 def _against(best: Row, others: Sequence[Row]) -> str:
@@ -181,6 +199,10 @@ def shown(found: Spread | None, digits: int) -> str:
     if found is None:
         return "-"
     return f"{found.median:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+
+
+def _is_skipped(cell: Mapping[str, Any]) -> bool:
+    return str(cell["failed"]).startswith("skipped")
 
 
 def digits_of(value: float) -> int:

@@ -1,11 +1,14 @@
 """A rank of a cell: python -m benchmarks.study.job FOLDER, started by launch.py under mpirun.
 
-file of FOLDER     by                      holds
-order.json         the harness             what to measure (cells.order)
-rank-R.json        each rank that trains   processor, memory, bytes sent, what the contender counted
-rank-R.npy         each rank that trains   times of its steps (stopwatch.py)
-server-R.json      each rank that serves   processor, memory
-track.npz          rank 0                  looks at the model (loop.Track)
+    file of FOLDER     by                      holds
+    order.json         the harness             what to measure (cells.order)
+    rank-R.json        each rank that trains   processor, memory, bytes sent, what the contender counted
+    rank-R.npy         each rank that trains   times of its steps (stopwatch.py)
+    server-R.json      each rank that serves   processor, memory
+    track.npz          rank 0                  looks at the model (loop.Track)
+    meeting            DDP                     where its ranks find each other
+
+All ranks must see the folder.
 """
 
 import json
@@ -33,8 +36,6 @@ from hvdvae.vae import VAE, set_output_bias
 from hvdvae.world import World
 
 KINDS = {kind.__name__.lower(): kind for kind in (Slow, Jitter, Stop, Kill)}
-ADDRESS = "HVDVAE_STUDY_ADDRESS"
-"""HOST:PORT where rank 0 of a peer without MPI is met."""
 
 
 class Usage:
@@ -65,7 +66,7 @@ def main(folder: Path) -> None:
     number = detect(os.environ).rank
     usage = Usage()
     try:
-        contender, model, source = _prepare(order, config)
+        contender, model, source = _prepare(order, config, folder / "meeting")
     except SystemExit:  # It was a server's rank, and the workers have ended.
         (folder / f"server-{number}.json").write_text(json.dumps(usage.record()))
         raise
@@ -89,7 +90,7 @@ def main(folder: Path) -> None:
         np.savez(folder / "track.npz", examples=track.examples, seconds=track.seconds, weights=np.stack(track.weights))
 
 
-def _prepare(order: dict[str, Any], config: TrainConfig) -> tuple[Contender, VAE, Source]:
+def _prepare(order: dict[str, Any], config: TrainConfig, meeting: Path) -> tuple[Contender, VAE, Source]:
     source = open_dataset(order["data"], validation=config.validation).train
     peer = order["peer"]
     if peer is None:
@@ -113,7 +114,7 @@ def _prepare(order: dict[str, Any], config: TrainConfig) -> tuple[Contender, VAE
         return RawHorovod(model, optimizer, order["hook"]), model, source
     from benchmarks.study.contender_ddp import Ddp
 
-    ddp = Ddp(model, optimizer, order["hook"], address=os.environ[ADDRESS], rank=launch.rank, size=launch.size)
+    ddp = Ddp(model, optimizer, order["hook"], meeting=meeting, rank=launch.rank, size=launch.size)
     return ddp, model, source
 
 

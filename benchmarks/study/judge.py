@@ -31,19 +31,24 @@ def main(folder: Path) -> None:
     def gather(start: int, stop: int) -> Tensor:
         return evaluation_batch(validation, start, stop, binarization=assemble.binarization(config))
 
+    samples = order["nll_samples"] if order["bound"] == "nll" else 1
     points = []
     for examples, seconds, weights in zip(track["examples"], track["seconds"], track["weights"], strict=True):
         load_state(model, weights)
         with torch.no_grad():
-            found = evaluate(model, gather, len(validation), samples=1)
-        elbo = found.elbo if math.isfinite(found.elbo) else None
-        points.append({"examples": int(examples), "seconds": float(seconds), "elbo": elbo})
+            found = evaluate(model, gather, len(validation), samples=samples)
+        point = {"examples": int(examples), "seconds": float(seconds), "elbo": _finite(found.elbo)}
+        points.append(point | ({"nll": _finite(found.nll)} if order["bound"] == "nll" else {}))
     best = max(range(len(points)), key=lambda place: points[place]["elbo"] or -math.inf)
     load_state(model, track["weights"][best])
     with torch.no_grad():
         nll = evaluate(model, gather, len(validation), samples=order["nll_samples"]).nll
-    curve = {"points": points, "nll": nll if math.isfinite(nll) else None, "nll_samples": order["nll_samples"]}
+    curve = {"points": points, "nll": _finite(nll), "nll_samples": order["nll_samples"]}
     (folder / "curve.json").write_text(json.dumps(curve))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 if __name__ == "__main__":

@@ -2,17 +2,18 @@
 
 import ctypes
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from benchmarks.study.job import ADDRESS
 from benchmarks.study.namespaces import NoNetwork, network
 from hvdvae.cli import mpirun
 
@@ -20,6 +21,7 @@ GRACE_SECONDS = 8.0
 PR_SET_PDEATHSIG = 1
 SETTINGS = {"OMPI_MCA_mpi_yield_when_idle": "1", "HOROVOD_LOG_LEVEL": "error"}
 """For all contenders: MPI yields its core while it waits, as our World sets it."""
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 PASSED = ("PYTHONPATH", "OMP_NUM_THREADS", "HVDVAE_DATA")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,29 +30,40 @@ class JobFailed(Exception):
     """A job ended badly; the text says how."""
 
 
-def run_ranks(
-    folder: Path, ranks: int, log: Path, *, seconds: float, survives_deaths: bool, link_mbit: float | None
-) -> None:
-    """Run job.py on so many ranks. Blocks for at most so many seconds; raises JobFailed.
+@dataclass(frozen=True)
+class Ranks:
+    """How many to start, and where."""
 
-    `link_mbit`: of each rank, which is a host of its own then; None: all on this one.
-    """
+    count: int
+    survive_deaths: bool = False
+    link_mbit: float | None = None
+    """Of each rank, which is a host of its own then; None: as `launcher` says."""
+    launcher: str | None = None
+    """A command with {ranks} in it, as `srun --mpi=pmix -n {ranks}`; None: this machine's mpirun, on this machine."""
+
+
+def run_ranks(folder: Path, ranks: Ranks, log: Path, *, seconds: float) -> None:
+    """Run job.py on so many ranks. Blocks for at most so many seconds; raises JobFailed."""
+    job = [sys.executable, "-m", "benchmarks.study.job", str(folder.absolute())]
+    if ranks.launcher is not None and ranks.link_mbit is None:
+        launcher = shlex.split(ranks.launcher.format(ranks=ranks.count))
+        # Inside an allocation: what says so must stay.
+        run([*launcher, *job], log, environment={**os.environ, **SETTINGS, "OMP_NUM_THREADS": "1"}, seconds=seconds)
+        return
     program = mpirun.find()
     if program is None:
         raise JobFailed("no mpirun in this Python's environment nor on the PATH: `hvdvae doctor` says more")
     environment = {**mpirun.environment(os.environ), **SETTINGS}
-    job = [sys.executable, "-m", "benchmarks.study.job", str(folder)]
-    if link_mbit is None:
-        command = mpirun.command(program, mpirun.name(program), ranks, fault_tolerant=survives_deaths)
-        environment |= {ADDRESS: f"127.0.0.1:{_free_port()}", "GLOO_SOCKET_IFNAME": _loopback()}
-        run([*command, *job], log, environment=environment, seconds=seconds)
+    if ranks.link_mbit is None:
+        command = mpirun.command(program, mpirun.name(program), ranks.count, fault_tolerant=ranks.survive_deaths)
+        run([*command, *job], log, environment={**environment, GLOO_INTERFACE: _loopback()}, seconds=seconds)
         return
     try:
-        with network(ranks, link_mbit) as hosts:
-            environment |= {ADDRESS: f"{hosts.addresses[0]}:29500", "GLOO_SOCKET_IFNAME": "eth0"}
+        with network(ranks.count, ranks.link_mbit) as hosts:
             # mpirun hands on to other hosts what it is told to.
-            passed = [part for name in (ADDRESS, "GLOO_SOCKET_IFNAME", *SETTINGS, *PASSED) for part in ("-x", name)]
-            run(hosts.mpirun(program, [*passed, *job]), log, environment=environment, seconds=seconds)
+            passed = [part for name in (GLOO_INTERFACE, *SETTINGS, *PASSED) for part in ("-x", name)]
+            command = hosts.mpirun(program, [*passed, *job])
+            run(command, log, environment={**environment, GLOO_INTERFACE: "eth0"}, seconds=seconds)
     except NoNetwork as error:
         raise JobFailed(f"skipped: {error}") from None
 
@@ -116,12 +129,6 @@ def _end_with_me() -> None:
     """In the child: SIGTERM when the harness dies, even by SIGKILL; nobody else would end the job then."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _loopback() -> str:

@@ -53,28 +53,36 @@ def numbers(
     }
 
 
-def crossing(points: Sequence[Mapping[str, Any]], target: float, key: str) -> float | None:
-    """When (`key`: seconds or examples) the ELBO first was at the target; None: never.
+def height(point: Mapping[str, Any], bound: str) -> float | None:
+    """The bound on log p(x), higher is better: the ELBO, or minus the NLL; None where it was not finite."""
+    value = point[bound]
+    return None if value is None else float(-value if bound == "nll" else value)
 
-    By a straight line between the two looks around it. A look without a finite ELBO is below every target.
+
+def crossing(points: Sequence[Mapping[str, Any]], target: float, key: str, bound: str = "elbo") -> float | None:
+    """When (`key`: seconds or examples) the bound first was at the target; None: never.
+
+    By a straight line between the two looks around it. A look without a finite bound is below every target.
     """
-    before: Mapping[str, Any] | None = None
+    before, low = None, None
     for point in points:
-        if point["elbo"] is not None and point["elbo"] >= target:
-            if before is None or before["elbo"] is None:
+        high = height(point, bound)
+        if high is not None and high >= target:
+            if before is None or low is None:
                 return float(point[key])
-            share = (target - before["elbo"]) / (point["elbo"] - before["elbo"])
+            share = (target - low) / (high - low)
             return float(before[key] + share * (point[key] - before[key]))
-        before = point
+        before, low = point, high
     return None
 
 
-def elbo_at(points: Sequence[Mapping[str, Any]], examples: float) -> float | None:
-    """The ELBO after so many examples, by a straight line between two looks; None where the run is shorter."""
+def height_at(points: Sequence[Mapping[str, Any]], examples: float, bound: str = "elbo") -> float | None:
+    """The bound after so many examples, by a straight line between two looks; None where the run is shorter."""
     for before, after in itertools.pairwise(points):
-        if before["examples"] <= examples <= after["examples"] and None not in (before["elbo"], after["elbo"]):
+        low, high = height(before, bound), height(after, bound)
+        if before["examples"] <= examples <= after["examples"] and low is not None and high is not None:
             share = (examples - before["examples"]) / max(after["examples"] - before["examples"], 1)
-            return float(before["elbo"] + share * (after["elbo"] - before["elbo"]))
+            return low + share * (high - low)
     return None
 
 

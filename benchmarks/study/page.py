@@ -22,10 +22,6 @@ def write_page(study: Study, text: str, cells: Cells, folder: Path, command: str
     found = conditions(study, cells)
     gallery = Gallery(folder / "pictures", list(study.contenders))
     cores = max((cell["machine"]["hardware"]["cores"] for cell in cells), default=0)
-    alone = {
-        scenario: [cell["examples_per_second"] for cell in cells if _is_alone(cell, scenario)]
-        for scenario in study.scenarios
-    }
     page = _template().render(
         study=study,
         text=text,
@@ -41,25 +37,21 @@ def write_page(study: Study, text: str, cells: Cells, folder: Path, command: str
         cores=cores,
         columns=COLUMNS,
         contenders=[(one.name, of_contender(one)) for one in study.contenders.values()],
-        sections=[
-            _section(condition, study.scenarios[condition.scenario], gallery, cores, alone) for condition in found
-        ],
+        sections=[_section(condition, study.scenarios[condition.scenario], gallery, cores) for condition in found],
         scaling=_scaling(study, found, gallery, cores),
     )
     write_csv(
         folder / "cells.csv",
         cells,
         {(condition.scenario, condition.size): condition.target for condition in found},
-        study.world_sizes,
+        study,
     )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _section(
-    condition: Condition, scenario: Scenario, gallery: Gallery, cores: int, alone: dict[str, list[float | None]]
-) -> dict[str, Any]:
+def _section(condition: Condition, scenario: Scenario, gallery: Gallery, cores: int) -> dict[str, Any]:
     name = f"{condition.scenario}-np{condition.size}"
     return {
         "id": name,
@@ -67,10 +59,10 @@ def _section(
         "title": of_scenario(scenario),
         "oversubscribed": condition.size > cores,
         "sentence": sentence(condition),
-        "lines": lines(condition, alone[condition.scenario]),
+        "lines": lines(condition),
         "pictures": {
-            "Validation ELBO over time": gallery.curves(f"{name}-time", condition, "seconds"),
-            "Validation ELBO over examples": gallery.curves(f"{name}-examples", condition, "examples"),
+            "Validation bound over time": gallery.curves(f"{name}-time", condition, "seconds"),
+            "Validation bound over examples": gallery.curves(f"{name}-examples", condition, "examples"),
             "Time to the target": gallery.times(f"{name}-target", condition),
             "Where the time of each rank went": gallery.split(f"{name}-split", condition),
             "Staleness": gallery.staleness(f"{name}-staleness", condition),
@@ -87,10 +79,6 @@ def _scaling(study: Study, found: list[Condition], gallery: Gallery, cores: int)
         if len(sizes) > 1:
             drawn[of_scenario(scenario)] = gallery.scaling(f"{name}-scaling", name, mine, cores)
     return drawn
-
-
-def _is_alone(cell: Any, scenario: str) -> bool:
-    return bool(cell["size"] == 1 and cell["scenario"] == scenario and cell["failed"] is None)
 
 
 def _machines(cells: Cells) -> list[dict[str, Any]]:

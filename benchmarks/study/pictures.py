@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks.statistics_of_rounds import spread
 from benchmarks.study.findings import Condition, Row, ranking
-from benchmarks.study.numbers import SPLIT
+from benchmarks.study.numbers import SPLIT, height
 
 COLORS = mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]
 SPLIT_COLORS = dict(zip(SPLIT, ("#2b7a4b", "#c9c9c9", "#d9a520", "#3b6fb6", "#c0392b"), strict=True))
@@ -32,6 +32,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
 }
 DOTS_PER_INCH = 160
+AXES = {"elbo": "ELBO", "nll": "-NLL"}
 
 
 class Gallery:
@@ -44,16 +45,16 @@ class Gallery:
         self._colors = {name: COLORS[(2 * place) % 20 + (2 * place) // 20] for place, name in enumerate(contenders)}
 
     def curves(self, name: str, condition: Condition, key: str) -> str:
-        """Validation ELBO over `key` (seconds or examples), one line a seed."""
+        """The bound over `key` (seconds or examples), one line a seed."""
 
         def draw(axes: Axes) -> None:
             floor = _floor(condition)
             for row in condition.rows:
                 for number, cell in enumerate(row.cells):
-                    points = [point for point in cell["points"] if point["elbo"] is not None]
+                    points = [point for point in cell["points"] if height(point, condition.bound) is not None]
                     axes.plot(
                         [point[key] / (1 if key == "seconds" else 1000) for point in points],
-                        [point["elbo"] for point in points],
+                        [height(point, condition.bound) for point in points],
                         color=self._colors[row.contender],
                         linewidth=1.2,
                         alpha=0.85,
@@ -71,7 +72,7 @@ class Gallery:
             if floor is not None:
                 axes.set_ylim(bottom=floor)
             axes.set_xlabel("seconds of training" if key == "seconds" else "examples, thousands, all ranks together")
-            axes.set_ylabel("validation ELBO (nats per example)")
+            axes.set_ylabel(f"validation {AXES[condition.bound]} (nats per example)")
             axes.legend(loc="lower right", ncols=2)
 
         return self._draw(name, draw, (6.4, 4.0))
@@ -154,7 +155,7 @@ class Gallery:
         sizes = sorted({condition.size for condition in found})
 
         def draw(axes: Axes) -> None:
-            alone = [rate for condition in found for row in condition.rows for rate in _rates(row) if _is_alone(row)]
+            alone = [rate for condition in found for row in condition.rows for rate in row.rates if row.alone]
             one = spread(alone)
             if one is not None:
                 ends = [1, max(sizes)]
@@ -168,7 +169,7 @@ class Gallery:
                 )
             for contender in self._colors:
                 points = [
-                    (1 if _is_alone(row) else condition.size, spread(_rates(row)))
+                    (1 if row.alone else condition.size, spread(row.rates))
                     for condition in found
                     for row in condition.rows
                     if row.contender == contender
@@ -222,27 +223,19 @@ def _scoped(svg: str, name: str) -> str:
 
 
 def _floor(condition: Condition) -> float | None:
-    """Lower end of the ELBO that is worth drawing: first looks are far below all others."""
+    """Lower end of what is worth drawing: first looks are far below all others."""
     late = [
-        point["elbo"]
+        found
         for row in condition.rows
         for cell in row.cells
         for point in cell["points"][2:]
-        if point["elbo"] is not None
+        if (found := height(point, condition.bound)) is not None
     ]
     return float(np.quantile(late, 0.05)) - 1.0 if late else None
 
 
 def _missing(row: Row) -> int:
     return sum(value is None for value in row.seconds)
-
-
-def _is_alone(row: Row) -> bool:
-    return all(cell["size"] == 1 for cell in row.cells)
-
-
-def _rates(row: Row) -> list[float | None]:
-    return [cell["examples_per_second"] for cell in row.cells if cell["failed"] is None]
 
 
 def _mean_split(row: Row) -> list[dict[str, float]]:

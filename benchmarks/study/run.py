@@ -15,8 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.machine import machine
-from benchmarks.study.cells import Cell, cells, digest, order
-from benchmarks.study.launch import JobFailed, judge, run_ranks
+from benchmarks.study.cells import Cell, cells, order, same_question
+from benchmarks.study.launch import JobFailed, Ranks, judge, run_ranks
 from benchmarks.study.located import StudyError
 from benchmarks.study.numbers import numbers
 from benchmarks.study.study_file import Study
@@ -24,14 +24,15 @@ from benchmarks.study.study_file import Study
 START_SECONDS = 120.0
 """What a job may take besides its budget: to start, to open the data, to end."""
 LOG_LINES = 40
+AT_WORK = "at-work-"
 LOCK = Path(tempfile.gettempdir()) / "hvdvae-study.lock"
 
 
-def run(study: Study, folder: Path, *, retry_failed: bool) -> list[dict[str, Any]]:
+def run(study: Study, folder: Path, *, retry_failed: bool = False, launcher: str | None = None) -> list[dict[str, Any]]:
     """Run what has not been run yet. Blocks; returns the results of all cells.
 
     `folder` gets cells/NAME.json and logs/NAME.txt. A result of another question (the study was changed) is measured
-    anew. Raises StudyError where another study runs on this machine.
+    anew. `launcher`: as launch.Ranks has it. Raises StudyError where another study runs on this machine.
     """
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     (folder / "logs").mkdir(exist_ok=True)
@@ -43,11 +44,13 @@ def run(study: Study, folder: Path, *, retry_failed: bool) -> list[dict[str, Any
             todo.append(cell)
         results[cell.name] = result
     with _alone(), tqdm(todo, unit="cell", file=sys.stderr, dynamic_ncols=True, smoothing=0) as progress:
+        for left in folder.glob(f"{AT_WORK}*"):  # Of a harness that was killed.
+            shutil.rmtree(left)
         if len(todo) < len(results):
             progress.write(f"{len(results) - len(todo)} of {len(results)} cells are there already")
         for cell in progress:
             progress.set_postfix_str(cell.name)
-            results[cell.name] = result = measure(study, cell, folder / "logs" / f"{cell.name}.txt")
+            results[cell.name] = result = measure(study, cell, folder, launcher)
             _write(_file(folder, cell), result)
             if result["failed"]:
                 progress.write(f"{cell.name}: {result['failed']} (logs/{cell.name}.txt)")
@@ -60,13 +63,13 @@ def results_in(study: Study, folder: Path) -> list[dict[str, Any]]:
     return [result for result in found if result is not None]
 
 
-def measure(study: Study, cell: Cell, log: Path) -> dict[str, Any]:
+def measure(study: Study, cell: Cell, output: Path, launcher: str | None) -> dict[str, Any]:
     """One cell. Blocks; a job that fails is a result, too."""
-    ordered = order(study, cell)
+    ordered, log = order(study, cell), output / "logs" / f"{cell.name}.txt"
     log.unlink(missing_ok=True)
     begin = time.time()
     found: dict[str, Any] = {"points": [], "nll": None}
-    with tempfile.TemporaryDirectory(prefix="hvdvae-cell-") as place:
+    with tempfile.TemporaryDirectory(prefix=AT_WORK, dir=output) as place:
         folder = Path(place)
         _write(folder / "order.json", ordered)
         failed = None
@@ -74,7 +77,7 @@ def measure(study: Study, cell: Cell, log: Path) -> dict[str, Any]:
             seconds = study.seconds + START_SECONDS
             survives = cell.scenario.kills and cell.contender.servers() > 0
             link = cell.scenario.link_mbit if cell.size > 1 else None
-            run_ranks(folder, cell.ranks, log, seconds=seconds, survives_deaths=survives, link_mbit=link)
+            run_ranks(folder, Ranks(cell.ranks, survives, link, launcher), log, seconds=seconds)
             judge(folder, log, seconds=seconds)
             found = {**json.loads((folder / "curve.json").read_text()), **_numbers(ordered, folder)}
         except (JobFailed, OSError) as error:
@@ -89,7 +92,6 @@ def measure(study: Study, cell: Cell, log: Path) -> dict[str, Any]:
         **found,
         "log": log.read_text(errors="replace").splitlines()[-LOG_LINES:] if failed and log.exists() else [],
         "wall_seconds": time.time() - begin,
-        "digest": digest(ordered),
         "order": ordered,
         "machine": machine(),
     }
@@ -97,6 +99,8 @@ def measure(study: Study, cell: Cell, log: Path) -> dict[str, Any]:
 
 def _numbers(ordered: dict[str, Any], folder: Path) -> dict[str, Any]:
     files = sorted(folder.glob("rank-*.json"), key=lambda file: int(file.stem.split("-")[1]))
+    if not files:
+        raise JobFailed("ended well, but left no numbers")
     ranks = [(json.loads(file.read_text()), np.load(file.with_suffix(".npy"))) for file in files]
     servers = [json.loads(file.read_text()) for file in sorted(folder.glob("server-*.json"))]
     return {"epoch_examples": ranks[0][0]["examples"], **numbers(ordered, ranks, servers)}
@@ -112,7 +116,7 @@ def _kept(folder: Path, study: Study, cell: Cell, *, retry_failed: bool) -> dict
         result: dict[str, Any] = json.loads(_file(folder, cell).read_text())
     except (OSError, json.JSONDecodeError):
         return None
-    if result.get("digest") != digest(order(study, cell)) or (retry_failed and result["failed"]):
+    if not same_question(result["order"], order(study, cell)) or (retry_failed and result["failed"]):
         return None
     return result
 

@@ -14,6 +14,7 @@ from hvdvae.errors import ConfigError
 
 PEERS = {"horovod": ("none", "fp16"), "ddp": ("none", "fp16", "powersgd")}
 """Competitors that are not ours, and what they can do to fewer bytes."""
+BOUNDS = ("elbo", "nll")
 TROUBLES: dict[str, type] = {"slow": Slow, "jitter": Jitter, "stop": Stop, "kill": Kill}
 NOT_A_CONTENDERS = (
     "seed",
@@ -43,6 +44,11 @@ class Contender:
     scales_lr: bool = False
     """Learning rate times the number of ranks, as Horovod's guide has it."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether it is one process, whatever the world size."""
+        return self.peer is None and self.config.strategy == "local"
+
     def servers(self) -> int:
         """Ranks besides those that train."""
         ours = self.config
@@ -68,8 +74,10 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Target:
-    """Validation ELBO to be reached: a number, or what a contender reaches after some epochs."""
+    """A bound on the validation likelihood to be reached: a number, or what a contender reaches after some epochs."""
 
+    bound: str = "elbo"
+    """elbo; or nll, the importance-weighted bound, which takes longer to judge."""
     nats: float | None = None
     contender: str | None = None
     epochs: float | None = None
@@ -237,12 +245,15 @@ def _trouble(part: Located, kind: type) -> Trouble:
 
 
 def _target(part: Located, contenders: dict[str, Contender]) -> Target:
-    parts = part.mapping(("nats", "contender", "epochs"))
+    parts = part.mapping(("bound", "nats", "contender", "epochs"))
+    bound = parts.pop("bound").text() if "bound" in parts else "elbo"
+    if bound not in BOUNDS:
+        raise part.child("bound").error(f"found {bound!r}, expected one of {', '.join(BOUNDS)}")
     if set(parts) == {"nats"}:
-        return Target(nats=parts["nats"].number())
+        return Target(bound, nats=parts["nats"].number())
     if set(parts) != {"contender", "epochs"}:
         raise part.error(f"found {list(parts)}, expected `nats`, or `contender` and `epochs`")
     name = parts["contender"].text()
     if name not in contenders:
         raise parts["contender"].error(f"found {name!r}, expected one of {', '.join(contenders)}")
-    return Target(contender=name, epochs=parts["epochs"].positive())
+    return Target(bound, contender=name, epochs=parts["epochs"].positive())

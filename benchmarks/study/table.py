@@ -1,7 +1,7 @@
 """Tables of a study: one line a cell as CSV, one line a contender for the page."""
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.statistics_of_rounds import Rounds, Spread, spread
 from benchmarks.study.findings import Cells, Condition, Row, digits_of
 from benchmarks.study.numbers import SPLIT, crossing
+from benchmarks.study.study_file import Study
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,10 @@ class Entry:
     key: float | None
 
 
-def lines(condition: Condition, alone: Rounds) -> list[tuple[str, list[Entry]]]:
-    """A contender and its entries: time and examples to the target, then COLUMNS, then scaling efficiency.
-
-    `alone`: examples/s of one process, if it was measured.
-    """
+def lines(condition: Condition) -> list[tuple[str, list[Entry]]]:
+    """A contender and its entries: time and examples to the target, then COLUMNS, then scaling efficiency."""
     found = []
+    alone = [rate for row in condition.rows if row.alone for rate in row.rates]
     for row in condition.rows:
         measured = [cell for cell in row.cells if cell["failed"] is None]
         entries = [_entry(row.seconds, row), _entry([_thousands(value) for value in row.examples], row)]
@@ -98,10 +97,9 @@ def lines(condition: Condition, alone: Rounds) -> list[tuple[str, list[Entry]]]:
 def efficiency(row: Row, alone: Rounds, size: int) -> Spread | None:
     """Throughput over that of as many processes alone; by the median of these."""
     one = spread(alone)
-    rates = [cell["examples_per_second"] for cell in row.cells if cell["failed"] is None]
-    if one is None or not rates or all(cell["size"] == 1 for cell in row.cells):
+    if one is None or row.alone:
         return None
-    return spread([rate / (size * one.median) for rate in rates])
+    return spread([rate / (size * one.median) for rate in row.rates])
 
 
 def _thousands(value: float | None) -> float | None:
@@ -126,7 +124,7 @@ def _spread_entry(found: Spread | None, digits: int) -> Entry:
     return Entry(f"{found.median:,.{digits}f} [{found.low:,.{digits}f}, {found.high:,.{digits}f}]", found.median)
 
 
-def write_csv(path: Path, cells: Cells, targets: Mapping[tuple[str, int], float | None], sizes: Sequence[int]) -> None:
+def write_csv(path: Path, cells: Cells, targets: Mapping[tuple[str, int], float | None], study: Study) -> None:
     """One line a cell (of one process alone: one a world size, whose targets differ)."""
     names = [
         "scenario",
@@ -134,7 +132,7 @@ def write_csv(path: Path, cells: Cells, targets: Mapping[tuple[str, int], float 
         "contender",
         "seed",
         "failed",
-        "target_elbo",
+        "target",
         "seconds_to_target",
         "examples_to_target",
         *(column.title.replace(" ", "_").replace("/", "per") for column in COLUMNS),
@@ -143,13 +141,14 @@ def write_csv(path: Path, cells: Cells, targets: Mapping[tuple[str, int], float 
         writer = csv.writer(file)
         writer.writerow(names)
         for cell in cells:
-            for size in sizes if cell["size"] == 1 else [cell["size"]]:
+            for size in study.world_sizes if cell["size"] == 1 else [cell["size"]]:
                 target = targets.get((cell["scenario"], size))
                 start = [cell["scenario"], size, cell["contender"], cell["seed"], cell["failed"] or "", target]
                 if cell["failed"] is not None:
                     writer.writerow(start)
                     continue
                 times = [
-                    None if target is None else crossing(cell["points"], target, key) for key in ("seconds", "examples")
+                    None if target is None else crossing(cell["points"], target, key, study.target.bound)
+                    for key in ("seconds", "examples")
                 ]
                 writer.writerow([*start, *times, *(column.of(cell) for column in COLUMNS)])

@@ -12,7 +12,10 @@ from hvdvae.strategies.local import Local
 from hvdvae.strategies.strategy import Strategy
 from hvdvae.world import World
 
-STRATEGIES = ("local", "allreduce", "ps")
+STRATEGIES = ("local", "allreduce", "local-sgd", "diloco", "ps")
+SYNC_EVERY = {"local-sgd": 16, "diloco": 64}
+OUTER_LR, OUTER_MOMENTUM = 0.7, 0.9
+"""Of diloco: Douillard et al. 2023."""
 
 
 def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
@@ -25,6 +28,13 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     backward_passes_per_step: int = 1,
     clip_norm: float | None = None,
     compression: str = "none",
+    compression_share: float | None = None,
+    compression_rank: int | None = None,
+    compression_momentum: float = 0.0,
+    sync_every: int | None = None,
+    adaptive_sync: bool = False,
+    outer_lr: float | None = None,
+    outer_momentum: float | None = None,
     reduce_op: str = "average",
     process_set: Any = None,
     servers: int | None = None,
@@ -36,11 +46,15 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     On the ranks of parameter servers it serves until the workers have ended, and then ends the process.
 
     world: this process's World (default: one for the launcher that started it).
-    strategy: local, allreduce (synchronous SGD), or ps (parameter servers).
+    strategy: local, allreduce (synchronous SGD), local-sgd and diloco (averages now and then), or ps (parameter
+        servers).
     engine: what carries the allreduce: horovod, mpi, or auto.
     backward_passes_per_step: how many gradients are accumulated before a step; they are averaged, not summed.
     clip_norm: global norm at which the mean gradient is clipped.
-    compression: none, or fp16 on the wire (engine horovod).
+    compression: of gradients on the wire: none, or a codec of hvdvae.compression; its share, rank and momentum
+        correction, where it has them.
+    sync_every, adaptive_sync: steps between two averages, and whether they become fewer as the loss falls (local-sgd,
+        diloco). outer_lr, outer_momentum: of diloco.
     reduce_op: average, or adasum (engine horovod; Maleki et al. 2021).
     process_set: the horovod ProcessSet that trains this model (engine horovod; default all ranks).
     servers: pieces of the weights, each with a rank that serves it, the last ones (ps; default those of `world`, or 1).
@@ -59,12 +73,28 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
                 "use --strategy allreduce, or start one process"
             )
         return Local(optimizer, model, world, **options)
+    short: dict[str, Any] = {"share": compression_share, "rank": compression_rank, "momentum": compression_momentum}
+    if strategy in SYNC_EVERY:
+        from hvdvae.strategies.local_sgd import DiLoCo, LocalSgd
+
+        options |= {"sync_every": sync_every or SYNC_EVERY[strategy], "adaptive": adaptive_sync}
+        options |= {"compression": compression, **short}
+        if strategy == "local-sgd":
+            return LocalSgd(optimizer, model, world, **options)
+        options["outer_lr"] = OUTER_LR if outer_lr is None else outer_lr
+        options["outer_momentum"] = OUTER_MOMENTUM if outer_momentum is None else outer_momentum
+        return DiLoCo(optimizer, model, world, **options)
     if strategy == "ps":
         return _ps(optimizer, model, world, servers, plan or Plan(), options)
     if strategy != "allreduce":
         raise ConfigError(f"strategy (--strategy) is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
     chosen = choose_engine(engine, world, compression=compression, reduce_op=reduce_op, process_set=process_set)
-    wrapped = _wrap(chosen.name, optimizer, model, world, compression, reduce_op, process_set, options)
+    if chosen.name == "mpi" and compression != "none":
+        from hvdvae.strategies.allreduce_compressed import CompressedAllreduce
+
+        wrapped: Strategy = CompressedAllreduce(optimizer, model, world, compression=compression, **short, **options)
+    else:
+        wrapped = _wrap(chosen.name, optimizer, model, world, compression, reduce_op, process_set, options)
     wrapped.engine, wrapped.engine_reason = chosen
     return wrapped
 

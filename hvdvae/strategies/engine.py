@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from hvdvae.compression import CODECS
 from hvdvae.errors import ConfigError, WorldError
 from hvdvae.world import World
 
@@ -29,24 +30,30 @@ def choose_engine(
     """
     if engine not in ENGINES:
         raise ConfigError(f"engine (--engine) is {engine!r}, expected one of {', '.join(ENGINES)}")
-    if compression not in ("none", "fp16"):
-        raise ConfigError(f"compression (--compression) is {compression!r}, expected none or fp16")
+    if compression not in ("none", *CODECS):
+        raise ConfigError(
+            f"compression (--compression) is {compression!r}, expected none or one of {', '.join(CODECS)}"
+        )
     if reduce_op not in ("average", "adasum"):
         raise ConfigError(f"reduce_op (--reduce-op) is {reduce_op!r}, expected average or adasum")
     if reduce_op == "adasum" and world.size & (world.size - 1):
         raise WorldError(f"--reduce-op adasum needs a power of two of ranks, found {world.size}")
     if reduce_op == "adasum" and compression != "none":
-        raise ConfigError("--compression fp16 does not go with --reduce-op adasum: choose one of them")
+        raise ConfigError(f"--compression {compression} does not go with --reduce-op adasum: choose one of them")
     if reduce_op == "adasum" and process_set is not None:
         raise ConfigError("process_set does not go with reduce_op (--reduce-op) adasum, which is over all ranks")
+    if compression not in ("none", "fp16") and process_set is not None:
+        raise ConfigError(f"process_set does not go with --compression {compression}: only fp16 does")
+    if compression not in ("none", "fp16") or (compression == "fp16" and engine == "mpi"):
+        carrier = "Horovod's Gloo" if world.launcher == "horovodrun-gloo" else "MPI"
+        return Engine("mpi", f"--compression {compression} is ours, its messages are carried by {carrier}")
     only_horovod = compression != "none" or reduce_op != "average" or process_set is not None
     if engine == "auto":
         return _choose(world, only_horovod)
     if engine == "mpi":
         if only_horovod:
             raise ConfigError(
-                "--engine mpi averages over all ranks: --compression fp16, --reduce-op adasum and a process_set need "
-                "--engine horovod"
+                "--engine mpi averages over all ranks: --reduce-op adasum and a process_set need --engine horovod"
             )
         if world.launcher == "horovodrun-gloo":
             raise ConfigError(

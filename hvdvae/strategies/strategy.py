@@ -223,6 +223,17 @@ class Strategy(Optimizer):
         """This rank's place among those that train, and their number: changes where one dies and the others go on."""
         return self.world.rank, self.world.size
 
+    def memory(self) -> dict[str, Tensor]:
+        """What else a run needs to continue, by name: the same on all ranks inside `fetched(state=True)`. No copies.
+
+        Whoever resumes writes into these tensors.
+        """
+        return {}
+
+    def traffic(self) -> dict[str, float]:
+        """Bytes that this rank has sent since it began, where the strategy counts them. Local."""
+        return {}
+
     def results(self) -> dict[str, Any]:
         """What the summary of a run has to say of this strategy, JSON-able. Local, after `finish`."""
         return {}

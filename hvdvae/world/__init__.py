@@ -181,6 +181,15 @@ class World:
         with self.watchdog.waiting(what):
             return self._carrier.gather_bytes(data)
 
+    def gather_rows(self, row: torch.Tensor, rows: torch.Tensor, what: str = "gather") -> torch.Tensor:
+        """Every rank's row (n,) to `rows` (size, n), both on the host. Blocks; every rank must call it.
+
+        Rows are equally long on all ranks. Returns `rows`.
+        """
+        with self.watchdog.waiting(what):
+            self._carrier.gather_rows(row.numpy(), rows.numpy())
+        return rows
+
     def barrier(self, what: str = "barrier", *, patient: bool = False) -> None:
         """Return once every rank has called. `patient`: however long one takes, while it lives (see Watchdog)."""
         with self.watchdog.waiting(what, patient=patient):

@@ -31,6 +31,9 @@ class Collectives(Protocol):
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, in rank order, on every rank."""
 
+    def gather_rows(self, row: Array, rows: Array) -> None:
+        """Every rank's `row` (n,), equally long on all, to `rows` (size, n)."""
+
     def barrier(self) -> None:
         """Return once every rank has called."""
 
@@ -56,6 +59,10 @@ class Alone:
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """One's own bytes."""
         return [data]
+
+    def gather_rows(self, row: Array, rows: Array) -> None:
+        """One's own row."""
+        rows[0] = row
 
     def barrier(self) -> None:
         """Nobody to wait for."""

@@ -44,6 +44,11 @@ class HorovodCollectives:
         everything = hvd.allgather(padded, name=self._name("bytes")).numpy()
         return [everything[part].tobytes()[:-1] for part in unequal_lengths([n + 1 for n in lengths])]
 
+    def gather_rows(self, row: Array, rows: Array) -> None:
+        """Allgather."""
+        gathered = hvd.allgather(torch.from_numpy(row), name=self._name("rows"))
+        torch.from_numpy(rows).copy_(gathered.view(rows.shape))
+
     def barrier(self) -> None:
         """Return once every rank has called."""
         hvd.barrier()

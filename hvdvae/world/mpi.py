@@ -62,6 +62,17 @@ class MpiCollectives:
         self.comm.Allgatherv(np.frombuffer(data, np.uint8), [everything, lengths])
         return [everything[part].tobytes() for part in unequal_lengths(lengths.tolist())]
 
+    def gather_rows(self, row: Array, rows: Array) -> None:
+        """MPI_Allgather."""
+        for start in range(0, row.size, MAX_COUNT):
+            part = slice(start, start + MAX_COUNT)
+            if row.size <= MAX_COUNT:
+                self.comm.Allgather(row, rows)
+            else:  # Pieces of rows do not lie side by side.
+                piece = np.empty((self.size, row[part].size), row.dtype)
+                self.comm.Allgather(row[part], piece)
+                rows[:, part] = piece
+
     def barrier(self) -> None:
         """MPI_Barrier."""
         self.comm.Barrier()

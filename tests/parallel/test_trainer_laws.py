@@ -72,12 +72,19 @@ class Epochs:
 
 
 def trainer_of(
-    model: nn.Module, world: World, loss: Loss, batches: Batches, engine: str = "mpi", **options: Any
+    model: nn.Module,
+    world: World,
+    loss: Loss,
+    batches: Batches,
+    engine: str = "mpi",
+    exchange: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Trainer:
     plain = torch.optim.Adam(model.parameters(), 0.02)
     strategy = "local" if world.launcher == "none" else "allreduce"
     engine = "horovod" if world.launcher == "horovodrun-gloo" else engine
-    optimizer = DistributedOptimizer(plain, model, world=world, strategy=strategy, engine=engine, clip_norm=20.0)
+    chosen = {"strategy": strategy, "engine": engine, "clip_norm": 20.0, **(exchange or {})}
+    optimizer = DistributedOptimizer(plain, model, world=world, **chosen)
     return Trainer(model, optimizer, loss, batches, **options)
 
 
@@ -219,6 +226,43 @@ def test_a_resumed_run_is_the_run_that_never_stopped(world: World, engine: str, 
     for number, entries in theirs.items():
         for key, value in entries.items():
             assert torch.equal(ours[number][key], value), (number, key)
+
+
+@pytest.mark.parametrize(
+    "exchange",
+    [
+        {"strategy": "allreduce", "compression": "topk", "compression_share": 0.2},
+        {"strategy": "allreduce", "compression": "powersgd", "compression_rank": 1},
+        {"strategy": "allreduce", "compression": "int8"},
+        {"strategy": "local-sgd", "sync_every": 2, "adaptive_sync": True},
+        {"strategy": "diloco", "sync_every": 4, "compression": "sign"},
+    ],
+    ids=lambda exchange: "-".join(map(str, exchange.values())),
+)
+def test_what_ranks_remember_is_resumed(world: World, shared_path: Path, exchange: dict[str, Any]) -> None:
+    """Law 8, from a checkpoint of an epoch: there ranks share equally what they remember, and go on with that."""
+    rows = torch.randn(EXAMPLES, 5, generator=torch.Generator().manual_seed(2))
+
+    def run(model: nn.Module, epochs: int, name: str, resumed: Path | None = None) -> Trainer:
+        batches = Rows(rows, GLOBAL_BATCH // world.size, world)
+        folder = Folder(shared_path / name, 3)
+        trainer = trainer_of(model, world, squared_error, batches, "mpi", exchange, seed=4, checkpoints=folder)
+        if resumed is not None:
+            checkpoint = spread(Folder(resumed, 3).newest_good() if world.is_first else None, world)
+            assert checkpoint is not None
+            trainer.resume(checkpoint)
+        trainer.fit(epochs)
+        return trainer
+
+    straight, first, again = Denoiser(seed=7), Denoiser(seed=7), Denoiser(seed=1000 + world.rank)
+    reference = run(straight, 3, "straight")
+    run(first, 2, "first")
+    resumed = run(again, 3, "again", shared_path / "first")
+    assert torch.equal(weights(again), weights(straight))
+    assert same_on_all(world, weights(again))
+    ours, theirs = resumed.optimizer.memory(), reference.optimizer.memory()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], kept) for name, kept in theirs.items())
 
 
 class Recorded:

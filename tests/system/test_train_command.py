@@ -301,6 +301,46 @@ def test_options_of_two_ranks(start: Start, tmp_path: Path, images: Path) -> Non
     assert rates == pytest.approx({"mpi": 0.01, "linear": 0.02, "sqrt": 0.01 * 2**0.5})
 
 
+def test_fewer_bytes_of_two_ranks(start: Start, tmp_path: Path, images: Path) -> None:
+    """One launch, a run a codec or strategy: it learns, and says what it sent and left out."""
+    case = str(Path(__file__).parent / "several_commands.py")
+    base = ["train", "--data", str(images), "--epochs", "3", "--batch-size", "12", "--lr", "0.01", "--hidden", "20"]
+    options = {
+        "fp16": ["--compression", "fp16", "--engine", "mpi"],
+        "bf16": ["--compression", "bf16"],
+        "int8": ["--compression", "int8"],
+        "sign": ["--compression", "sign"],
+        "topk": ["--compression", "topk", "--compression-share", "0.1"],
+        "momentum": "--compression topk --compression-momentum 0.5 --optimizer sgd --lr 0.001".split(),
+        "randomk": ["--compression", "randomk", "--compression-share", "0.1"],
+        "powersgd": ["--compression", "powersgd", "--compression-rank", "1"],
+        "local-sgd": ["--strategy", "local-sgd", "--sync-every", "4"],
+        "adaptive": ["--strategy", "local-sgd", "--sync-every", "4", "--adaptive-sync"],
+        "diloco": "--strategy diloco --sync-every 5 --optimizer adamw --outer-lr 0.6 --compression int8".split(),
+    }
+    runs = [[*base, "--nll-samples", "2", "--out", name, *words] for name, words in options.items()]
+    job = start(2, case, json.dumps(runs)).finish(150)
+    assert job.status == 0, job.output
+    assert "--compression int8 is ours, its messages are carried by MPI" in job.output
+    sent = {}
+    for name in options:
+        first, *_, last = _epochs(tmp_path / name)
+        assert last["validation_elbo"] > first["validation_elbo"], name
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        steps = summary["steps"]
+        assert summary["bytes_sent_per_step"] == pytest.approx(summary["bytes_sent"] / steps)
+        assert 0 < last["bytes_sent"] <= summary["bytes_sent"]
+        assert last["compression_error"] == pytest.approx(summary["compression_error"], abs=0.2)
+        assert (summary["compression_error"] > 0) == (name not in ("local-sgd", "adaptive"))
+        events = EventAccumulator(str(tmp_path / name / "tensorboard"))
+        events.Reload()
+        assert {"epoch/bytes_sent", "epoch/compression_error"} <= set(events.Tags()["scalars"])
+        sent[name] = summary["bytes_sent_per_step"]
+    assert sent["fp16"] == sent["bf16"] > 1.9 * sent["int8"] > 5 * sent["sign"]
+    assert sent["local-sgd"] < 2 * sent["fp16"] / 3
+    assert sent["diloco"] < sent["int8"] / 3
+
+
 def _epochs(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == "epoch"]

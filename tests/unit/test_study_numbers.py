@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.study.findings import LEAST_SEEDS, apart, conditions, ranking, sentence, sooner
-from benchmarks.study.numbers import FIRST_STEPS, crossing, elbo_at, numbers
+from benchmarks.study.numbers import FIRST_STEPS, crossing, height_at, numbers
 from benchmarks.study.stopwatch import COLUMNS, CPU, DATA, EXCHANGE, PASSES, QUEUE, UPDATE
 from benchmarks.study.study_file import Study, parse
 from benchmarks.study.table import COLUMNS as TABLE_COLUMNS
@@ -81,15 +81,31 @@ def test_a_look_that_was_not_finite_is_below_every_target() -> None:
     assert crossing(points(None, None), -20, "seconds") is None
 
 
+def test_the_bound_may_be_the_nll() -> None:
+    curve = [{"examples": 100 * n, "seconds": n, "elbo": -99.0, "nll": nll} for n, nll in enumerate((30, 20, None, 10))]
+    assert crossing(curve, -25, "seconds", "nll") == 0.5
+    assert crossing(curve, -10, "seconds", "nll") == 3
+    assert height_at(curve, 50, "nll") == -25
+    cells = [cell("asp", seed, curve) for seed in range(3)]
+    condition = conditions(study("bound: nll, nats: 20"), cells)[0]
+    assert condition.rows[0].seconds == [1.0] * 3
+    assert "an NLL of 20.00 nats" in sentence(condition)
+
+
+def test_what_was_skipped_has_not_failed() -> None:
+    cells = [cell("asp", seed, [], failed="skipped: needs root") for seed in range(3)]
+    assert "Skipped: asp" in sentence(conditions(study(), cells)[0])
+
+
 def test_the_first_crossing_counts() -> None:
     assert crossing(points(-30, -10, -30, -10), -20, "seconds") == 0.5
 
 
 def test_the_elbo_after_so_many_examples() -> None:
-    assert elbo_at(points(-30, -20, -10), 150) == -15
-    assert elbo_at(points(-30, -20, -10), 200) == -10
-    assert elbo_at(points(-30, -20, -10), 201) is None
-    assert elbo_at(points(-30, None, -10), 150) is None
+    assert height_at(points(-30, -20, -10), 150) == -15
+    assert height_at(points(-30, -20, -10), 200) == -10
+    assert height_at(points(-30, -20, -10), 201) is None
+    assert height_at(points(-30, None, -10), 150) is None
 
 
 def steps(count: int, *, compute: float, exchange: float, queue: float = 0.0) -> np.ndarray[Any, Any]:
@@ -243,7 +259,7 @@ def test_ratios_are_of_the_same_seed() -> None:
 
 def test_the_table_has_every_contender_and_the_efficiency_of_scaling() -> None:
     cells = three("allreduce", 1, 1, 1) + three("single", 2, 2, 2)
-    table = dict(lines(conditions(study(), cells)[0], [100.0] * 3))
+    table = dict(lines(conditions(study(), cells)[0]))
     assert list(table) == ["single", "allreduce"]
     assert len(table["allreduce"]) == 2 + len(TABLE_COLUMNS) + 1
     assert table["allreduce"][-1].key == 1.0, "twice the throughput by two"

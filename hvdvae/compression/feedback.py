@@ -1,0 +1,44 @@
+"""Error feedback: what a message left out is remembered and goes with the next one. Nothing is lost, only late.
+
+    compensated = gradient + remembered;   send a part of it;   remembered = compensated - sent
+
+(Seide et al. 2014; Karimireddy et al. 2019). With momentum correction (Lin et al. 2018, Deep Gradient Compression,
+section 3.1) a velocity is remembered too, and what has been sent is taken out of both.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Feedback:
+    """Of one rank. Shapes: P elements."""
+
+    def __init__(self, length: int, momentum: float = 0.0) -> None:
+        """Nothing remembered. `momentum`: of the velocity; 0 for none."""
+        self.remembered = torch.zeros(length)
+        self._next = torch.zeros(length)
+        self._momentum = momentum
+        self._velocity = torch.zeros(length if momentum else 0)
+        self._next_velocity = torch.zeros_like(self._velocity)
+
+    def memory(self) -> dict[str, Tensor]:
+        """By name."""
+        return {"remembered": self.remembered} | ({"velocity": self._velocity} if self._momentum else {})
+
+    def compensate(self, gradient: Tensor) -> Tensor:
+        """The vector (P,) to send of; valid until the next call. Leaves the gradient alone."""
+        if not self._momentum:
+            return torch.add(gradient, self.remembered, out=self._next)
+        torch.add(gradient, self._velocity, alpha=self._momentum, out=self._next_velocity)
+        return torch.add(self._next_velocity, self.remembered, out=self._next)
+
+    def remember(self, sent: Tensor) -> Tensor:
+        """Take out what was sent (P,); returns what is left, which counts from `keep` on."""
+        if self._momentum:
+            self._next_velocity.masked_fill_(sent != 0, 0.0)
+        return self._next.sub_(sent)
+
+    def keep(self) -> None:
+        """The step was taken. Otherwise all is as it was before, and the gradient of that step is nobody's."""
+        self.remembered, self._next = self._next, self.remembered
+        self._velocity, self._next_velocity = self._next_velocity, self._velocity

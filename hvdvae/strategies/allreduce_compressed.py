@@ -1,0 +1,76 @@
+"""`--strategy allreduce --compression CODEC`: synchronous SGD whose gradients are short messages on the wire.
+
+How the mean comes about: mean.py; what the codecs do: compression/.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hvdvae.strategies.mean import CompressedMean
+from hvdvae.strategies.strategy import Strategy
+from hvdvae.world import World
+
+
+class CompressedAllreduce(Strategy):
+    """Every rank steps on the mean of what all ranks' messages say: the same bits on all."""
+
+    name = "allreduce"
+    engine = "mpi"
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        world: World,
+        *,
+        compression: str,
+        share: float | None = None,
+        rank: int | None = None,
+        momentum: float = 0.0,
+        **options: Any,
+    ) -> None:
+        """As Strategy; `compression` to `momentum` as CompressedMean has them. Raises ConfigError."""
+        super().__init__(optimizer, model, world, **options)
+        flat = self.flat
+        self._mean = CompressedMean(
+            world, flat.gradient, flat.shapes, compression, share=share, rank=rank, momentum=momentum
+        )
+        self._compression = compression
+        self._steps, self._errors = 0, 0.0
+
+    def exchange(self, gradient: Tensor) -> None:
+        """The mean over ranks of what they say, in place."""
+        self._mean.mean_(gradient)
+
+    def update(self) -> None:
+        """Step; what messages left out is remembered from now on."""
+        self._mean.keep()
+        self._steps += 1
+        self._errors += self._mean.error
+        super().update()
+
+    @contextmanager
+    def fetched(self, *, state: bool = False) -> Iterator[Tensor]:
+        """As Strategy's; with `state`, ranks share equally, for good, what they remember: one vector is saved."""
+        if state:
+            self._mean.settle()
+        with super().fetched(state=state) as rows:
+            yield rows
+
+    def memory(self) -> dict[str, Tensor]:
+        """As Strategy's: what messages left out."""
+        return self._mean.memory()
+
+    def traffic(self) -> dict[str, float]:
+        """As Strategy's, and the mean size of what messages left out, as a part of the gradient's."""
+        steps = max(self._steps, 1)
+        sent = {"bytes_sent": self._mean.bytes_sent, "bytes_sent_per_step": self._mean.bytes_sent / steps}
+        return {**sent, "compression_error": self._errors / steps}
+
+    def results(self) -> dict[str, Any]:
+        """As Strategy's."""
+        return {"compression": self._compression, **self.traffic()}

@@ -1,0 +1,199 @@
+"""`--strategy local-sgd` and `--strategy diloco`: ranks step alone, and every H steps average how far they came.
+
+    every step:     this rank's own optimizer steps on its own gradient
+    every H steps:  difference = weights at the last average - weights now, its mean over ranks, as it is or compressed
+                    velocity = outer momentum * velocity + mean
+                    weights = weights at the last average - outer lr * (mean + outer momentum * velocity)
+
+local-sgd has outer lr 1 and no outer momentum: the mean of the weights (Stich 2019). diloco has Nesterov's momentum
+(Douillard et al. 2023: inner AdamW, outer lr 0.7, momentum 0.9). Adaptive H: H sqrt(loss now / first loss), so ranks
+average more often as they come closer (AdaComm, Wang and Joshi 2019). The inner optimizer's state is each rank's own.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hvdvae.errors import ConfigError, NonFiniteError
+from hvdvae.strategies.mean import mean_over_ranks
+from hvdvae.strategies.strategy import Strategy
+from hvdvae.world import World
+
+
+class LocalSgd(Strategy):
+    """Between two averages each rank has weights of its own."""
+
+    name = "local-sgd"
+    engine = "mpi"
+    engine_reason = "averages are the World's own"
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        world: World,
+        *,
+        sync_every: int,
+        adaptive: bool = False,
+        outer_lr: float = 1.0,
+        outer_momentum: float = 0.0,
+        compression: str = "none",
+        share: float | None = None,
+        rank: int | None = None,
+        momentum: float = 0.0,
+        **options: Any,
+    ) -> None:
+        """As Strategy. `sync_every`: H, and the largest one if `adaptive`; `compression` to `momentum` as in mean.py.
+
+        Raises ConfigError.
+        """
+        if sync_every < 1:
+            raise ConfigError(f"sync_every (--sync-every) is {sync_every}, expected at least 1 step")
+        super().__init__(optimizer, model, world, **options)
+        flat = self.flat
+        self._mean = mean_over_ranks(
+            world, flat.parameters, flat.shapes, compression, share=share, rank=rank, momentum=momentum
+        )
+        self._compression = compression
+        self._sync_every, self._adaptive = sync_every, adaptive
+        self._outer_lr, self._outer_momentum = outer_lr, outer_momentum
+        self._anchor = flat.parameters.clone()
+        """Weights at the last average."""
+        self._difference = torch.zeros_like(flat.parameters)
+        self._velocity = torch.zeros_like(flat.parameters) if outer_momentum else torch.zeros(0)
+        self._pace = torch.tensor([sync_every, math.nan], dtype=torch.float64)
+        """H of now, and the first mean loss."""
+        self._since = 0
+        """Steps since the last average."""
+        self._losses = torch.zeros(2, dtype=torch.float64)
+        """Sum and count since the last average."""
+        self._steps, self._averages, self._errors = 0, 0, 0.0
+
+    def watch(self, loss: Tensor) -> None:
+        """As Strategy's; an adaptive H follows the loss."""
+        super().watch(loss)
+        if self._adaptive:
+            value = float(loss)
+            self._losses += torch.tensor([value, 1.0] if math.isfinite(value) else [0.0, 0.0])
+
+    def exchange(self, gradient: Tensor) -> None:
+        """Gradients stay each rank's own."""
+
+    def update(self) -> None:
+        """This rank's own step; blocks where H are done, and there every rank must come."""
+        self._begin()
+        super().update()
+        self._count()
+
+    def skip(self) -> None:
+        """A step that this rank could not take counts as one: the others come to the average."""
+        self._begin()
+        self._count()
+
+    def average(self) -> None:
+        """Meet. Blocks; every rank must call it after as many steps. Raises NonFiniteError on all ranks."""
+        difference = torch.sub(self._anchor, self.flat.parameters, out=self._difference)
+        self._mean.mean_(difference)
+        if not bool(torch.isfinite(torch.dot(difference, difference))):
+            raise NonFiniteError(
+                f"weights of some rank were not finite at the average after step {self._steps}: lower --lr, set "
+                "--clip-norm, or average more often (--sync-every)"
+            )
+        self._mean.keep()
+        step = difference
+        if self._outer_momentum:
+            self._velocity.mul_(self._outer_momentum).add_(difference)
+            step = difference.add_(self._velocity, alpha=self._outer_momentum)
+        self.flat.parameters.copy_(self._anchor.sub_(step, alpha=self._outer_lr))
+        self._since = 0
+        self._averages += 1
+        self._errors += self._mean.error
+        if self._adaptive:
+            self._set_pace()
+
+    def finish(self) -> None:
+        """The run ends with the same weights on all ranks. Blocks; every rank must call it."""
+        if self._since:
+            self.average()
+
+    @contextmanager
+    def fetched(self, *, state: bool = False) -> Iterator[Tensor]:
+        """Inside, the model has the mean of all ranks' weights; after, this rank's own.
+
+        With `state` the average is for good, and of what optimizers and messages remember too: what is saved is what
+        all ranks go on with. Blocks; every rank must enter it.
+        """
+        if state:
+            if self._since:
+                self.average()
+            self._share_state()
+            self._mean.settle()
+        own = self.flat.parameters.clone() if self._since else None
+        if own is not None:
+            self.world.sum_(self.flat.parameters, "average of weights").div_(self.world.size)
+        try:
+            with super().fetched(state=state) as rows:
+                yield rows
+        finally:
+            if own is not None:
+                self.flat.parameters.copy_(own)
+
+    def memory(self) -> dict[str, Tensor]:
+        """As Strategy's."""
+        return {"outer_velocity": self._velocity, "pace": self._pace, **self._mean.memory()}
+
+    def traffic(self) -> dict[str, float]:
+        """As Strategy's, and the mean size of what messages left out, as a part of the difference's."""
+        sent = {"bytes_sent": self._mean.bytes_sent, "bytes_sent_per_step": self._mean.bytes_sent / max(self._steps, 1)}
+        return {**sent, "compression_error": self._errors / max(self._averages, 1)}
+
+    def results(self) -> dict[str, Any]:
+        """As Strategy's."""
+        steps = self._steps / max(self._averages, 1)
+        return {
+            "compression": self._compression,
+            "averages": self._averages,
+            "steps_per_average": steps,
+            **self.traffic(),
+        }
+
+    def _begin(self) -> None:
+        if not self._since:
+            # Here, since weights may have been loaded meanwhile.
+            self._anchor.copy_(self.flat.parameters)
+
+    def _count(self) -> None:
+        self._steps += 1
+        self._since += 1
+        if self._since >= int(self._pace[0]):
+            self.average()
+
+    def _set_pace(self) -> None:
+        """All ranks come to the same H, since they have the same mean loss."""
+        total, count = self.world.sum_(self._losses.clone(), "mean loss").tolist()
+        self._losses.zero_()
+        if count:
+            loss = total / count
+            if math.isnan(self._pace[1]):
+                self._pace[1] = loss
+            share = loss / float(self._pace[1])
+            if share > 0:  # A loss may be negative: then nothing is known, and H stays.
+                self._pace[0] = min(max(1, math.ceil(self._sync_every * math.sqrt(share))), self._sync_every)
+
+    def _share_state(self) -> None:
+        """Every rank's optimizer goes on with the mean of all their states."""
+        for entries in self.inner.state.values():
+            for value in entries.values():
+                if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1:
+                    self.world.sum_(value, "average of the optimizers' states").div_(self.world.size)
+
+
+class DiLoCo(LocalSgd):
+    """The same with an outer optimizer."""
+
+    name = "diloco"

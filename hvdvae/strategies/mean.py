@@ -1,0 +1,192 @@
+"""The mean of a vector over ranks, as it is or in short messages.
+
+    compensated = vector + what earlier messages left out
+    messages of all ranks -> the mean of what they say, the same bits everywhere
+
+Gathered codecs (compression/codec.py) send one message to all; averaged ones let the World take means. Either way every
+rank decodes the same bytes in the same order. A vector that is not finite is said to all, and leaves what is remembered
+as it was.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hvdvae.compression import Averaged, Gathered, codec_of
+from hvdvae.compression.feedback import Feedback
+from hvdvae.errors import ConfigError
+from hvdvae.seeding import stream
+from hvdvae.world import World
+
+FLAG_BYTES = 4
+"""Behind a message: 0, or NaN where the vector was not finite."""
+
+
+class Mean(Protocol):
+    """One way of taking it."""
+
+    bytes_sent: int
+    """That this rank put on the wire so far, if it sends each message once to each other rank, or in a ring."""
+    error: float
+    """Size of what the last message left out, as a part of the vector's."""
+
+    def mean_(self, vector: Tensor) -> None:
+        """Replace a vector (P,) by the mean over ranks. Blocks; every rank must call it."""
+
+    def keep(self) -> None:
+        """The mean was used: what messages left out is remembered from now on. Local."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """What a run needs to continue, by name; the same on all ranks after `settle`. Writable: no copies."""
+
+    def settle(self) -> None:
+        """Share what ranks remember equally, without compression. Blocks; every rank must call it."""
+
+
+class PlainMean:
+    """Uncompressed."""
+
+    error = 0.0
+
+    def __init__(self, world: World) -> None:
+        """Nothing sent yet."""
+        self._world, self.bytes_sent = world, 0
+
+    def mean_(self, vector: Tensor) -> None:
+        """As Mean's."""
+        self._world.sum_(vector, "average").div_(self._world.size)
+        self.bytes_sent += ring_bytes(vector.nbytes, self._world.size)
+
+    def keep(self) -> None:
+        """Nothing is left out."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """Nothing is remembered."""
+        return {}
+
+    def settle(self) -> None:
+        """Nothing to share."""
+
+
+class CompressedMean:
+    """In messages of a codec."""
+
+    def __init__(
+        self,
+        world: World,
+        like: Tensor,
+        shapes: list[tuple[int, ...]],
+        compression: str,
+        *,
+        share: float | None,
+        rank: int | None,
+        momentum: float,
+    ) -> None:
+        """`like`: a vector (P,) as `mean_` will get, of tensors of these shapes; `momentum`: as Feedback has it.
+
+        The rest as codec_of has it. Raises ConfigError.
+        """
+        if like.device.type != "cpu" or like.dtype != torch.float32:
+            raise ConfigError(
+                f"--compression {compression} works on float32 vectors of a CPU, found {like.dtype} on {like.device}: "
+                "use --compression fp16 with --engine horovod"
+            )
+        if momentum and compression not in ("topk", "randomk"):
+            raise ConfigError(
+                f"--compression-momentum is for --compression topk and randomk, found {compression}: it corrects for "
+                "elements that are sent late"
+            )
+        self._world, self.bytes_sent, self.error = world, 0, 0.0
+        self._codec = codec_of(compression, shapes, share=share, rank=rank)
+        self._feedback = Feedback(like.numel(), momentum) if self._codec.needs_feedback else None
+        self._sent = torch.zeros_like(like)
+        self._calls = torch.zeros(1, dtype=torch.int64)
+        """Decides what is random."""
+        if isinstance(self._codec, Gathered):
+            # The flag is a float32, and stands where one may.
+            self._flag_at = -(-self._codec.nbytes // FLAG_BYTES) * FLAG_BYTES
+            self._message = torch.zeros(self._flag_at + FLAG_BYTES, dtype=torch.uint8)
+            self._messages = torch.zeros(world.size, self._message.numel(), dtype=torch.uint8)
+
+    def mean_(self, vector: Tensor) -> None:
+        """As Mean's: of what all ranks' messages say."""
+        key = stream(_COMPRESSION, int(self._calls))
+        self._calls += 1
+        # By the number that a step decides by.
+        is_finite = bool(torch.isfinite(torch.dot(vector, vector)))
+        whole = vector if self._feedback is None else self._feedback.compensate(vector)
+        if isinstance(self._codec, Gathered):
+            self._gather(self._codec, whole, vector, key, is_finite=is_finite)
+        else:
+            self._average(self._codec, whole, vector, key, is_finite=is_finite)
+
+    def keep(self) -> None:
+        """As Mean's."""
+        if self._feedback is not None:
+            self._feedback.keep()
+
+    def memory(self) -> dict[str, Tensor]:
+        """As Mean's."""
+        remembered = self._feedback.memory() if self._feedback is not None else {}
+        return {"calls": self._calls, **remembered, **self._codec.memory()}
+
+    def settle(self) -> None:
+        """As Mean's: the sum over ranks stays what it was."""
+        if self._feedback is not None:
+            for vector in self._feedback.memory().values():
+                self._world.sum_(vector, "average of what is remembered").div_(self._world.size)
+
+    def _gather(self, codec: Gathered, whole: Tensor, vector: Tensor, key: int, *, is_finite: bool) -> None:
+        body, flag = self._message[: codec.nbytes], self._message[self._flag_at :].view(torch.float32)
+        if is_finite:
+            codec.encode(whole, body, stream(key, self._world.rank))
+        flag.fill_(0.0 if is_finite else torch.nan)
+        rows = self._world.gather_rows(self._message, self._messages, "gather of compressed vectors")
+        self.bytes_sent += self._message.numel() * (self._world.size - 1)
+        codec.add(body, self._sent.zero_())
+        self._leave_out(whole)
+        vector.zero_()
+        for row in rows:
+            codec.add(row[: codec.nbytes], vector)
+        vector.div_(self._world.size)
+        vector[:1].add_(rows[:, self._flag_at :].view(torch.float32).sum())
+
+    def _average(self, codec: Averaged, whole: Tensor, vector: Tensor, key: int, *, is_finite: bool) -> None:
+        vector.copy_(whole)
+        for part in codec.average(vector, self._sent, key):
+            if not is_finite:
+                part.fill_(torch.nan)
+            self._world.sum_(part, "average of compressed vectors").div_(self._world.size)
+            self.bytes_sent += ring_bytes(part.nbytes, self._world.size)
+        self._leave_out(whole)
+
+    def _leave_out(self, whole: Tensor) -> None:
+        size = float(torch.linalg.vector_norm(whole))
+        left = self._feedback.remember(self._sent) if self._feedback is not None else whole - self._sent
+        self.error = float(torch.linalg.vector_norm(left)) / size if size else 0.0
+
+
+def ring_bytes(nbytes: int, size: int) -> int:
+    """Bytes that each rank of a ring sends to average a vector of so many."""
+    return round(2 * nbytes * (size - 1) / size)
+
+
+def mean_over_ranks(
+    world: World,
+    like: Tensor,
+    shapes: list[tuple[int, ...]],
+    compression: str,
+    *,
+    share: float | None,
+    rank: int | None,
+    momentum: float,
+) -> Mean:
+    """The way that `compression` (none, or a codec) asks for. Raises ConfigError."""
+    if compression == "none":
+        return PlainMean(world)
+    return CompressedMean(world, like, shapes, compression, share=share, rank=rank, momentum=momentum)
+
+
+_COMPRESSION = 0xC0DE
+"""Names the stream of random numbers."""

@@ -1,0 +1,244 @@
+"""Compressed exchange and averages now and then: the same bits on all ranks, and nothing lost."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hvdvae.compression import CODECS
+from hvdvae.errors import ConfigError, NonFiniteError
+from hvdvae.strategies import DistributedOptimizer, Strategy
+from hvdvae.strategies.mean import CompressedMean
+from hvdvae.world import World
+from tests.parallel.regression import OPTIMIZERS, examples, loss_of, network, share, weights
+
+SHAPES = [(40, 50), (50,), (7, 3, 3)]
+LENGTH = 40 * 50 + 50 + 63
+FEEDBACK = ("sign", "topk", "randomk", "powersgd")
+
+
+def own(world: World, seed: int) -> Tensor:
+    """Another vector on each rank."""
+    return torch.randn(LENGTH, generator=torch.Generator().manual_seed(1000 * seed + world.rank))
+
+
+def mean_of(world: World, codec: str, **options: object) -> CompressedMean:
+    chosen = {"share": None, "rank": None, "momentum": 0.0, **options}
+    return CompressedMean(world, torch.zeros(LENGTH), SHAPES, codec, **chosen)  # type: ignore[arg-type]
+
+
+def sum_of(world: World, tensor: Tensor) -> Tensor:
+    return world.sum_(tensor.clone().double())
+
+
+def same_on_all(world: World, tensor: Tensor) -> bool:
+    return len(set(world.gather_bytes(tensor.detach().numpy().tobytes()))) == 1
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_ranks_decode_the_same_bits(world: World, codec: str) -> None:
+    mean = mean_of(world, codec)
+    for step in range(4):
+        vector = own(world, step)
+        mean.mean_(vector)
+        mean.keep()
+        assert same_on_all(world, vector)
+        assert torch.isfinite(vector).all()
+    if world.size > 1:
+        assert mean.bytes_sent > 0
+        assert mean.bytes_sent < 4 * 4 * LENGTH * world.size
+
+
+@pytest.mark.parametrize("codec", FEEDBACK)
+def test_sent_and_remembered_are_all_that_was_given(world: World, codec: str) -> None:
+    """Law 5, over ranks: N times the means that were stepped on, and what all ranks remember."""
+    mean = mean_of(world, codec)
+    given, stepped = torch.zeros(LENGTH).double(), torch.zeros(LENGTH).double()
+    for step in range(10):
+        vector = own(world, step)
+        given += sum_of(world, vector)
+        mean.mean_(vector)
+        mean.keep()
+        stepped += vector.double() * world.size
+    left = sum_of(world, mean.memory()["remembered"])
+    assert left.abs().max() > 0.1, "it did leave something out"
+    torch.testing.assert_close(stepped + left, given, atol=1e-4, rtol=1e-4)
+    mean.settle()
+    assert same_on_all(world, mean.memory()["remembered"])
+    torch.testing.assert_close(sum_of(world, mean.memory()["remembered"]), left, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("codec", ["fp16", "bf16", "int8"])
+def test_rounding_codecs_are_near_the_mean(world: World, codec: str) -> None:
+    vector = own(world, 0)
+    exact = sum_of(world, vector) / world.size
+    mean_of(world, codec).mean_(vector)
+    assert float((vector - exact).norm() / exact.norm()) < {"fp16": 1e-3, "bf16": 1e-2, "int8": 3e-2}[codec]
+
+
+@pytest.mark.parametrize("codec", ["topk", "randomk"])
+def test_a_share_of_all_is_the_uncompressed_mean(world: World, codec: str) -> None:
+    vector = own(world, 0)
+    exact = (sum_of(world, vector) / world.size).float()
+    mean = mean_of(world, codec, share=1.0)
+    mean.mean_(vector)
+    mean.keep()
+    torch.testing.assert_close(vector, exact, atol=1e-6, rtol=1e-5)
+    assert not mean.memory()["remembered"].any()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_one_rank_that_is_not_finite_is_heard_and_nothing_is_forgotten(world: World, codec: str) -> None:
+    model = network(seed=1)
+    optimizer = wrapped(world, model, compression=codec)
+    x, y = (tensor[share(world)] for tensor in examples())
+    take_step(optimizer, model, x, y)
+    before = {name: kept.clone() for name, kept in optimizer.memory().items() if name != "calls"}
+    at = weights(model)
+    optimizer.zero_grad()
+    loss = loss_of(model, x, y)
+    (loss * (float("nan") if world.rank == world.size - 1 else 1.0)).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert torch.equal(weights(model), at)
+    assert all(torch.equal(kept, before[name]) for name, kept in optimizer.memory().items() if name != "calls")
+    take_step(optimizer, model, x, y)
+    assert torch.isfinite(weights(model)).all()
+    assert not torch.equal(weights(model), at)
+
+
+def wrapped(
+    world: World, model: nn.Module, strategy: str = "allreduce", lr: float = 0.1, **options: object
+) -> Strategy:
+    plain = torch.optim.SGD(model.parameters(), lr)
+    return DistributedOptimizer(plain, model, world=world, strategy=strategy, engine="mpi", **options)  # type: ignore[arg-type]
+
+
+def take_step(optimizer: Strategy, model: nn.Module, x: Tensor, y: Tensor) -> None:
+    optimizer.zero_grad()
+    loss_of(model, x, y).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
+def trained(world: World, optimizer_steps: int, strategy: str, name: str = "sgd", **options: object) -> nn.Module:
+    model = network(seed=100 + world.rank)
+    plain = OPTIMIZERS[name](model.parameters())
+    engine = "horovod" if world.launcher == "horovodrun-gloo" else "mpi"
+    optimizer = DistributedOptimizer(plain, model, world=world, strategy=strategy, engine=engine, **options)  # type: ignore[arg-type]
+    x, y = (tensor[share(world)] for tensor in examples())
+    for _ in range(optimizer_steps):
+        take_step(optimizer, model, x, y)
+    optimizer.finish()
+    return model
+
+
+def simulated(
+    size: int, steps: int, every: int, name: str, outer_lr: float = 1.0, outer_momentum: float = 0.0
+) -> Tensor:
+    """The same by hand: replicas in one process, and torch's own SGD as the outer optimizer."""
+    center = network(seed=100)
+    outer = torch.optim.SGD(center.parameters(), outer_lr, momentum=outer_momentum, nesterov=bool(outer_momentum))
+    replicas = [copy.deepcopy(center) for _ in range(size)]
+    inner = [OPTIMIZERS[name](replica.parameters()) for replica in replicas]
+    x, y = examples()
+    part = len(x) // size
+    for step in range(1, steps + 1):
+        for place, (replica, optimizer) in enumerate(zip(replicas, inner, strict=True)):
+            optimizer.zero_grad()
+            mine = slice(place * part, (place + 1) * part)
+            loss_of(replica, x[mine], y[mine]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        if step % every == 0 or step == steps:
+            for parameter, *others in zip(center.parameters(), *(r.parameters() for r in replicas), strict=True):
+                parameter.grad = torch.stack([parameter.detach() - other.detach() for other in others]).mean(0)
+            outer.step()
+            for replica in replicas:
+                replica.load_state_dict(center.state_dict())
+    return weights(center)
+
+
+def test_one_step_and_plain_sgd_is_allreduce(world: World) -> None:
+    """The law: averaging weights after every step of SGD is averaging gradients."""
+    local = weights(trained(world, 6, "local-sgd", sync_every=1))
+    torch.testing.assert_close(local, weights(trained(world, 6, "allreduce")), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+@pytest.mark.parametrize("every", [3, 4])
+def test_local_sgd_is_the_mean_of_replicas(world: World, name: str, every: int) -> None:
+    """Ten steps: the last period is cut short by `finish`."""
+    found = weights(trained(world, 10, "local-sgd", name, sync_every=every))
+    torch.testing.assert_close(found, simulated(world.size, 10, every, name), atol=2e-6, rtol=2e-5)
+    assert same_on_all(world, found)
+
+
+def test_diloco_has_nesterovs_outer_steps(world: World) -> None:
+    found = weights(trained(world, 12, "diloco", "adamw", sync_every=3))
+    torch.testing.assert_close(found, simulated(world.size, 12, 3, "adamw", 0.7, 0.9), atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_differences_travel_compressed_and_weights_stay_the_same_on_all(world: World, codec: str) -> None:
+    model = trained(world, 9, "local-sgd", "adam", sync_every=3, compression=codec)
+    assert same_on_all(world, weights(model))
+    x, y = examples()
+    assert loss_of(model, x, y) < loss_of(network(seed=100), x, y)
+
+
+def test_evaluation_has_the_mean_and_training_its_own(world: World) -> None:
+    model = network(seed=100)
+    optimizer = wrapped(world, model, "local-sgd", sync_every=100)
+    x, y = (tensor[share(world)] for tensor in examples())
+    for _ in range(3):
+        take_step(optimizer, model, x, y)
+    mine = weights(model)
+    exact = sum_of(world, mine) / world.size
+    assert world.size == 1 or not same_on_all(world, mine)
+    with optimizer.fetched():
+        torch.testing.assert_close(weights(model).double(), exact, atol=1e-6, rtol=1e-6)
+        assert same_on_all(world, weights(model))
+    assert torch.equal(weights(model), mine)
+    with optimizer.fetched(state=True):
+        assert same_on_all(world, weights(model))
+    assert same_on_all(world, weights(model)), "what was saved is what all go on with"
+
+
+def test_an_adaptive_period_gets_shorter_as_the_loss_falls(world: World) -> None:
+    model = network(seed=100)
+    optimizer = wrapped(world, model, "local-sgd", sync_every=8, adaptive_sync=True)
+    x, y = (tensor[share(world)] for tensor in examples())
+    for step in range(40):
+        optimizer.zero_grad()
+        loss = loss_of(model, x, y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.watch(loss.detach() * 0.8**step)  # As if it fell faster than it does.
+        optimizer.step()
+    optimizer.finish()
+    found = optimizer.results()
+    assert found["averages"] > 40 / 8 + 2
+    assert set(world.gather_objects(found["averages"])) == {found["averages"]}
+
+
+def test_weights_that_are_not_finite_end_the_run_on_all_ranks(world: World) -> None:
+    model = network(seed=100)
+    optimizer = wrapped(world, model, "local-sgd", sync_every=2)
+    x, y = (tensor[share(world)] for tensor in examples())
+    take_step(optimizer, model, x, y)
+    if world.rank == world.size - 1:
+        next(model.parameters()).data.fill_(float("inf"))
+    optimizer.zero_grad()
+    with pytest.raises(NonFiniteError, match="--sync-every"):
+        optimizer.step()
+
+
+def test_what_does_not_go_together_is_refused(world: World) -> None:
+    with pytest.raises(ConfigError, match="sync_every"):
+        wrapped(world, network(0), "local-sgd", sync_every=-1)
+    with pytest.raises(ConfigError, match="--compression-momentum is for"):
+        wrapped(world, network(0), compression="sign", compression_momentum=0.9)
+    with pytest.raises(ConfigError, match="--compression-rank is 9"):
+        wrapped(world, network(0), compression="powersgd", compression_rank=9)
+    double = network(0).double()
+    with pytest.raises(ConfigError, match="float32"):
+        wrapped(world, double, compression="int8")
