@@ -124,6 +124,9 @@ class StrategyOptions:
     """Steps between two averages [local-sgd 16; diloco 64]."""
     adaptive_sync: bool = False
     """Average more often as the loss falls, beginning with --sync-every (local-sgd, diloco; Wang and Joshi 2019)."""
+    group_size: int = 1
+    """Ranks that average gradients at every step, and with others every --sync-every (local-sgd, diloco); 0: those of
+    a host."""
     outer_lr: float | None = None
     """Learning rate of diloco's outer optimizer [0.7]."""
     outer_momentum: float | None = None
@@ -254,6 +257,7 @@ _AT_LEAST: dict[str, float] = {
     "dc_strength": 0,
     "compression_rank": 1,
     "sync_every": 1,
+    "group_size": 0,
     "validation": 1,
     "skip_limit": 1,
     "nll_samples": 0,
@@ -337,6 +341,8 @@ def check(config: TrainConfig) -> None:
             raise ConfigError(
                 f"{flag(key)} is for --strategy {' and '.join(strategies)}, found --strategy {config.strategy}"
             )
+    if config.group_size != 1 and not averages:
+        raise ConfigError(f"--group-size is for --strategy local-sgd and diloco, found --strategy {config.strategy}")
     if config.outer_momentum is not None and not 0 <= config.outer_momentum < 1:
         raise ConfigError(f"--outer-momentum is {config.outer_momentum}, expected 0 to below 1")
     if averages and config.ema:
@@ -354,8 +360,8 @@ def check(config: TrainConfig) -> None:
             if values[field.name] != field.default:
                 raise ConfigError(f"{flag(field.name)} is for --strategy ps, found --strategy {config.strategy}")
     else:
-        for key in ("engine", "compression", "reduce_op", "sync_batch_norm"):
-            if values[key] not in (False, "none", "average", "horovod", "auto"):
+        for key in ("engine", "reduce_op", "sync_batch_norm"):
+            if values[key] not in (False, "average", "horovod", "auto"):
                 raise ConfigError(
                     f"{flag(key)} {values[key]} is for --strategy allreduce, found --strategy ps: drop it"
                 )

@@ -32,6 +32,7 @@ class Ours:
             adaptive_sync=config.adaptive_sync,
             outer_lr=config.outer_lr,
             outer_momentum=config.outer_momentum,
+            group_size=config.group_size,
             reduce_op=config.reduce_op,
             plan=assemble.plan(config),
         )

@@ -107,6 +107,9 @@ def plan(config: TrainConfig) -> Plan:
         push_every=config.push_every,
         fetch_every=config.fetch_every,
         prefetch=config.prefetch,
+        compression=config.compression if config.strategy == "ps" else "none",
+        compression_share=config.compression_share if config.strategy == "ps" else None,
+        compression_momentum=config.compression_momentum if config.strategy == "ps" else 0.0,
     )
 
 

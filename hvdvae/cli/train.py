@@ -122,6 +122,7 @@ def _distribute(config: TrainConfig, world: World, model: VAE, dataset: Dataset)
         adaptive_sync=config.adaptive_sync,
         outer_lr=config.outer_lr,
         outer_momentum=config.outer_momentum,
+        group_size=config.group_size,
         reduce_op=config.reduce_op,
         plan=assemble.plan(config),
     )

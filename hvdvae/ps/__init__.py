@@ -24,6 +24,7 @@ A worker
 
 Between them
     channel.py       headers and vectors from here to there; opening.py: how one is opened
+    wire.py          short messages, with a codec
     doorbell.py      how a waiting process sleeps
     memory.py        what processes of one host share
 """

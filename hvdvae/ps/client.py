@@ -14,9 +14,11 @@ from torch import Tensor
 
 from hvdvae.ps.asking import Servers
 from hvdvae.ps.channel import Channel
+from hvdvae.ps.plan import Plan
 from hvdvae.ps.protocol import ANSWER, BINS, OPTIONS, REQUEST, STATE, TEXT, Answer, Header, Kind, Request
 from hvdvae.ps.shards import pieces
 from hvdvae.ps.state import Manifest
+from hvdvae.ps.wire import PullMessage, PushMessage, codec_for
 
 
 class Copy(NamedTuple):
@@ -32,17 +34,34 @@ class Client:
     """One worker's requests to all servers. Every method blocks; a thread of its own may call it, one at a time."""
 
     def __init__(
-        self, channel: Channel, shards: list[slice], groups: list[slice], buffers: int, holders: list[list[int]]
+        self,
+        channel: Channel,
+        shards: list[slice],
+        groups: list[slice],
+        buffers: int,
+        holders: list[list[int]],
+        plan: Plan,
     ) -> None:
         """`channel.vectors[rank]` are this worker's vectors from now on.
 
-        `shards`, `groups`: slices of the whole vector; `holders`: of each shard, the ranks of server and backup.
+        `shards`, `groups`: slices of the whole vector; `holders`: of each shard, the ranks of server and backup;
+        `plan`: says which codec, if any, messages have.
         """
         self._channel, self._shards = channel, shards
         self._servers = Servers(channel, holders)
         self.outgoing, self.incoming = channel.vectors[channel.rank]
         """(P + F): what is pushed, gradient and buffers; (P): what was pulled."""
         self._groups, self._buffers = groups, buffers
+        self._pushes: list[PushMessage] = []
+        self._pulls: list[PullMessage] = []
+        """Of each shard, with a codec."""
+        make = codec_for(plan)
+        if make is not None:
+            lengths = [shard.stop - shard.start for shard in shards]
+            tails = [0] * (len(shards) - 1) + [buffers]
+            momentum = plan.compression_momentum
+            self._pushes = [PushMessage(make(n), n, tail, momentum) for n, tail in zip(lengths, tails, strict=True)]
+            self._pulls = [PullMessage(make(n), n) for n in lengths]
         self._versions = np.zeros(len(shards))
         """Updates that the pulled weights have had, a server."""
         self._sequence = 0
@@ -161,6 +180,9 @@ class Client:
             request[Request.HAS_OPTIONS] = float(options is not None)
             request[REQUEST:] = rates
             vector = self.outgoing[shard.start :] if number == len(self._shards) - 1 else self.outgoing[shard]
+            if self._pushes and finite:
+                # The last message has arrived: its push was answered.
+                vector = self._pushes[number].write(vector, self._channel.rank)
             self._servers.ask(number, partial(self._send_push, request, options, vector if finite else None))
         answers = self._answers(pull=pull)
         self.staleness = int(max(answer[Answer.STALENESS] for answer in answers))
@@ -214,7 +236,7 @@ class Client:
 
         for number in range(len(self._shards)):
             self._servers.ask(number, partial(self._send_cut, request, clocks))
-        self._answers(pull=True, rest=rest)
+        self._answers(pull=True, rest=rest, takes=goes_on)
         return Copy(buffers, [states[number] for number in sorted(states)])
 
     def _send_cut(self, request: Header, clocks: list[int], server: int) -> None:
@@ -249,10 +271,15 @@ class Client:
         request[Request.SEQUENCE] = self._sequence
         return request
 
-    def _answers(self, *, pull: bool, rest: Callable[[int, int], None] | None = None) -> list[Header]:
-        """Of all servers, to their last requests; `rest` takes what comes after the weights, from (number, rank)."""
+    def _answers(
+        self, *, pull: bool, rest: Callable[[int, int], None] | None = None, takes: bool = True
+    ) -> list[Header]:
+        """Of all servers, to their last requests; `rest` takes what comes after the weights, from (number, rank).
+
+        `takes`: this worker computes with the weights that it pulls.
+        """
         answers = [
-            self._servers.answer(number, self._sequence, partial(self._take, number, pull, rest))
+            self._servers.answer(number, self._sequence, partial(self._take, number, pull, takes, rest))
             for number in range(len(self._shards))
         ]
         self.answer = answers[0]
@@ -261,11 +288,24 @@ class Client:
         return answers
 
     def _take(
-        self, number: int, pull: bool, rest: Callable[[int, int], None] | None, server: int, answer: Header
+        self,
+        number: int,
+        pull: bool,
+        takes: bool,
+        rest: Callable[[int, int], None] | None,
+        server: int,
+        answer: Header,
     ) -> None:
         """What comes with an answer."""
         if pull and not self._channel.shares_memory(server):
-            self._channel.receive_vector(server, self.incoming[self._shards[number]])
+            into = self.incoming[self._shards[number]]
+            if answer[Answer.SHORT]:
+                self._channel.receive_vector(server, self._pulls[number].message)
+                self._pulls[number].read(into)
+            else:
+                self._channel.receive_vector(server, into)
+                if self._pulls and takes:
+                    self._pulls[number].holds(into)
         if pull:
             self._versions[number] = answer[Answer.VERSION]
         if rest is not None:

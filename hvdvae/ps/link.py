@@ -10,14 +10,18 @@ from torch import Tensor
 
 from hvdvae.errors import WorldError
 from hvdvae.ps.channel import Channel
-from hvdvae.ps.protocol import STATE, TEXT, Header
+from hvdvae.ps.plan import Plan
+from hvdvae.ps.protocol import STATE, TEXT, Answer, Header
+from hvdvae.ps.wire import PullMessage, PushMessage, codec_for
 
 
 class Link:
     """A server's, while it has no backup. `hear` and the three that take what follows a header block."""
 
-    def __init__(self, channel: Channel, shard: slice, *, is_last: bool, buffers: int) -> None:
-        """Lay out memory. `buffers`: F."""
+    def __init__(
+        self, channel: Channel, shard: slice, *, is_last: bool, buffers: int, plan: Plan | None = None
+    ) -> None:
+        """Lay out memory. `buffers`: F; `plan`: says which codec, if any, messages have."""
         self.channel = channel
         self.length = shard.stop - shard.start
         self._received: list[Tensor] = []
@@ -28,6 +32,16 @@ class Link:
             views = _vectors_of(channel, worker, shard, is_last=is_last)
             self._received.append(views[0] if views else torch.empty(self.length + buffers, dtype=channel.dtype))
             self._pulled.append(views[1] if views else None)
+        make = codec_for(plan) if plan is not None else None
+        self._pushes: PushMessage | None = None
+        self._pulls: list[PullMessage] = []
+        """Of each worker, with a codec."""
+        self.push_bytes: int = self._received[0].nbytes if self._received else 0
+        """Of one push."""
+        if make is not None:
+            self._pushes = PushMessage(make(self.length), self.length, buffers, 0.0)
+            self._pulls = [PullMessage(make(self.length), self.length) for _ in range(channel.workers)]
+            self.push_bytes = self._pushes.message.nbytes
 
     @property
     def speaks(self) -> bool:
@@ -50,16 +64,29 @@ class Link:
         """What a worker has pushed (P + F); stays so until the worker is answered, and may be overwritten."""
         if not self.channel.shares_memory(worker):
             self.channel.flush(worker)  # The buffer may still be on its way out, as an answer.
-            self.channel.receive_vector(worker, self._received[worker])
+            if self._pushes is not None:
+                self.channel.receive_vector(worker, self._pushes.message)
+                self._pushes.read(self._received[worker])
+            else:
+                self.channel.receive_vector(worker, self._received[worker])
         return self._received[worker]
 
     def admit(self, worker: int) -> None:
         """A new worker takes this one's place, which shares no memory."""
         self._received[worker] = torch.empty_like(self._received[worker])
         self._pulled[worker] = None
+        if self._pulls:
+            self._pulls[worker].is_known = False
 
-    def answer(self, worker: int, header: Header, vector: Tensor | None) -> None:
-        """Answer with a header, and weights (P,) if the worker wants them."""
+    def answer(
+        self, worker: int, header: Header, vector: Tensor | None, *, is_push: bool = False, takes: bool = True
+    ) -> int:
+        """Answer with a header, and weights (P,) if the worker wants them. Returns bytes of weights that travel.
+
+        `is_push`: the answer to a push, which a codec may make short; `takes`: the worker computes with these weights.
+        """
+        if vector is not None and self._pulls:
+            return self._answer_short(worker, header, vector, is_push=is_push, takes=takes)
         pulled = self._pulled[worker]
         if vector is not None and pulled is not None:
             pulled.copy_(vector)
@@ -68,6 +95,21 @@ class Link:
             # From the buffer of this worker, whose push is done with: the weights may change while they travel.
             self.channel.flush(worker)
             self.channel.send_vector(worker, self._received[worker][: self.length].copy_(vector))
+        return 0 if vector is None else vector.nbytes
+
+    def _answer_short(self, worker: int, header: Header, vector: Tensor, *, is_push: bool, takes: bool) -> int:
+        pull = self._pulls[worker]
+        self.channel.flush(worker)
+        if is_push and pull.is_known:
+            header[Answer.SHORT] = 1
+            sent = pull.write(vector, worker)
+        else:
+            sent = self._received[worker][: self.length].copy_(vector)
+            if takes:
+                pull.holds(vector)
+        self.channel.send(worker, header)
+        self.channel.send_vector(worker, sent)
+        return sent.nbytes
 
     def send_text(self, worker: int, record: Any) -> None:
         """A JSON-able record after an answer."""

@@ -53,7 +53,14 @@ def meet(world: World, hello: Hello, plan: Plan) -> Meeting:
     with world.watchdog.waiting("memory shared by workers and parameter servers"):
         lengths = (first["parameters"], first["buffers"])
         dtype = getattr(torch, first["dtype"])
-        channel = open_channel(world.everyone, workers=workers, lengths=lengths, dtype=dtype, peers=peers)
+        channel = open_channel(
+            world.everyone,
+            workers=workers,
+            lengths=lengths,
+            dtype=dtype,
+            peers=peers,
+            may_share=plan.compression == "none",
+        )
     return Meeting(channel, cut(groups, shards), groups, first)
 
 

@@ -20,10 +20,17 @@ from hvdvae.world.shared_memory import fits
 
 
 def open_channel(
-    comm: Any, *, workers: int, lengths: tuple[int, int], dtype: torch.dtype, peers: Iterable[int]
+    comm: Any,
+    *,
+    workers: int,
+    lengths: tuple[int, int],
+    dtype: torch.dtype,
+    peers: Iterable[int],
+    may_share: bool,
 ) -> Channel:
     """Open this rank's end, on a duplicate of `comm`. `lengths`: P and F; `peers`: ranks that it will hear of.
 
+    `may_share`: whether vectors may be exchanged in shared memory, as they are.
     Blocks; every rank of `comm` must call it.
     """
     comm = comm.Dup()
@@ -32,7 +39,7 @@ def open_channel(
     host: Any = comm.Split_type(MPI.COMM_TYPE_SHARED)
     neighbours: list[int] = host.allgather(rank)
     mine = (2 * lengths[0] + lengths[1]) * dtype.itemsize if rank < workers else 0
-    shares = host.size > 1 and fits(host, host.allreduce(mine, MPI.MAX))
+    shares = may_share and host.size > 1 and fits(host, host.allreduce(mine, MPI.MAX))
     bell = Doorbell(token, rank)
     vectors = {}
     if mine:

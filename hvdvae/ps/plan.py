@@ -6,6 +6,7 @@ from hvdvae.errors import ConfigError
 from hvdvae.ps.rules import RULES
 
 CONSISTENCIES = ("asp", "ssp", "bsp")
+COMPRESSIONS = ("fp16", "bf16", "int8", "sign", "topk")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,11 @@ class Plan:
     """Steps of a worker between two pulls: a multiple of `push_every`, by default the same."""
     prefetch: bool = False
     """Compute the next step while the push and pull of the last are under way."""
+
+    compression: str = "none"
+    """Codec of pushes and pulls: none, or one of COMPRESSIONS."""
+    compression_share: float | None = None
+    compression_momentum: float = 0.0
 
     def check(self, *, workers: int, servers: int) -> None:
         """Raises ConfigError naming the flag to change. `servers`: ranks that serve, backups too."""
@@ -69,6 +75,26 @@ class Plan:
             )
         self._check_rule()
         self._check_periods()
+        self._check_compression()
+
+    def _check_compression(self) -> None:
+        if self.compression == "none":
+            return
+        if self.compression not in COMPRESSIONS:
+            raise ConfigError(
+                f"--compression {self.compression} needs ranks that average, and parameter servers take pushes one by "
+                f"one: use one of {', '.join(COMPRESSIONS)}, or --strategy allreduce"
+            )
+        if self.rule == "easgd":
+            raise ConfigError(
+                f"--compression {self.compression} is for gradients, and --rule easgd pushes weights: use --strategy "
+                "local-sgd, which compresses differences"
+            )
+        if self.replicas:
+            raise ConfigError(
+                f"--compression {self.compression} does not go with --replicas {self.replicas}: a backup does not know "
+                "what a worker holds; drop one of them"
+            )
 
     def _check_rule(self) -> None:
         if self.strength is not None and not self.rule.startswith("dcasgd"):

@@ -11,6 +11,7 @@
     VECTOR   worker -> server  gradient (or weights) of the  the model's, (shard,)
                                server's shard
     VECTOR   server -> worker  weights (or elastic force)    the model's, (shard,)
+    VECTOR   both              with --compression: a codec's message       uint8 (ps/wire.py)
     TEXT     both              JSON: manifest of a state     uint8
     STATE    both              state of the optimizer        the model's, (piece of the shard,)
 
@@ -103,24 +104,26 @@ class Answer(IntEnum):
     DROPPED_MINE = 4
     """1: the push came too late for its step."""
     SIGNAL = 5
-    UPDATES = 6
-    DROPPED = 7
-    STEPS = 8
-    EXAMPLES = 9
-    FINITE = 10
-    LOSS = 11
-    RATE = 12
-    DISTORTION = 13
-    DATA_SECONDS = 14
-    BLOCKED_SECONDS = 15
-    SECONDS = 16
-    STALENESS_SUM = 17
-    STALENESS_MAX = 18
-    PUSHES = 19
-    QUEUE_SECONDS = 20
+    SHORT = 6
+    """1: the weights that follow are a codec's message."""
+    UPDATES = 7
+    DROPPED = 8
+    STEPS = 9
+    EXAMPLES = 10
+    FINITE = 11
+    LOSS = 12
+    RATE = 13
+    DISTORTION = 14
+    DATA_SECONDS = 15
+    BLOCKED_SECONDS = 16
+    SECONDS = 17
+    STALENESS_SUM = 18
+    STALENESS_MAX = 19
+    PUSHES = 20
+    QUEUE_SECONDS = 21
     """From a push to its answer, summed over pushes."""
-    BYTES_PUSHED = 21
-    BYTES_PULLED = 22
+    BYTES_PUSHED = 22
+    BYTES_PULLED = 23
     """Of vectors, also where they are in shared memory."""
 
 

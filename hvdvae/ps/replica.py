@@ -69,7 +69,9 @@ class Primary(Link):
         self._tell_vector(push, VECTOR)
         return push
 
-    def answer(self, worker: int, header: Header, vector: Tensor | None) -> None:
+    def answer(
+        self, worker: int, header: Header, vector: Tensor | None, *, is_push: bool = False, takes: bool = True
+    ) -> int:
         """As Link's, once the backup holds all that led to it. Blocks for that."""
         while self._backup is not None and self._unconfirmed:
             try:
@@ -77,7 +79,7 @@ class Primary(Link):
                 self._unconfirmed -= 1
             except PeersDied:
                 self._go_on_alone()
-        super().answer(worker, header, vector)
+        return super().answer(worker, header, vector, is_push=is_push, takes=takes)
 
     def lost_server(self, rank: int) -> bool:
         """Its backup: go on without. Any other is that server's backup's affair."""
@@ -163,10 +165,13 @@ class Backup(Link):
         self._take(self._held[worker], VECTOR)
         return self._held[worker]
 
-    def answer(self, worker: int, header: Header, vector: Tensor | None) -> None:
+    def answer(
+        self, worker: int, header: Header, vector: Tensor | None, *, is_push: bool = False, takes: bool = True
+    ) -> int:
         """The primary does, while it lives; a worker that has not come yet will ask again."""
         if worker in self._turned_to_me:
-            super().answer(worker, header, vector)
+            return super().answer(worker, header, vector, is_push=is_push, takes=takes)
+        return 0 if vector is None else vector.nbytes
 
     def send_text(self, worker: int, record: Any) -> None:
         """After an answer, if there was one."""

@@ -29,7 +29,7 @@ def serve(world: World, plan: Plan) -> None:
     number = world.rank % shards
     shard, is_last = meeting.shards[number], number == shards - 1
     buffers = meeting.hello["buffers"] if is_last else 0
-    link = _link(channel, shard, is_last, buffers, partners(channel.workers, shards, plan)[number])
+    link = _link(channel, shard, is_last, buffers, partners(channel.workers, shards, plan)[number], plan)
     weights = Weights(
         plan,
         workers=channel.workers,
@@ -50,9 +50,9 @@ def serve(world: World, plan: Plan) -> None:
     channel.close()
 
 
-def _link(channel: Channel, shard: slice, is_last: bool, buffers: int, holders: list[int]) -> Link:
+def _link(channel: Channel, shard: slice, is_last: bool, buffers: int, holders: list[int], plan: Plan) -> Link:
     if len(holders) == 1:
-        return Link(channel, shard, is_last=is_last, buffers=buffers)
+        return Link(channel, shard, is_last=is_last, buffers=buffers, plan=plan)
     primary, backup = holders
     if channel.rank == primary:
         return Primary(channel, shard, is_last=is_last, buffers=buffers, backup=backup)

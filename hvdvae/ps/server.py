@@ -200,7 +200,7 @@ class Server:
         self._epochs[worker] = float(request[Request.EPOCHS])
         self.ledger.reported(worker, request)
         if request[Request.KIND] == Kind.PUSH:
-            self.ledger.totals[Answer.BYTES_PUSHED] += self._pushes[worker].nbytes
+            self.ledger.totals[Answer.BYTES_PUSHED] += self._link.push_bytes
             self._weights.buffers[worker] = self._pushes[worker][self._weights.length :]
         self._act(self._policy.push(worker))
 
@@ -235,9 +235,12 @@ class Server:
         self.ledger.totals[Answer.QUEUE_SECONDS] += time.perf_counter() - self._arrived[worker]
         if request[Request.WANTS]:
             self._weights.answered(worker)
-        self._reply(worker, request, self._weights.answer(worker) if request[Request.WANTS] else None)
+        weights = self._weights.answer(worker) if request[Request.WANTS] else None
+        self._reply(worker, request, weights, is_push=True)
 
-    def _reply(self, worker: int, request: Header, vector: Tensor | None = None) -> None:
+    def _reply(
+        self, worker: int, request: Header, vector: Tensor | None = None, *, is_push: bool = False, takes: bool = True
+    ) -> None:
         workers = self._workers
         header = np.empty(ANSWER + 2 * workers + BINS)
         header[:ANSWER] = self.ledger.totals
@@ -251,9 +254,9 @@ class Server:
             header[ANSWER + other] = -1 if other in self._attendance.missing else self._clock(other)
         header[ANSWER + workers : ANSWER + 2 * workers] = self.ledger.step_seconds
         header[ANSWER + 2 * workers :] = self.ledger.histogram
-        if vector is not None:
-            self.ledger.totals[Answer.BYTES_PULLED] += vector.nbytes
-        self._link.answer(worker, header, vector)
+        self.ledger.totals[Answer.BYTES_PULLED] += self._link.answer(
+            worker, header, vector, is_push=is_push, takes=takes
+        )
 
     def _continue_cut(self) -> None:
         """Apply what belongs to the cut; once it is complete, send it and go on."""
@@ -265,7 +268,7 @@ class Server:
         worker, request, _ = self._cut.asked
         if request[Request.GOES_ON]:
             self._weights.answered(worker)
-        self._reply(worker, request, self._weights.vector)
+        self._reply(worker, request, self._weights.vector, takes=bool(request[Request.GOES_ON]))
         if self._weights.buffers.shape[1]:
             self._link.send_state(worker, self._weights.buffers.view(-1))
         if request[Request.WANTS]:

@@ -1,5 +1,6 @@
 """Ways of parallelizing SGD, each an optimizer: `DistributedOptimizer(optimizer, model, strategy=...)`."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -35,6 +36,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     adaptive_sync: bool = False,
     outer_lr: float | None = None,
     outer_momentum: float | None = None,
+    group_size: int = 1,
     reduce_op: str = "average",
     process_set: Any = None,
     servers: int | None = None,
@@ -54,7 +56,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     compression: of gradients on the wire: none, or a codec of hvdvae.compression; its share, rank and momentum
         correction, where it has them.
     sync_every, adaptive_sync: steps between two averages, and whether they become fewer as the loss falls (local-sgd,
-        diloco). outer_lr, outer_momentum: of diloco.
+        diloco). outer_lr, outer_momentum: of diloco. group_size: ranks that average at every step; 0: those of a host.
     reduce_op: average, or adasum (engine horovod; Maleki et al. 2021).
     process_set: the horovod ProcessSet that trains this model (engine horovod; default all ranks).
     servers: pieces of the weights, each with a rank that serves it, the last ones (ps; default those of `world`, or 1).
@@ -77,7 +79,11 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     if strategy in SYNC_EVERY:
         from hvdvae.strategies.local_sgd import DiLoCo, LocalSgd
 
-        options |= {"sync_every": sync_every or SYNC_EVERY[strategy], "adaptive": adaptive_sync}
+        options |= {
+            "sync_every": sync_every or SYNC_EVERY[strategy],
+            "adaptive": adaptive_sync,
+            "group_size": group_size,
+        }
         options |= {"compression": compression, **short}
         if strategy == "local-sgd":
             return LocalSgd(optimizer, model, world, **options)
@@ -85,7 +91,15 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
         options["outer_momentum"] = OUTER_MOMENTUM if outer_momentum is None else outer_momentum
         return DiLoCo(optimizer, model, world, **options)
     if strategy == "ps":
-        return _ps(optimizer, model, world, servers, plan or Plan(), options)
+        plan = plan or Plan()
+        if compression != "none":
+            plan = replace(
+                plan,
+                compression=compression,
+                compression_share=compression_share,
+                compression_momentum=compression_momentum,
+            )
+        return _ps(optimizer, model, world, servers, plan, options)
     if strategy != "allreduce":
         raise ConfigError(f"strategy (--strategy) is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
     chosen = choose_engine(engine, world, compression=compression, reduce_op=reduce_op, process_set=process_set)

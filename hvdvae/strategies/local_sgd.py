@@ -8,6 +8,8 @@
 local-sgd has outer lr 1 and no outer momentum: the mean of the weights (Stich 2019). diloco has Nesterov's momentum
 (Douillard et al. 2023: inner AdamW, outer lr 0.7, momentum 0.9). Adaptive H: H sqrt(loss now / first loss), so ranks
 average more often as they come closer (AdaComm, Wang and Joshi 2019). The inner optimizer's state is each rank's own.
+Hierarchical: ranks of a group average their gradients at every step, as allreduce does, and only groups have weights of
+their own in between.
 """
 
 import math
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hvdvae.errors import ConfigError, NonFiniteError
+from hvdvae.errors import ConfigError, NonFiniteError, WorldError
 from hvdvae.strategies.mean import mean_over_ranks
 from hvdvae.strategies.strategy import Strategy
 from hvdvae.world import World
@@ -42,6 +44,7 @@ class LocalSgd(Strategy):
         adaptive: bool = False,
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
+        group_size: int = 1,
         compression: str = "none",
         share: float | None = None,
         rank: int | None = None,
@@ -50,14 +53,17 @@ class LocalSgd(Strategy):
     ) -> None:
         """As Strategy. `sync_every`: H, and the largest one if `adaptive`; `compression` to `momentum` as in mean.py.
 
-        Raises ConfigError.
+        `group_size`: ranks that average gradients at every step, 0 for those of a host; one of each then averages with
+        the others' (Lin et al. 2020, hierarchical local SGD). Raises ConfigError, WorldError for unequal groups.
         """
         if sync_every < 1:
             raise ConfigError(f"sync_every (--sync-every) is {sync_every}, expected at least 1 step")
         super().__init__(optimizer, model, world, **options)
         flat = self.flat
+        self._group, leaders = _groups(world, group_size)
+        """Ranks that step alike."""
         self._mean = mean_over_ranks(
-            world, flat.parameters, flat.shapes, compression, share=share, rank=rank, momentum=momentum
+            leaders, flat.parameters, flat.shapes, compression, share=share, rank=rank, momentum=momentum
         )
         self._compression = compression
         self._sync_every, self._adaptive = sync_every, adaptive
@@ -82,7 +88,9 @@ class LocalSgd(Strategy):
             self._losses += torch.tensor([value, 1.0] if math.isfinite(value) else [0.0, 0.0])
 
     def exchange(self, gradient: Tensor) -> None:
-        """Gradients stay each rank's own."""
+        """Gradients stay each group's own."""
+        if self._group.size > 1:
+            self._group.sum_(gradient, "average of gradients in a group").div_(self._group.size)
 
     def update(self) -> None:
         """This rank's own step; blocks where H are done, and there every rank must come."""
@@ -98,7 +106,10 @@ class LocalSgd(Strategy):
     def average(self) -> None:
         """Meet. Blocks; every rank must call it after as many steps. Raises NonFiniteError on all ranks."""
         difference = torch.sub(self._anchor, self.flat.parameters, out=self._difference)
-        self._mean.mean_(difference)
+        if self._group.rank == 0:
+            self._mean.mean_(difference)
+        if self._group.size > 1:
+            self._group.broadcast_(difference, what="mean of all groups")
         if not bool(torch.isfinite(torch.dot(difference, difference))):
             raise NonFiniteError(
                 f"weights of some rank were not finite at the average after step {self._steps}: lower --lr, set "
@@ -132,7 +143,8 @@ class LocalSgd(Strategy):
             if self._since:
                 self.average()
             self._share_state()
-            self._mean.settle()
+            if self._group.rank == 0:
+                self._mean.settle()
         own = self.flat.parameters.clone() if self._since else None
         if own is not None:
             self.world.sum_(self.flat.parameters, "average of weights").div_(self.world.size)
@@ -191,6 +203,33 @@ class LocalSgd(Strategy):
             for value in entries.values():
                 if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1:
                     self.world.sum_(value, "average of the optimizers' states").div_(self.world.size)
+
+
+def _groups(world: World, group_size: int) -> tuple[World, World]:
+    """This rank's group, and, of the first rank of each, all such: they average for the others.
+
+    Blocks; every rank must call it.
+    """
+    if group_size == 1:
+        return World.alone(device=str(world.device)), world
+    group = world.part(_number_of_group(world, group_size))
+    return group, world.part(group.rank)
+
+
+def _number_of_group(world: World, group_size: int) -> int:
+    """This rank's. Blocks; every rank must call it."""
+    if group_size == 0:
+        hosts = world.gather_objects(world.host)
+        counts = {hosts.count(host) for host in hosts}
+        if len(counts) > 1:
+            raise WorldError(
+                f"--group-size 0 needs as many ranks on every host, found {sorted(counts)}: start equally many, or set "
+                "--group-size to a number that divides the ranks"
+            )
+        return hosts.index(world.host)
+    if group_size < 0 or world.size % group_size:
+        raise ConfigError(f"--group-size is {group_size}, expected 0 or a number that divides the {world.size} ranks")
+    return world.rank // group_size
 
 
 class DiLoCo(LocalSgd):

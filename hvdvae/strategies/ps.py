@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -61,10 +62,14 @@ class ParameterServer(Strategy):
             )
         super().__init__(optimizer, model, world, **options)
         flat = self.flat
+        if plan.compression != "none" and flat.parameters.dtype != torch.float32:
+            raise ConfigError(
+                f"--compression {plan.compression} works on float32 vectors, found {flat.parameters.dtype}: drop it"
+            )
         hello = worker_hello(plan, flat, type(optimizer).__name__, clipped_there)
         self._channel, shards, groups, _ = (meet_running if world.joins else meet)(world, hello, plan)
         holders = partners(self._channel.workers, len(shards), plan)
-        self.client = Client(self._channel, shards, groups, flat.buffers.numel(), holders)
+        self.client = Client(self._channel, shards, groups, flat.buffers.numel(), holders, plan)
         kind = exchange_of(plan)
         if kind.shares_vectors:
             flat.move_gradient(self.client.outgoing[: flat.gradient.numel()])

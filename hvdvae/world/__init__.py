@@ -88,6 +88,7 @@ class World:
         self.role: Literal["trainer", "server"] = "server" if serves else "trainer"
         self._closing: list[Callable[[], None]] = []
         self._carrier = carrier
+        self._launch = launch
         self._horovod: Any = None
 
     @classmethod
@@ -140,6 +141,21 @@ class World:
         carrier = Alone()
         watchdog = Watchdog(rank=0, size=1, seconds=DEFAULT_DEADLINE)
         return cls(Launch(launcher="none"), carrier, choose_device(device, 0), watchdog)
+
+    def part(self, number: int) -> "World":
+        """The World of those trainers that give the same number. Blocks; every trainer must call it.
+
+        Raises WorldError without MPI, whose communicators it needs.
+        """
+        if self.size == 1:
+            return World.alone(device=str(self.device))
+        if self.comm is None:
+            raise WorldError("parts of the ranks need MPI: start with mpirun, srun or horovodrun --mpi")
+        from hvdvae.world.mpi import MpiCollectives
+
+        with self.watchdog.waiting("split of the ranks"):
+            carrier = MpiCollectives(self.comm.Split(number, self.rank))
+        return World(self._launch, carrier, self.device, self.watchdog, carrier.comm)
 
     @property
     def is_first(self) -> bool:

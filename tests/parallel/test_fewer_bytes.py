@@ -178,6 +178,25 @@ def test_diloco_has_nesterovs_outer_steps(world: World) -> None:
     torch.testing.assert_close(found, simulated(world.size, 12, 3, "adamw", 0.7, 0.9), atol=2e-6, rtol=2e-5)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_group_is_one_replica_with_all_of_its_examples(world: World, size: int) -> None:
+    """Hierarchical: groups of all ranks are allreduce, of one rank plain local SGD."""
+    if world.size % size or (world.comm is None and world.size > 1):
+        pytest.skip(f"{world.size} ranks without groups of {size}")
+    found = weights(trained(world, 10, "local-sgd", "adam", sync_every=4, group_size=size))
+    expected = simulated(world.size // size, 10, 4, "adam")
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-5)
+    assert same_on_all(world, found)
+
+
+def test_the_ranks_of_this_host_are_one_group(world: World) -> None:
+    if world.comm is None and world.size > 1:
+        pytest.skip("needs MPI")
+    found = weights(trained(world, 6, "local-sgd", "sgd", sync_every=100, group_size=0))
+    torch.testing.assert_close(found, weights(trained(world, 6, "allreduce")), atol=1e-6, rtol=1e-5)
+    assert same_on_all(world, found)
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_differences_travel_compressed_and_weights_stay_the_same_on_all(world: World, codec: str) -> None:
     model = trained(world, 9, "local-sgd", "adam", sync_every=3, compression=codec)
@@ -233,6 +252,8 @@ def test_weights_that_are_not_finite_end_the_run_on_all_ranks(world: World) -> N
 
 
 def test_what_does_not_go_together_is_refused(world: World) -> None:
+    with pytest.raises(ConfigError, match="--group-size is 3"):
+        wrapped(world, network(0), "local-sgd", sync_every=2, group_size=3)
     with pytest.raises(ConfigError, match="sync_every"):
         wrapped(world, network(0), "local-sgd", sync_every=-1)
     with pytest.raises(ConfigError, match="--compression-momentum is for"):

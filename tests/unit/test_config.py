@@ -65,7 +65,6 @@ def test_rates_and_times_are_finite_and_above_zero(key: str, value: float) -> No
         ({"model": "conv", "sync_batch_norm": True}, ["--sync-batch-norm", "--batch-norm"]),
         ({"momentum": 0.9}, ["--momentum", "--optimizer adam"]),
         ({"strategy": "local", "compression": "fp16"}, ["--compression", "--strategy local"]),
-        ({"strategy": "ps", "compression": "int8"}, ["--compression", "--strategy allreduce"]),
         ({"compression_share": 0.1}, ["--compression-share", "topk and randomk", "--compression none"]),
         ({"compression_share": 1.5, "compression": "topk"}, ["--compression-share", "1.5"]),
         ({"compression_rank": 2, "compression": "int8"}, ["--compression-rank", "powersgd"]),
@@ -75,6 +74,7 @@ def test_rates_and_times_are_finite_and_above_zero(key: str, value: float) -> No
         ({"sync_every": 0, "strategy": "local-sgd"}, ["--sync-every", "at least 1"]),
         ({"outer_lr": 0.5, "strategy": "local-sgd"}, ["--outer-lr", "diloco"]),
         ({"outer_momentum": 1.0, "strategy": "diloco"}, ["--outer-momentum", "below 1"]),
+        ({"group_size": 2}, ["--group-size", "local-sgd and diloco"]),
         ({"strategy": "local-sgd", "ema": 0.9}, ["--ema", "local-sgd"]),
         ({"strategy": "diloco", "reduce_op": "adasum"}, ["--reduce-op", "--strategy allreduce"]),
         ({"strategy": "local", "reduce_op": "adasum"}, ["--reduce-op", "--strategy local"]),
@@ -96,7 +96,7 @@ def test_what_does_not_go_together_names_the_flags(options: dict[str, Any], word
 def test_the_defaults_and_the_least_values_are_accepted() -> None:
     TrainConfig()
     least = {key: int(value) for key, value in training._AT_LEAST.items()}
-    for_averages = {key: least.pop(key) for key in ("sync_every", "compression_rank")}
+    for_averages = {key: least.pop(key) for key in ("sync_every", "compression_rank", "group_size")}
     TrainConfig(**{**least, "strategy": "ps", "consistency": "ssp"})
     TrainConfig(strategy="local-sgd", compression="powersgd", **for_averages)
     TrainConfig(model="conv", batch_norm=True, sync_batch_norm=True, optimizer="sgd", momentum=0.9, ema=0.999)

@@ -30,6 +30,8 @@ from hvdvae.ps.plan import Plan
         ({"prefetch": True, "push_every": 2}, "--prefetch goes with a push and a pull at every step"),
         ({"prefetch": True, "rule": "dcasgd"}, "--prefetch computes with weights that are one pull older"),
         ({"rule": "easgd", "push_every": 2, "fetch_every": 4}, "--rule easgd pulls when it pushes"),
+        ({"compression": "powersgd"}, "use one of fp16, bf16, int8, sign, topk"),
+        ({"compression": "int8", "rule": "easgd"}, "--rule easgd pushes weights"),
         ({"replicas": 2}, "--replicas is 2, expected 0 or 1"),
         ({"replicas": 1}, "1 ranks serve, and --replicas 1 makes pairs of them"),
     ],
@@ -44,6 +46,12 @@ def test_workers_are_replaced_by_the_only_server() -> None:
     Plan(replace_workers=True).check(workers=2, servers=1)
     with pytest.raises(ConfigError, match="--replace-workers with 2 ranks that serve"):
         Plan(replace_workers=True).check(workers=2, servers=2)
+
+
+def test_a_backup_does_not_know_what_workers_hold() -> None:
+    Plan(compression="int8").check(workers=2, servers=2)
+    with pytest.raises(ConfigError, match="--replicas 1"):
+        Plan(compression="int8", replicas=1).check(workers=2, servers=2)
 
 
 def test_backup_workers_have_one_server() -> None:

@@ -1,0 +1,67 @@
+"""Short messages of the parameter server: what one end writes, the other reads, and nothing is lost on the way."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hvdvae.ps.plan import COMPRESSIONS, Plan
+from hvdvae.ps.wire import PullMessage, PushMessage, codec_for
+
+LENGTH, BUFFERS = 5001, 7
+
+
+def vector(length: int, seed: int) -> Tensor:
+    return torch.randn(length, generator=torch.Generator().manual_seed(seed))
+
+
+def ends(codec: str, buffers: int, momentum: float = 0.0) -> tuple[PushMessage, PushMessage]:
+    make = codec_for(Plan(compression=codec))
+    assert make is not None
+    return tuple(PushMessage(make(LENGTH), LENGTH, buffers, momentum) for _ in range(2))  # type: ignore[return-value]
+
+
+def pulls(codec: str) -> tuple[PullMessage, PullMessage]:
+    make = codec_for(Plan(compression=codec))
+    assert make is not None
+    return PullMessage(make(LENGTH), LENGTH), PullMessage(make(LENGTH), LENGTH)
+
+
+@pytest.mark.parametrize("codec", COMPRESSIONS)
+def test_pushes_bring_all_of_the_gradients_in_the_end(codec: str) -> None:
+    writer, reader = ends(codec, BUFFERS)
+    given, brought = torch.zeros(LENGTH), torch.zeros(LENGTH)
+    into = torch.zeros(LENGTH + BUFFERS)
+    gradient = vector(LENGTH, 0)
+    for step in range(400):
+        pushed = torch.cat([gradient, vector(BUFFERS, step)])
+        before = pushed.clone()
+        reader.message.copy_(writer.write(pushed, key=1))
+        reader.read(into)
+        assert torch.equal(pushed, before)
+        assert torch.equal(into[LENGTH:], pushed[LENGTH:]), "buffers come as they are"
+        given += gradient
+        brought += into[:LENGTH]
+    # What is remembered does not grow with the number of steps.
+    assert float((given - brought).norm() / given.norm()) < 0.3 if codec == "topk" else 0.05
+    assert writer.message.nbytes < 4 * (LENGTH + BUFFERS)
+
+
+@pytest.mark.parametrize("codec", COMPRESSIONS)
+def test_pulls_come_to_the_weights_and_both_ends_know_what_is_held(codec: str) -> None:
+    server, worker = pulls(codec)
+    start, weights = vector(LENGTH, 0), vector(LENGTH, 1)
+    for end in (server, worker):
+        assert not end.is_known
+        end.holds(start)
+    held = torch.zeros(LENGTH)
+    distances = []
+    for _ in range(400):
+        worker.message.copy_(server.write(weights, key=3))
+        worker.read(held)
+        distances.append(float((weights - held).norm()))
+    assert distances[-1] < 1e-2 * float((weights - start).norm())
+    assert distances[-1] <= distances[0]
+
+
+def test_no_codec_no_messages() -> None:
+    assert codec_for(Plan()) is None
