@@ -1,13 +1,14 @@
 """Everything that a training run can be told.
 
 Each field is a flag (`--batch-size`) and a key of the YAML file (`batch_size`).
-The docstring under a field is its help. Checks of one field or of several together are in `check`, before any work.
+The docstring under a field is its help. What a field may hold, and which go together: config_check.py.
 """
 
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from hvdvae.errors import ConfigError
+from hvdvae.config_check import check
+from hvdvae.config_check import flag as flag
 
 Likelihood = Literal["bernoulli", "gaussian", "discretized-logistic"]
 LIKELIHOODS: tuple[str, ...] = get_args(Likelihood)
@@ -224,7 +225,11 @@ class TrainConfig(
 
     def __post_init__(self) -> None:
         """Refuse what cannot work. Raises ConfigError naming the flag."""
-        check(self)
+        check(self, {name: field.default for name, field in self.__dataclass_fields__.items()}, _names(ServerOptions))
+
+
+def _names(options: type) -> list[str]:
+    return [field.name for field in fields(options)]
 
 
 GROUPS: tuple[type, ...] = (
@@ -238,134 +243,3 @@ GROUPS: tuple[type, ...] = (
     RunOptions,
 )
 """In the order of --help."""
-
-_AT_LEAST: dict[str, float] = {
-    "epochs": 1,
-    "batch_size": 1,
-    "accumulate": 1,
-    "samples": 1,
-    "threads": 1,
-    "validate_every": 1,
-    "checkpoint_every": 1,
-    "keep": 1,
-    "servers": 1,
-    "push_every": 1,
-    "fetch_every": 1,
-    "staleness": 0,
-    "backup_workers": 0,
-    "replicas": 0,
-    "dc_strength": 0,
-    "compression_rank": 1,
-    "sync_every": 1,
-    "group_size": 0,
-    "validation": 1,
-    "skip_limit": 1,
-    "nll_samples": 0,
-    "pictures_every": 0,
-    "beta": 0,
-    "beta_warmup": 0,
-    "free_bits": 0,
-    "warmup": 0,
-    "weight_decay": 0,
-    "momentum": 0,
-    "seed": 0,
-}
-_ABOVE_ZERO = ("sigma", "outer_lr", "lr", "eps", "clip_norm", "deadline", "step_epochs", "gamma")
-
-
-def flag(key: str) -> str:
-    """The flag of a key: batch_size -> --batch-size."""
-    return "--" + key.replace("_", "-")
-
-
-def check(config: TrainConfig) -> None:
-    """Refuse values outside their range and options that do not go together. Pure; raises ConfigError."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    for key, least in _AT_LEAST.items():
-        if values[key] is not None and not values[key] >= least:
-            raise ConfigError(f"{flag(key)} is {values[key]}, expected at least {least:g}")
-        if values[key] == float("inf"):
-            raise ConfigError(f"{flag(key)} is inf, expected a finite number")
-    for key in _ABOVE_ZERO:
-        if values[key] is not None and not 0 < values[key] < float("inf"):
-            raise ConfigError(f"{flag(key)} is {values[key]}, expected a finite number above 0")
-    if config.seed >= 2**63:
-        raise ConfigError(f"--seed is {config.seed}, expected less than 2**63")
-    if not 0 <= config.compression_momentum < 1:
-        raise ConfigError(f"--compression-momentum is {config.compression_momentum}, expected 0 to below 1")
-    for key, codecs in (
-        ("compression_share", ("topk", "randomk")),
-        ("compression_rank", ("powersgd",)),
-        ("compression_momentum", ("topk", "randomk")),
-    ):
-        if values[key] and config.compression not in codecs:
-            raise ConfigError(
-                f"{flag(key)} is for --compression {' and '.join(codecs)}, found --compression {config.compression}"
-            )
-    if config.compression_share is not None and not 0 < config.compression_share <= 1:
-        raise ConfigError(f"--compression-share is {config.compression_share}, expected a part of 1 above 0")
-    if config.compression_momentum and (config.optimizer != "sgd" or config.momentum):
-        raise ConfigError(
-            "--compression-momentum takes the place of the optimizer's: use --optimizer sgd without --momentum"
-        )
-    if config.momentum >= 1:
-        raise ConfigError(f"--momentum is {config.momentum}, expected less than 1")
-    if not 0 <= config.ema < 1:
-        raise ConfigError(f"--ema is {config.ema}, expected a decay from 0 (none) to below 1, such as 0.999")
-    for key in ("hidden", "latent"):
-        sizes = values[key]
-        if sizes is not None and (not sizes or min(sizes) < 1):
-            raise ConfigError(f"{flag(key)} is {sizes}, expected sizes of at least 1")
-    if config.sigma is not None and config.likelihood != "gaussian":
-        raise ConfigError(f"--sigma is for --likelihood gaussian, found --likelihood {config.likelihood}")
-    if config.objective == "iwae" and config.free_bits:
-        raise ConfigError("--free-bits goes with --objective elbo only: IWAE has no rate of its own to hold up")
-    if config.objective == "iwae" and (config.beta != 1 or config.beta_warmup):
-        raise ConfigError("--beta and --beta-warmup go with --objective elbo only: the bound of IWAE has no weights")
-    if config.free_bits and (config.beta != 1 or config.beta_warmup):
-        raise ConfigError("--free-bits does not go with --beta and --beta-warmup: it weighs the rate by itself")
-    if config.batch_norm and config.model != "conv":
-        raise ConfigError(f"--batch-norm is for --model conv, found --model {config.model}")
-    if config.sync_batch_norm and not config.batch_norm:
-        raise ConfigError("--sync-batch-norm needs --batch-norm: there are no statistics to share without it")
-    if config.momentum and config.optimizer not in ("sgd", "rmsprop"):
-        raise ConfigError(f"--momentum is for --optimizer sgd or rmsprop, found --optimizer {config.optimizer}")
-    averages = config.strategy in ("local-sgd", "diloco")
-    for key, strategies in (
-        ("sync_every", ("local-sgd", "diloco")),
-        ("adaptive_sync", ("local-sgd", "diloco")),
-        ("outer_lr", ("diloco",)),
-        ("outer_momentum", ("diloco",)),
-    ):
-        if values[key] not in (None, False) and config.strategy not in strategies:
-            raise ConfigError(
-                f"{flag(key)} is for --strategy {' and '.join(strategies)}, found --strategy {config.strategy}"
-            )
-    if config.group_size != 1 and not averages:
-        raise ConfigError(f"--group-size is for --strategy local-sgd and diloco, found --strategy {config.strategy}")
-    if config.outer_momentum is not None and not 0 <= config.outer_momentum < 1:
-        raise ConfigError(f"--outer-momentum is {config.outer_momentum}, expected 0 to below 1")
-    if averages and config.ema:
-        raise ConfigError(f"--ema does not go with --strategy {config.strategy}: ranks have weights of their own")
-    if averages:
-        for key in ("reduce_op", "sync_batch_norm"):
-            if values[key] not in (False, "average"):
-                raise ConfigError(f"{flag(key)} {values[key]} is for --strategy allreduce, found {config.strategy}")
-    if config.strategy == "local":
-        for key in ("compression", "reduce_op", "sync_batch_norm"):
-            if values[key] not in (False, "none", "average"):
-                raise ConfigError(f"{flag(key)} {values[key]} has no meaning with --strategy local: drop it")
-    if config.strategy != "ps":
-        for field in fields(ServerOptions):
-            if values[field.name] != field.default:
-                raise ConfigError(f"{flag(field.name)} is for --strategy ps, found --strategy {config.strategy}")
-    else:
-        for key in ("engine", "reduce_op", "sync_batch_norm"):
-            if values[key] not in (False, "average", "horovod", "auto"):
-                raise ConfigError(
-                    f"{flag(key)} {values[key]} is for --strategy allreduce, found --strategy ps: drop it"
-                )
-    if config.resume and config.overwrite:
-        raise ConfigError("--resume continues a run and --overwrite deletes it: give one of them")
-    if config.resume and config.out is None:
-        raise ConfigError("--resume needs --out DIR, the folder of the run to continue")

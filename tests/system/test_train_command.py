@@ -311,12 +311,23 @@ def test_fewer_bytes_of_two_ranks(start: Start, tmp_path: Path, images: Path) ->
         "int8": ["--compression", "int8"],
         "sign": ["--compression", "sign"],
         "topk": ["--compression", "topk", "--compression-share", "0.1"],
-        "momentum": "--compression topk --compression-momentum 0.5 --optimizer sgd --lr 0.001".split(),
+        "momentum": ["--compression", "topk", "--compression-momentum", "0.5", "--optimizer", "sgd", "--lr", "0.001"],
         "randomk": ["--compression", "randomk", "--compression-share", "0.1"],
         "powersgd": ["--compression", "powersgd", "--compression-rank", "1"],
         "local-sgd": ["--strategy", "local-sgd", "--sync-every", "4"],
         "adaptive": ["--strategy", "local-sgd", "--sync-every", "4", "--adaptive-sync"],
-        "diloco": "--strategy diloco --sync-every 5 --optimizer adamw --outer-lr 0.6 --compression int8".split(),
+        "diloco": [
+            "--strategy",
+            "diloco",
+            "--sync-every",
+            "5",
+            "--optimizer",
+            "adamw",
+            "--outer-lr",
+            "0.6",
+            "--compression",
+            "int8",
+        ],
     }
     runs = [[*base, "--nll-samples", "2", "--out", name, *words] for name, words in options.items()]
     job = start(2, case, json.dumps(runs)).finish(150)

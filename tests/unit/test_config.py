@@ -17,6 +17,7 @@ from hvdvae.cli.config_file import read_config, write_config
 from hvdvae.cli.options import SUBCOMMANDS
 from hvdvae.cli.parser import parse
 from hvdvae.config import TrainConfig, flag
+from hvdvae.config_check import ABOVE_ZERO, AT_LEAST
 from hvdvae.errors import ConfigError
 
 
@@ -31,16 +32,16 @@ def written(path: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("key", training._AT_LEAST)
+@pytest.mark.parametrize("key", AT_LEAST)
 def test_too_small_names_the_flag_and_the_least(key: str) -> None:
-    least = training._AT_LEAST[key]
+    least = AT_LEAST[key]
     with pytest.raises(ConfigError, match=rf"^{flag(key)} is {least - 1}, expected at least {least:g}$"):
         TrainConfig(**{key: least - 1})
     with pytest.raises(ConfigError, match=f"^{flag(key)} is nan"):
         TrainConfig(**{key: math.nan})
 
 
-@pytest.mark.parametrize("key", training._ABOVE_ZERO)
+@pytest.mark.parametrize("key", ABOVE_ZERO)
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
 def test_rates_and_times_are_finite_and_above_zero(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"^{flag(key)} is {value}, expected a finite number above 0$"):
@@ -65,16 +66,16 @@ def test_rates_and_times_are_finite_and_above_zero(key: str, value: float) -> No
         ({"model": "conv", "sync_batch_norm": True}, ["--sync-batch-norm", "--batch-norm"]),
         ({"momentum": 0.9}, ["--momentum", "--optimizer adam"]),
         ({"strategy": "local", "compression": "fp16"}, ["--compression", "--strategy local"]),
-        ({"compression_share": 0.1}, ["--compression-share", "topk and randomk", "--compression none"]),
+        ({"compression_share": 0.1}, ["--compression-share", "topk or randomk", "--compression none"]),
         ({"compression_share": 1.5, "compression": "topk"}, ["--compression-share", "1.5"]),
         ({"compression_rank": 2, "compression": "int8"}, ["--compression-rank", "powersgd"]),
         ({"compression_momentum": 0.9, "compression": "topk"}, ["--compression-momentum", "--optimizer sgd"]),
         ({"compression_momentum": 1.0, "compression": "topk"}, ["--compression-momentum", "below 1"]),
-        ({"sync_every": 4}, ["--sync-every", "local-sgd and diloco", "--strategy allreduce"]),
+        ({"sync_every": 4}, ["--sync-every", "local-sgd or diloco", "--strategy allreduce"]),
         ({"sync_every": 0, "strategy": "local-sgd"}, ["--sync-every", "at least 1"]),
         ({"outer_lr": 0.5, "strategy": "local-sgd"}, ["--outer-lr", "diloco"]),
         ({"outer_momentum": 1.0, "strategy": "diloco"}, ["--outer-momentum", "below 1"]),
-        ({"group_size": 2}, ["--group-size", "local-sgd and diloco"]),
+        ({"group_size": 2}, ["--group-size", "local-sgd or diloco"]),
         ({"strategy": "local-sgd", "ema": 0.9}, ["--ema", "local-sgd"]),
         ({"strategy": "diloco", "reduce_op": "adasum"}, ["--reduce-op", "--strategy allreduce"]),
         ({"strategy": "local", "reduce_op": "adasum"}, ["--reduce-op", "--strategy local"]),
@@ -95,7 +96,7 @@ def test_what_does_not_go_together_names_the_flags(options: dict[str, Any], word
 
 def test_the_defaults_and_the_least_values_are_accepted() -> None:
     TrainConfig()
-    least = {key: int(value) for key, value in training._AT_LEAST.items()}
+    least = {key: int(value) for key, value in AT_LEAST.items()}
     for_averages = {key: least.pop(key) for key in ("sync_every", "compression_rank", "group_size")}
     TrainConfig(**{**least, "strategy": "ps", "consistency": "ssp"})
     TrainConfig(strategy="local-sgd", compression="powersgd", **for_averages)

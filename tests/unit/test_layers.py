@@ -16,8 +16,8 @@ PACKAGE = ROOT / "hvdvae"
 # Layer of each part: a file of the package's top folder, or a folder.
 LAYERS = {
     "core": (
-        "abort allocator batch config cores deadline disturbance ema errors flat launcher schedule seeding signals "
-        "version world",
+        "abort allocator batch config config_check cores deadline disturbance ema errors flat launcher schedule "
+        "seeding signals version world",
         0,
     ),
     "domain": ("data vae", 1),

@@ -1,0 +1,128 @@
+"""What options may hold, and which go together: refused before any work, by the flag to change. Pure."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hvdvae.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hvdvae.config import TrainConfig
+
+AT_LEAST: dict[str, float] = {
+    "epochs": 1,
+    "batch_size": 1,
+    "accumulate": 1,
+    "samples": 1,
+    "threads": 1,
+    "validate_every": 1,
+    "checkpoint_every": 1,
+    "keep": 1,
+    "servers": 1,
+    "push_every": 1,
+    "fetch_every": 1,
+    "staleness": 0,
+    "backup_workers": 0,
+    "replicas": 0,
+    "dc_strength": 0,
+    "compression_rank": 1,
+    "sync_every": 1,
+    "group_size": 0,
+    "validation": 1,
+    "skip_limit": 1,
+    "nll_samples": 0,
+    "pictures_every": 0,
+    "beta": 0,
+    "beta_warmup": 0,
+    "free_bits": 0,
+    "warmup": 0,
+    "weight_decay": 0,
+    "seed": 0,
+}
+ABOVE_ZERO = ("sigma", "outer_lr", "lr", "eps", "clip_norm", "deadline", "step_epochs", "gamma")
+BELOW_ONE = ("momentum", "ema", "compression_momentum", "outer_momentum")
+AVERAGING = ("local-sgd", "diloco")
+BELONGS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("sigma", "likelihood", ("gaussian",)),
+    ("batch_norm", "model", ("conv",)),
+    ("momentum", "optimizer", ("sgd", "rmsprop")),
+    ("compression_share", "compression", ("topk", "randomk")),
+    ("compression_rank", "compression", ("powersgd",)),
+    ("compression_momentum", "compression", ("topk", "randomk")),
+    ("compression", "strategy", ("allreduce", *AVERAGING, "ps")),
+    ("reduce_op", "strategy", ("allreduce",)),
+    ("sync_batch_norm", "strategy", ("allreduce",)),
+    ("sync_every", "strategy", AVERAGING),
+    ("adaptive_sync", "strategy", AVERAGING),
+    ("group_size", "strategy", AVERAGING),
+    ("outer_lr", "strategy", ("diloco",)),
+    ("outer_momentum", "strategy", ("diloco",)),
+)
+"""Option, the other option whose it is, and with which values of that it may be set."""
+
+
+def flag(key: str) -> str:
+    """The flag of a key: batch_size -> --batch-size."""
+    return "--" + key.replace("_", "-")
+
+
+def check(config: "TrainConfig", defaults: Mapping[str, Any], of_servers: Sequence[str]) -> None:
+    """Refuse values outside their range and options that do not go together. Raises ConfigError.
+
+    `of_servers`: keys that only --strategy ps has.
+    """
+    values = {key: getattr(config, key) for key in defaults}
+    _check_ranges(values)
+    for key, other, choices in (*BELONGS, *((key, "strategy", ("ps",)) for key in of_servers)):
+        if values[key] != defaults[key] and values[other] not in choices:
+            fitting = f"{flag(other)} {' or '.join(choices)}"
+            raise ConfigError(f"{flag(key)} is for {fitting}, found {flag(other)} {values[other]}: drop one")
+    _check_vae(config)
+    _check_parallelism(config)
+    if config.resume and config.overwrite:
+        raise ConfigError("--resume continues a run and --overwrite deletes it: give one of them")
+    if config.resume and config.out is None:
+        raise ConfigError("--resume needs --out DIR, the folder of the run to continue")
+
+
+def _check_ranges(values: Mapping[str, Any]) -> None:
+    for key, least in AT_LEAST.items():
+        if values[key] is not None and not values[key] >= least:
+            raise ConfigError(f"{flag(key)} is {values[key]}, expected at least {least:g}")
+        if values[key] == float("inf"):
+            raise ConfigError(f"{flag(key)} is inf, expected a finite number")
+    for key in ABOVE_ZERO:
+        if values[key] is not None and not 0 < values[key] < float("inf"):
+            raise ConfigError(f"{flag(key)} is {values[key]}, expected a finite number above 0")
+    for key in BELOW_ONE:
+        if values[key] is not None and not 0 <= values[key] < 1:
+            raise ConfigError(f"{flag(key)} is {values[key]}, expected 0 to below 1")
+    if values["seed"] >= 2**63:
+        raise ConfigError(f"--seed is {values['seed']}, expected less than 2**63")
+    if values["compression_share"] is not None and not 0 < values["compression_share"] <= 1:
+        raise ConfigError(f"--compression-share is {values['compression_share']}, expected a part of 1 above 0")
+    for key in ("hidden", "latent"):
+        sizes = values[key]
+        if sizes is not None and (not sizes or min(sizes) < 1):
+            raise ConfigError(f"{flag(key)} is {sizes}, expected sizes of at least 1")
+
+
+def _check_vae(config: "TrainConfig") -> None:
+    if config.objective == "iwae" and config.free_bits:
+        raise ConfigError("--free-bits goes with --objective elbo only: IWAE has no rate of its own to hold up")
+    if config.objective == "iwae" and (config.beta != 1 or config.beta_warmup):
+        raise ConfigError("--beta and --beta-warmup go with --objective elbo only: the bound of IWAE has no weights")
+    if config.free_bits and (config.beta != 1 or config.beta_warmup):
+        raise ConfigError("--free-bits does not go with --beta and --beta-warmup: it weighs the rate by itself")
+    if config.sync_batch_norm and not config.batch_norm:
+        raise ConfigError("--sync-batch-norm needs --batch-norm: there are no statistics to share without it")
+
+
+def _check_parallelism(config: "TrainConfig") -> None:
+    if config.compression_momentum and (config.optimizer != "sgd" or config.momentum):
+        raise ConfigError(
+            "--compression-momentum takes the place of the optimizer's: use --optimizer sgd without --momentum"
+        )
+    if config.strategy in AVERAGING and config.ema:
+        raise ConfigError(f"--ema does not go with --strategy {config.strategy}: ranks have weights of their own")
+    if config.strategy == "ps" and config.engine == "mpi":
+        raise ConfigError("--engine mpi is for --strategy allreduce, found --strategy ps: drop it")
