@@ -35,7 +35,7 @@ class Contender(Protocol):
         """Whether some rank says so; where ranks do not step together, whether this one does."""
 
     def look(self) -> Any:
-        """A context manager inside which `model` has the weights that would be kept. First rank only; all may go on."""
+        """A context manager inside which the first rank's `model` has the weights that would be kept."""
 
     def end(self) -> dict[str, Any]:
         """Stop training. What the contender itself counted, JSON-able."""

@@ -78,8 +78,8 @@ class Ours:
         return any(self._world.gather_objects(flag, "whether to stop")) if self.steps_together else flag
 
     def look(self) -> AbstractContextManager[object]:
-        """As Contender's; what the servers hold. Ranks that step together all hold the same, and need not meet."""
-        return nullcontext() if self.steps_together else self.optimizer.fetched()
+        """As Contender's: what the strategy has evaluated; the first rank's affair where ranks do not step together."""
+        return self.optimizer.fetched() if self.steps_together or self.rank == 0 else nullcontext()
 
     def end(self) -> dict[str, Any]:
         """As Contender's."""

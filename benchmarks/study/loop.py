@@ -81,11 +81,11 @@ def train(
         if examples >= looks * budget.look_every or examples >= budget.examples:
             looks = int(examples // budget.look_every) + 1
             seconds = time.perf_counter() - start
-            if contender.rank == 0:
-                with contender.look():
+            with contender.look():
+                if contender.rank == 0:
                     track.weights.append(state_of(model))
-                track.examples.append(examples)
-                track.seconds.append(seconds)
+                    track.examples.append(examples)
+                    track.seconds.append(seconds)
             if contender.any(seconds > budget.seconds) or examples >= budget.examples:
                 break
         with watch.on(DATA):

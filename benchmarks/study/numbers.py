@@ -124,9 +124,11 @@ def _split(warm: Sequence[Steps], counted: Mapping[str, Any]) -> list[dict[str, 
 
 
 def _payload(order: Mapping[str, Any], parameters: int, counted: Mapping[str, Any], steps: int) -> float | None:
-    """Bytes that a rank's exchange moves in a step: as the servers counted, else those of a ring; None: unknown."""
+    """Bytes that a rank's exchange moves in a step: as was counted, else those of a ring; None: unknown."""
     if "bytes_pushed" in counted:
         return float((counted["bytes_pushed"] + counted["bytes_pulled"]) / max(steps, 1))
+    if "bytes_sent_per_step" in counted:
+        return float(counted["bytes_sent_per_step"])
     if order["hook"] == "powersgd" or order["config"]["reduce_op"] == "adasum":
         return None
     width = 2 if "fp16" in (order["hook"], order["config"]["compression"]) else 4

@@ -57,7 +57,7 @@ COLUMNS = (
     Column("dropped", "pushes that came too late, all ranks", 0, lambda cell: cell["dropped_pushes"]),
     Column(
         "payload",
-        "MB that a rank's exchange moves in a step: counted by servers, else computed for a ring",
+        "MB that a rank's exchange moves in a step: as it counts them, else computed for a ring",
         2,
         _payload,
     ),

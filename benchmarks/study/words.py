@@ -1,7 +1,9 @@
 """Scenarios and contenders in words. Pure."""
 
+from dataclasses import fields
+
 from benchmarks.study.study_file import Contender, Scenario
-from hvdvae.config import TrainConfig
+from hvdvae.config import ServerOptions, StrategyOptions, flag
 from hvdvae.disturbance import By, Jitter, Kill, Slow, Stop, Trouble
 
 _PEERS = {"horovod": "raw Horovod, DistributedOptimizer with a hook a tensor", "ddp": "PyTorch DDP"}
@@ -42,11 +44,10 @@ def of_contender(contender: Contender) -> str:
             parts.append(f"{contender.hook} on the wire")
     else:
         parts = ["hvdvae"]
-        default = TrainConfig()
-        for key in ("strategy", "engine", "consistency", "staleness", "backup_workers", "servers", "replicas", "rule",
-                    "push_every", "fetch_every", "prefetch", "compression", "reduce_op"):  # fmt: skip
-            value = getattr(contender.config, key)
-            if key == "strategy" or value != getattr(default, key):
-                parts.append(f"--{key.replace('_', '-')} {value}".replace(" True", ""))
+        for field in (*fields(StrategyOptions), *fields(ServerOptions)):
+            value = getattr(contender.config, field.name)
+            if field.name == "strategy" or value != field.default:
+                parts.append(f"{flag(field.name)} {value}".removesuffix(" True"))
+    parts.append(contender.config.optimizer)
     parts.append(f"lr {contender.config.lr:g}{' x ranks' if contender.scales_lr else ''}")
     return ", ".join(parts)
