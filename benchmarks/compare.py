@@ -70,7 +70,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("compare: stopped; the same command goes on", file=sys.stderr)
         return 130
-    command = shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]])
+    words = [word for word in sys.argv[1:] if word != "--report-only"]
+    command = shlex.join(["python", "benchmarks/compare.py", *words])
     page = write_page(study, text, found, folder, command)
     print(_summary(study, found, len(cells(study))))
     print(f"\nreport: {page}")

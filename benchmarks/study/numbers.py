@@ -82,7 +82,7 @@ def height_at(points: Sequence[Mapping[str, Any]], examples: float, bound: str =
         low, high = height(before, bound), height(after, bound)
         if before["examples"] <= examples <= after["examples"] and low is not None and high is not None:
             share = (examples - before["examples"]) / max(after["examples"] - before["examples"], 1)
-            return low + share * (high - low)
+            return float(low + share * (high - low))
     return None
 
 

@@ -31,7 +31,7 @@ STYLE: dict[Any, Any] = {
     # Text stays text: it can be searched and read aloud.
     "svg.fonttype": "none",
 }
-DOTS_PER_INCH = 160
+DOTS_PER_INCH = 110
 AXES = {"elbo": "ELBO", "nll": "-NLL"}
 
 
@@ -51,10 +51,14 @@ class Gallery:
             floor = _floor(condition)
             for row in condition.rows:
                 for number, cell in enumerate(row.cells):
-                    points = [point for point in cell["points"] if height(point, condition.bound) is not None]
+                    looks = [
+                        (point[key] / (1 if key == "seconds" else 1000), found)
+                        for point in cell["points"]
+                        if (found := height(point, condition.bound)) is not None
+                    ]
                     axes.plot(
-                        [point[key] / (1 if key == "seconds" else 1000) for point in points],
-                        [height(point, condition.bound) for point in points],
+                        [place for place, _ in looks],
+                        [found for _, found in looks],
                         color=self._colors[row.contender],
                         linewidth=1.2,
                         alpha=0.85,

@@ -135,7 +135,7 @@ def write_csv(path: Path, cells: Cells, targets: Mapping[tuple[str, int], float 
         "target",
         "seconds_to_target",
         "examples_to_target",
-        *(column.title.replace(" ", "_").replace("/", "per") for column in COLUMNS),
+        *(column.title.replace("/", " per ").replace(" ", "_") for column in COLUMNS),
     ]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -72,8 +72,8 @@ class LocalSgd(Strategy):
         """Weights at the last average."""
         self._difference = torch.zeros_like(flat.parameters)
         self._velocity = torch.zeros_like(flat.parameters) if outer_momentum else torch.zeros(0)
-        self._pace = torch.tensor([sync_every, math.nan], dtype=torch.float64)
-        """H of now, and the first mean loss."""
+        self._pace = torch.tensor([sync_every, 0.0], dtype=torch.float64)
+        """H of now, and the first mean loss; 0: not known yet."""
         self._since = 0
         """Steps since the last average."""
         self._losses = torch.zeros(2, dtype=torch.float64)
@@ -84,7 +84,7 @@ class LocalSgd(Strategy):
         """As Strategy's; an adaptive H follows the loss."""
         super().watch(loss)
         if self._adaptive:
-            value = float(loss)
+            value = loss.item()
             self._losses += torch.tensor([value, 1.0] if math.isfinite(value) else [0.0, 0.0])
 
     def exchange(self, gradient: Tensor) -> None:
@@ -191,7 +191,7 @@ class LocalSgd(Strategy):
         self._losses.zero_()
         if count:
             loss = total / count
-            if math.isnan(self._pace[1]):
+            if self._pace[1] == 0:
                 self._pace[1] = loss
             share = loss / float(self._pace[1])
             if share > 0:  # A loss may be negative: then nothing is known, and H stays.

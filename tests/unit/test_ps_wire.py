@@ -59,7 +59,8 @@ def test_pulls_come_to_the_weights_and_both_ends_know_what_is_held(codec: str) -
         worker.message.copy_(server.write(weights, key=3))
         worker.read(held)
         distances.append(float((weights - held).norm()))
-    assert distances[-1] < 1e-2 * float((weights - start).norm())
+    near = 0.2 if codec == "sign" else 0.01  # Steps of one size end in a circle around it.
+    assert distances[-1] < near * float((weights - start).norm())
     assert distances[-1] <= distances[0]
 
 
