@@ -73,6 +73,11 @@ class Client:
         """Whether the last push came too late."""
 
     @property
+    def compression_error(self) -> float:
+        """Mean size of what pushes left out, as a part of the gradients'; 0 without a codec."""
+        return sum(push.error for push in self._pushes) / max(len(self._pushes), 1)
+
+    @property
     def takeovers(self) -> int:
         """How often a backup took the place of a server that died."""
         return self._servers.takeovers

@@ -34,6 +34,12 @@ class PushMessage:
         self.message = torch.zeros(self._start + 4 * buffers, dtype=torch.uint8)
         self._sent = torch.zeros(length)
         self._calls = 0
+        self._errors = 0.0
+
+    @property
+    def error(self) -> float:
+        """Mean size of what messages left out, as a part of what they were to say."""
+        return self._errors / max(self._calls, 1)
 
     def write(self, vector: Tensor, key: int) -> Tensor:
         """The message of a gradient and the buffers behind it (L + F). Leaves the vector alone."""
@@ -42,9 +48,11 @@ class PushMessage:
         whole = gradient if self._feedback is None else self._feedback.compensate(gradient)
         body = self.message[: self._codec.nbytes]
         self._codec.encode(whole, body, stream(_PUSH, key, self._calls))
+        self._codec.add(body, self._sent.zero_())
+        size = float(torch.linalg.vector_norm(whole))
+        left = self._sent.sub_(whole) if self._feedback is None else self._feedback.remember(self._sent)
+        self._errors += float(torch.linalg.vector_norm(left)) / size if size else 0.0
         if self._feedback is not None:
-            self._codec.add(body, self._sent.zero_())
-            self._feedback.remember(self._sent)
             self._feedback.keep()
         if self._buffers:
             self.message[self._start :].view(torch.float32).copy_(vector[self._length :])

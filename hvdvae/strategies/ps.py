@@ -194,7 +194,9 @@ class ParameterServer(Strategy):
             return {}
         total = {key: sum(ledger[key] for ledger in self.ledgers) for key in ("bytes_pushed", "bytes_pulled")}
         chosen = {key: value for key, value in asdict(self.plan).items() if value is not None}
-        mine = {"longest_wait_seconds": self._exchange.longest_wait, "takeovers": self.client.takeovers}
+        mine: dict[str, Any] = {"longest_wait_seconds": self._exchange.longest_wait, "takeovers": self.client.takeovers}
+        if self.plan.compression != "none":
+            mine["compression_error"] = self.client.compression_error
         return {"servers": len(self.ledgers), **chosen, **self.ledgers[0], **total, **mine}
 
     def finish(self) -> None:

@@ -208,6 +208,7 @@ def test_short_messages_train_and_all_end_with_the_servers_weights(world: World,
         found, pushes = optimizer.results(), 8 * STEPS * joined.size
         whole = 4 * len(weights(model)) * pushes
         assert found["compression"] == codec
+        assert 0 < found["compression_error"] < 1
         assert 0 < found["bytes_pushed"] < 0.8 * whole
         assert 0 < found["bytes_pulled"] < whole
 

@@ -32,6 +32,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         ["--consistency", "bsp", "--backup-workers", "1", "--optimizer", "sgd", "--momentum", "0.5"],
         ["--rule", "dcasgd", "--ema", "0.99"],
         ["--rule", "easgd", "--push-every", "3"],
+        ["--servers", "2", "--prefetch", "--compression", "int8"],
+        ["--push-every", "2", "--compression", "topk", "--compression-share", "0.1"],
     ],
     ids=" ".join,
 )
@@ -41,7 +43,7 @@ def test_trains_and_counts(start: Start, images: Path, tmp_path: Path, options: 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     workers = 4 - summary["servers"]
     assert summary["world_size"] == workers
-    period = 3 if "easgd" in options else 1
+    period = int(options[options.index("--push-every") + 1]) if "--push-every" in options else 1
     assert summary["clocks"] == [summary["steps"] // period] * workers
     assert summary["pushes"] + summary["dropped_pushes"] == workers * (summary["steps"] // period)
     assert sum(summary["staleness_histogram"].values()) == summary["pushes"]
@@ -103,6 +105,7 @@ def test_a_signal_saves_and_a_resume_goes_on(
         (2, ["--staleness", "3"], "--staleness bounds --consistency ssp"),
         (3, ["--consistency", "bsp", "--rule", "dcasgd"], "--rule dcasgd is for pushes that come one by one"),
         (2, ["--consistency", "bsp", "--backup-workers", "1"], "--backup-workers is 1 of 1 workers"),
+        (2, ["--compression", "powersgd"], "use one of fp16, bf16, int8, sign, topk, or --strategy allreduce"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(

@@ -317,16 +317,8 @@ def test_fewer_bytes_of_two_ranks(start: Start, tmp_path: Path, images: Path) ->
         "local-sgd": ["--strategy", "local-sgd", "--sync-every", "4"],
         "adaptive": ["--strategy", "local-sgd", "--sync-every", "4", "--adaptive-sync"],
         "diloco": [
-            "--strategy",
-            "diloco",
-            "--sync-every",
-            "5",
-            "--optimizer",
-            "adamw",
-            "--outer-lr",
-            "0.6",
-            "--compression",
-            "int8",
+            *("--strategy", "diloco", "--sync-every", "5", "--optimizer", "adamw", "--lr", "0.002"),
+            *("--outer-lr", "0.6", "--outer-momentum", "0.5", "--compression", "int8"),
         ],
     }
     runs = [[*base, "--nll-samples", "2", "--out", name, *words] for name, words in options.items()]
