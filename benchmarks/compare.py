@@ -35,7 +35,9 @@ def options() -> argparse.Namespace:
     """The command line; exits with 2 on a bad one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="a YAML file; benchmarks/studies/ has some")
-    parser.add_argument("--output", type=Path, help="folder [benchmarks/results/STUDY-DATE]")
+    parser.add_argument(
+        "--output", type=Path, help="folder [benchmarks/results/STUDY-DATE; of an unfinished run, its own]"
+    )
     parser.add_argument("--report-only", action="store_true", help="measure nothing")
     parser.add_argument(
         "--launcher",
@@ -54,7 +56,7 @@ def main() -> int:
     asked = options()
     try:
         study, text = open_study(asked.study)
-        folder = asked.output or RESULTS / f"{asked.study.stem}-{datetime.now(UTC):%Y-%m-%d}"
+        folder = asked.output or _folder(asked.study.stem, study, report_only=asked.report_only)
         if asked.report_only:
             found = results_in(study, folder)
             if not found:
@@ -76,6 +78,14 @@ def main() -> int:
     print(_summary(study, found, len(cells(study))))
     print(f"\nreport: {page}")
     return 0
+
+
+def _folder(name: str, study: Study, *, report_only: bool) -> Path:
+    """Of the last run of this study, if it was not finished, or is to be reported; else one of today."""
+    earlier = sorted(RESULTS.glob(f"{name}-????-??-??"))
+    if earlier and (report_only or len(results_in(study, earlier[-1])) < len(cells(study))):
+        return earlier[-1]
+    return RESULTS / f"{name}-{datetime.now(UTC):%Y-%m-%d}"
 
 
 def _summary(study: Study, found: list[dict[str, object]], total: int) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from benchmarks.study.cells import cells as all_cells
 from benchmarks.study.findings import LEAST_SEEDS, Cells, Condition, conditions, sentence
 from benchmarks.study.loop import WARM_UP_PASSES
 from benchmarks.study.numbers import FIRST_STEPS
@@ -28,7 +29,7 @@ def write_page(study: Study, text: str, cells: Cells, folder: Path, command: str
         command=command,
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         cells=cells,
-        total=len(cells),
+        count=f"{len(cells)} of {len(all_cells(study))} cells",
         failed=[cell for cell in cells if cell["failed"]],
         machines=_machines(cells),
         first_steps=FIRST_STEPS,

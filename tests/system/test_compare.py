@@ -302,3 +302,27 @@ def test_report_only_needs_something_to_report(tmp_path: Path) -> None:
     status, output = compare(tmp_path, study(OURS), "--report-only")
     assert status == 2
     assert "has no results of this study" in output
+
+
+def test_scaling_tells_throughput_and_efficiency(tmp_path: Path) -> None:
+    words = ["--sizes", "1", "--seeds", "0", "--epochs", "2", "--batch-size", "40", "--output", "out"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), *words]
+    ended = Launch(command, clean_environment(), tmp_path).finish(250)
+    assert ended.status == 0, ended.output
+    for mode in ("strong", "weak"):
+        assert f"{mode} scaling, batch 40" in ended.output
+        cells = [json.loads(path.read_text()) for path in (tmp_path / "out" / mode / "cells").glob("*.json")]
+        assert len(cells) == 7
+        assert [cell["name"] for cell in cells if cell["failed"]] == []
+        assert (tmp_path / "out" / mode / "report.html").exists()
+    rows = [line.split() for line in ended.output.splitlines() if line.startswith("one-process")]
+    assert len(rows) == 2
+    assert all(row[1] == "1" and int(row[2]) > 0 for row in rows)
+
+
+def test_scaling_refuses_what_is_no_size(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), "--sizes", "none", "--output", "out"]
+    ended = Launch(command, clean_environment(), tmp_path).finish(60)
+    assert ended.status == 2
+    assert "world_sizes" in ended.output
+    assert "Traceback" not in ended.output
