@@ -7,7 +7,7 @@ from torch import nn
 
 from hvdvae.cli import assemble
 from hvdvae.config import TrainConfig
-from hvdvae.strategies import DistributedOptimizer, Strategy
+from hvdvae.strategies import Strategy
 from hvdvae.world import World
 
 
@@ -17,25 +17,7 @@ class Ours:
     def __init__(self, config: TrainConfig, model: nn.Module, world: World) -> None:
         """Blocks; every rank must build it."""
         self.model, self.rank, self.size = model, world.rank, world.size
-        self.optimizer: Strategy = DistributedOptimizer(
-            assemble.optimizer(config, model, world),
-            model,
-            world=world,
-            strategy=config.strategy,
-            engine=config.engine,
-            clip_norm=config.clip_norm,
-            compression=config.compression,
-            compression_share=config.compression_share,
-            compression_rank=config.compression_rank,
-            compression_momentum=config.compression_momentum,
-            sync_every=config.sync_every,
-            adaptive_sync=config.adaptive_sync,
-            outer_lr=config.outer_lr,
-            outer_momentum=config.outer_momentum,
-            group_size=config.group_size,
-            reduce_op=config.reduce_op,
-            plan=assemble.plan(config),
-        )
+        self.optimizer: Strategy = assemble.distributed(config, model, world)
         self.steps_together = self.optimizer.synchronous
         self._world = world
         self._mine = 0

@@ -17,17 +17,11 @@ PEERS = {"horovod": ("none", "fp16"), "ddp": ("none", "fp16", "powersgd")}
 BOUNDS = ("elbo", "nll")
 TROUBLES: dict[str, type] = {"slow": Slow, "jitter": Jitter, "stop": Stop, "kill": Kill}
 NOT_A_CONTENDERS = (
-    "seed",
-    "out",
-    "resume",
-    "overwrite",
-    "data",
-    "epochs",
-    "checkpoint_every",
-    "keep",
-    "pictures_every",
+    *("seed", "out", "resume", "overwrite", "data", "epochs", "checkpoint_every", "keep", "pictures_every"),
+    *("validate_every", "nll_samples", "threads", "deadline", "skip_limit", "lr_scaling", "accumulate", "precision"),
+    *("schedule", "warmup", "step_epochs", "gamma", "ema", "compile", "sync_batch_norm"),
 )
-"""Keys of hvdvae train that the study itself decides, or that have no meaning in it."""
+"""Keys of hvdvae train that the study itself decides, or that its loop, which all share, does not have."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +191,8 @@ def _contender(name: str, part: Located, shared: dict[str, Any], train: Located)
         raise parts["hook"].error(f"found {hook!r}, expected one of {choices}")
     if peer is not None and "strategy" in own:
         raise parts["strategy"].error("a contender is either one of ours, with a strategy, or a peer")
+    if peer is not None and {"clip_norm", "compression"} & {**shared, **own}.keys():
+        raise part.error("clip_norm and compression are ours alone, and a peer would not know of them: see `hook`")
     scales_lr = _flag(parts["scales_lr"]) if "scales_lr" in parts else False
     try:
         config = TrainConfig(**{"threads": 1, **shared, **own})

@@ -13,6 +13,7 @@ from hvdvae.errors import ConfigError
 from hvdvae.ps.plan import Plan
 from hvdvae.schedule import Schedule, learning_rate, world_scale
 from hvdvae.seeding import seed_everything
+from hvdvae.strategies import DistributedOptimizer, Strategy
 from hvdvae.vae import VAE, Elbo, FreeBits, Iwae, Objective, build_model
 from hvdvae.world import World
 
@@ -91,6 +92,30 @@ def optimizer(config: TrainConfig, trained: nn.Module, world: World) -> Optimize
         return torch.optim.Adagrad(parameters, lr, eps=config.eps, weight_decay=decay)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     return kind(parameters, lr, eps=config.eps, weight_decay=decay)
+
+
+def distributed(config: TrainConfig, trained: nn.Module, world: World) -> Strategy:
+    """The optimizer over all ranks. Blocks; every rank must call it. Mutates the model's storage."""
+    return DistributedOptimizer(
+        optimizer(config, trained, world),
+        trained,
+        world=world,
+        strategy=config.strategy,
+        engine=config.engine,
+        backward_passes_per_step=config.accumulate,
+        clip_norm=config.clip_norm,
+        compression=config.compression,
+        compression_share=config.compression_share,
+        compression_rank=config.compression_rank,
+        compression_momentum=config.compression_momentum,
+        sync_every=config.sync_every,
+        adaptive_sync=config.adaptive_sync,
+        outer_lr=config.outer_lr,
+        outer_momentum=config.outer_momentum,
+        group_size=config.group_size,
+        reduce_op=config.reduce_op,
+        plan=plan(config),
+    )
 
 
 def plan(config: TrainConfig) -> Plan:

@@ -25,7 +25,7 @@ from hvdvae.monitor.jsonl import JsonLines
 from hvdvae.monitor.progress import Progress
 from hvdvae.monitor.tensorboard import TensorBoard
 from hvdvae.resume import load_weights
-from hvdvae.strategies import DistributedOptimizer, Strategy
+from hvdvae.strategies import Strategy
 from hvdvae.strategies.sync_batch_norm import convert_sync_batch_norm
 from hvdvae.trainer import Outcome, Trainer, exit_status
 from hvdvae.vae import VAE, set_output_bias
@@ -106,26 +106,7 @@ def _distribute(config: TrainConfig, world: World, model: VAE, dataset: Dataset)
     trained: nn.Module = model
     if config.sync_batch_norm:
         trained = convert_sync_batch_norm(model, world)
-    optimizer = DistributedOptimizer(
-        assemble.optimizer(config, trained, world),
-        trained,
-        world=world,
-        strategy=config.strategy,
-        engine=config.engine,
-        backward_passes_per_step=config.accumulate,
-        clip_norm=config.clip_norm,
-        compression=config.compression,
-        compression_share=config.compression_share,
-        compression_rank=config.compression_rank,
-        compression_momentum=config.compression_momentum,
-        sync_every=config.sync_every,
-        adaptive_sync=config.adaptive_sync,
-        outer_lr=config.outer_lr,
-        outer_momentum=config.outer_momentum,
-        group_size=config.group_size,
-        reduce_op=config.reduce_op,
-        plan=assemble.plan(config),
-    )
+    optimizer = assemble.distributed(config, trained, world)
     if config.compile:
         trained.compile()
     return trained, optimizer

@@ -81,6 +81,8 @@ def test_the_studies_that_come_along_are_good(path: Path) -> None:
         ("  single:", "  allreduce:", 10, "stands twice"),
         ("{peer: ddp, hook: powersgd", "{peer: dpp, hook: powersgd", 16, "expected one of horovod, ddp"),
         ("hook: powersgd", "hook: magic", 16, "expected one of none, fp16, powersgd"),
+        ("lr: 1e-3", "precision: bf16", 3, "unknown key"),
+        ("{peer: ddp, hook", "{peer: ddp, clip_norm: 1, hook", 16, "ours alone"),
         ("peer: ddp, hook", "strategy: ps, hook", 16, "ours have `compression`"),
         ("peer: ddp, hook: powersgd", "peer: ddp, strategy: ps", 16, "either one of ours"),
         ("scales_lr: true", "scales_lr: maybe", 15, "expected true or false"),
