@@ -19,6 +19,7 @@ from hvdvae.ps.protocol import ANSWER, BINS, OPTIONS, REQUEST, STATE, TEXT, Answ
 from hvdvae.ps.shards import pieces
 from hvdvae.ps.state import Manifest
 from hvdvae.ps.wire import PullMessage, PushMessage, codec_for
+from hvdvae.seeding import stream
 
 
 class Copy(NamedTuple):
@@ -187,7 +188,7 @@ class Client:
             vector = self.outgoing[shard.start :] if number == len(self._shards) - 1 else self.outgoing[shard]
             if self._pushes and finite:
                 # The last message has arrived: its push was answered.
-                vector = self._pushes[number].write(vector, self._channel.rank)
+                vector = self._pushes[number].write(vector, stream(self._channel.rank, shard.start))
             self._servers.ask(number, partial(self._send_push, request, options, vector if finite else None))
         answers = self._answers(pull=pull)
         self.staleness = int(max(answer[Answer.STALENESS] for answer in answers))

@@ -13,6 +13,7 @@ from hvdvae.ps.channel import Channel
 from hvdvae.ps.plan import Plan
 from hvdvae.ps.protocol import STATE, TEXT, Answer, Header
 from hvdvae.ps.wire import PullMessage, PushMessage, codec_for
+from hvdvae.seeding import stream
 
 
 class Link:
@@ -23,7 +24,7 @@ class Link:
     ) -> None:
         """Lay out memory. `buffers`: F; `plan`: says which codec, if any, messages have."""
         self.channel = channel
-        self.length = shard.stop - shard.start
+        self._start, self.length = shard.start, shard.stop - shard.start
         self._received: list[Tensor] = []
         """(P + F) of each worker: its own memory, or the buffer that pushes are received into."""
         self._pulled: list[Tensor | None] = []
@@ -102,7 +103,7 @@ class Link:
         self.channel.flush(worker)
         if is_push and pull.is_known:
             header[Answer.SHORT] = 1
-            sent = pull.write(vector, worker)
+            sent = pull.write(vector, stream(worker, self._start))
         else:
             sent = self._received[worker][: self.length].copy_(vector)
             if takes:

@@ -42,7 +42,10 @@ class PushMessage:
         return self._errors / max(self._calls, 1)
 
     def write(self, vector: Tensor, key: int) -> Tensor:
-        """The message of a gradient and the buffers behind it (L + F). Leaves the vector alone."""
+        """The message of a gradient and the buffers behind it (L + F). Leaves the vector alone.
+
+        `key`: of what is random; another worker and another shard shall have another.
+        """
         self._calls += 1
         gradient = vector[: self._length]
         whole = gradient if self._feedback is None else self._feedback.compensate(gradient)

@@ -198,7 +198,11 @@ class LocalSgd(Strategy):
                 self._pace[0] = min(max(1, math.ceil(self._sync_every * math.sqrt(share))), self._sync_every)
 
     def _share_state(self) -> None:
-        """Every rank's optimizer goes on with the mean of all their states."""
+        """Every rank's optimizer goes on with the mean of all their states, once all have one."""
+        lacks = torch.tensor([int(not self.inner.state)])
+        # A rank that has skipped all of its steps must not leave the others alone in a sum.
+        if int(self.world.max_(lacks, "agreement on the optimizers' states")):
+            return
         for entries in self.inner.state.values():
             for value in entries.values():
                 if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1:

@@ -223,6 +223,20 @@ def test_evaluation_has_the_mean_and_training_its_own(world: World) -> None:
     assert same_on_all(world, weights(model)), "what was saved is what all go on with"
 
 
+def test_a_rank_that_never_stepped_leaves_nobody_waiting(world: World) -> None:
+    """It has no optimizer's state to share, and the others must hear of it before they sum theirs."""
+    model = network(seed=100)
+    plain = torch.optim.Adam(model.parameters(), 0.05)
+    optimizer = DistributedOptimizer(plain, model, world=world, strategy="local-sgd", sync_every=100)
+    x, y = (tensor[share(world)] for tensor in examples())
+    optimizer.zero_grad()
+    loss = loss_of(model, x, y)
+    (loss * (float("nan") if world.rank == world.size - 1 else 1.0)).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    with optimizer.fetched(state=True):
+        assert same_on_all(world, weights(model))
+
+
 def test_an_adaptive_period_gets_shorter_as_the_loss_falls(world: World) -> None:
     model = network(seed=100)
     optimizer = wrapped(world, model, "local-sgd", sync_every=8, adaptive_sync=True)
