@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
-from typing import NoReturn
+import threading
+import time
+from contextlib import suppress
+from typing import Any, NoReturn
 
 from hvdvae.launcher import survives_deaths
 
-GRACE_SECONDS = 2
-"""That the launcher has to end the job before it is told by a signal."""
+GRACE_SECONDS, KILL_SECONDS = 2, 8
+"""That the launcher has to end the job before it is told by a signal, and before it is ended by one."""
 
 
 def abort_job(code: int) -> NoReturn:
@@ -22,13 +25,34 @@ def abort_job(code: int) -> NoReturn:
         mpi = sys.modules["mpi4py.MPI"]
         if mpi.Is_initialized() and not mpi.Is_finalized():
             if survives_deaths(os.environ):
+                if _is_last(mpi):
+                    # Open MPI's launcher ends with 0 where the only rank that is left aborts.
+                    os._exit(code)
                 _end_launcher()
+                threading.Timer(GRACE_SECONDS + KILL_SECONDS, os._exit, [code]).start()
             mpi.COMM_WORLD.Abort(code)
     os._exit(code)
 
 
+def _is_last(mpi: Any) -> bool:
+    """Whether all other ranks of the launch have died, as far as is heard in half a second."""
+    everyone = mpi.COMM_WORLD
+    for _ in range(25):
+        with suppress(mpi.Exception):  # The probe is for MPI to hear the news.
+            everyone.Iprobe(mpi.ANY_SOURCE, mpi.ANY_TAG)
+        everyone.Ack_failed()
+        if everyone.size > 1 and everyone.Get_failed().size == everyone.size - 1:
+            return True
+        time.sleep(0.02)
+    return False
+
+
 def _end_launcher() -> None:
-    """Where ranks may die and others go on, Open MPI's launcher has been seen to take an abort for one more death."""
-    nowhere = subprocess.DEVNULL
-    command = ["sh", "-c", f"sleep {GRACE_SECONDS}; kill -TERM {os.getppid()}"]
+    """Where ranks may die and others go on, Open MPI's launcher has been seen to take an abort for one more death.
+
+    And, where several abort at once, never to return.
+    """
+    nowhere, parent = subprocess.DEVNULL, os.getppid()
+    words = f"sleep {GRACE_SECONDS}; kill -TERM {parent} && sleep {KILL_SECONDS} && kill -KILL {parent}"
+    command = ["sh", "-c", words]
     subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)

@@ -103,6 +103,27 @@ def spread(path: Path | None, world: World) -> Checkpoint | None:
     return parse(content.numpy().tobytes(), str(path or "rank 0's checkpoint"))
 
 
+def shared(checkpoint: Checkpoint | None, root: int, world: World) -> Checkpoint:
+    """Root's checkpoint, on all ranks, without a file. Blocks; every rank must call it; the others give None."""
+    mine = b""
+    if checkpoint is not None:
+        forms = [(name, list(t.shape), str(t.dtype)) for name, t in checkpoint.tensors.items()]
+        mine = json.dumps([forms, checkpoint.record]).encode()
+    forms, record = json.loads(world.gather_bytes(mine, "form of a rank's state")[root])
+    tensors = {}
+    for name, shape, dtype in forms:
+        own = checkpoint.tensors[name] if checkpoint is not None else torch.empty(shape, dtype=_DTYPES[dtype])
+        data = own.detach().cpu().contiguous()
+        # As bytes: whatever the dtype.
+        world.broadcast_(data.reshape(-1).view(torch.uint8), root, "broadcast of a rank's state")
+        tensors[name] = data
+    return Checkpoint(tensors, record, f"the state of rank {root}")
+
+
+_DTYPES = {str(kind): kind for kind in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+_DTYPES |= {str(kind): kind for kind in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}
+
+
 class Folder:
     """The checkpoints of one run: the last `keep` steps, and the best by validation."""
 

@@ -3,10 +3,12 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from hvdvae.world import World
 
-_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 def available_cores() -> set[int]:
@@ -17,9 +19,20 @@ def available_cores() -> set[int]:
 
 
 def cgroup_cores() -> float:
-    """CPU seconds a second that the control group grants; infinite where it sets no limit."""
+    """CPU seconds a second that this process's control group and those around it grant; infinite without a limit."""
     try:
-        quota, period = _CGROUP_QUOTA.read_text().split()
+        own = next(line for line in _OWN_CGROUP.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        own = "0::/"
+    group = Path(own.removeprefix("0::"))
+    # Slurm and containers nest them: each level may set a limit.
+    levels = [_CGROUPS / str(level).lstrip("/") for level in (group, *group.parents)]
+    return min(_quota(level / "cpu.max") for level in levels)
+
+
+def _quota(file: Path) -> float:
+    try:
+        quota, period = file.read_text().split()
         return float("inf") if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
         return float("inf")
@@ -28,20 +41,43 @@ def cgroup_cores() -> float:
 def threads_of_rank(world: World) -> int:
     """Threads for this rank: its cores, divided among the ranks of its host that share them. At least 1.
 
-    OMP_NUM_THREADS, where the user has set it, rules. Blocks; every rank must call it.
+    OMP_NUM_THREADS, where the user has set it, rules. Blocks; every rank, servers too, must call it.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if world.joins and not asked.isdecimal():
         return 1  # It cannot ask how many share its host.
-    everyone = world.gather_objects([world.host, sorted(available_cores())], "gather of cores")
+    mine = [world.host, sorted(available_cores()), world.role == "server"]
+    everyone = (
+        world.gather_from_everyone(mine, "gather of cores") if world.servers else world.gather_objects(mine, "cores")
+    )
     if asked.isdecimal() and int(asked) > 0:
         return int(asked)
-    return fair_threads(world.rank, [(host, set(cores)) for host, cores in everyone], cgroup_cores())
+    rank = world.everyone.rank if world.servers else world.rank
+    return fair_threads(rank, [Seat(host, set(cores), serves) for host, cores, serves in everyone], cgroup_cores())
 
 
-def fair_threads(rank: int, everyone: Sequence[tuple[str, set[int]]], quota: float) -> int:
-    """`everyone`: host and cores of each rank; `quota`: cores granted to the host's ranks together. Pure."""
-    host, cores = everyone[rank]
-    neighbours = [others for other, others in everyone if other == host]
-    sharing = sum(1 for others in neighbours if cores & others)
-    return max(1, int(min(len(cores) / sharing, quota / len(neighbours))))
+class Seat(NamedTuple):
+    """Of one rank."""
+
+    host: str
+    cores: set[int]
+    """That it may run on."""
+    serves: bool = False
+    """Whether it is a parameter server, which has one thread."""
+
+
+def fair_threads(rank: int, everyone: Sequence[Seat], quota: float) -> int:
+    """Of a rank among `everyone`; `quota`: cores granted to its host's ranks together. Pure."""
+    mine = everyone[rank]
+    if mine.serves:
+        return 1
+    neighbours = [seat for seat in everyone if seat.host == mine.host]
+    sharing = [seat for seat in neighbours if seat.cores & mine.cores]
+    by_affinity = _share(len(mine.cores), sharing)
+    return max(1, int(min(by_affinity, _share(quota, neighbours))))
+
+
+def _share(cores: float, seats: Sequence[Seat]) -> float:
+    """What is left of so many cores for each that trains, once servers have one each."""
+    serving = sum(seat.serves for seat in seats)
+    return (cores - serving) / (len(seats) - serving)

@@ -24,5 +24,9 @@ class WorldError(HvdvaeError):
     """The launch: too few ranks, a launcher and an MPI that disagree, a missing MPI or Horovod."""
 
 
+class RankLost(HvdvaeError):
+    """A rank has died where MPI lets the others go on (ULFM); raised on all of them, whatever they waited in."""
+
+
 class NonFiniteError(HvdvaeError):
     """Too many steps whose loss or gradient was not finite."""

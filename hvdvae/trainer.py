@@ -10,11 +10,13 @@ fractional count of epochs done.
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +25,17 @@ from hvdvae.allocator import keep_freed_memory
 from hvdvae.batch import Batch, chunks, examples_of
 from hvdvae.checkpoint import Checkpoint, Folder
 from hvdvae.ema import MovingAverage
-from hvdvae.errors import NonFiniteError
+from hvdvae.errors import NonFiniteError, RankLost, WorldError
 from hvdvae.heartbeat import pulse_of
 from hvdvae.monitor import Monitor
 from hvdvae.pulse import Beat
-from hvdvae.resume import Position, restore, snapshot
-from hvdvae.schedule import Schedule
+from hvdvae.resume import Position, catch_up, restore, snapshot
+from hvdvae.schedule import Schedule, world_scale
 from hvdvae.seeding import seed_everything
 from hvdvae.signals import caught
 from hvdvae.strategies import Strategy
 
+T = TypeVar("T")
 Loss = Callable[[nn.Module, Any, float], Tensor | Mapping[str, Tensor]]
 
 
@@ -84,15 +87,19 @@ class Trainer:
         precision: str = "fp32",
         ema_decay: float = 0.0,
         skip_limit: int = 50,
-        monitors: Sequence[Monitor] = (),
+        lr_scaling: Literal["none", "linear", "sqrt"] = "none",
+        monitors: Sequence[Monitor] | Callable[[], Sequence[Monitor]] = (),
         checkpoints: Folder | None = None,
         checkpoint_every: int = 1,
         validate: Callable[[], dict[str, float]] | None = None,
         validate_every: int = 1,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """Build only. Every rank builds the same; monitors act on rank 0 only.
+        """Build only. Every rank builds the same.
 
+        `monitors` act on rank 0 only; a function that makes them is called there, and by whoever is rank 0 once that
+        has died. `lr_scaling`: what the learning rates were multiplied by (schedule.world_scale); where ranks die they
+        are scaled anew.
         `validate`: called by every rank after an epoch, returns numbers that are equal on all, `loss` (lower is better)
         among them. `config`: saved in checkpoints. Periods are in epochs.
         """
@@ -108,9 +115,15 @@ class Trainer:
         self._skip_limit = skip_limit
         self.overflows = 0
         """Skipped steps in which fp16 was looking for its scale: they do not count towards the limit."""
-        self._monitors = list(monitors) if self.world.is_first else []
+        self._lr_scaling = lr_scaling
+        self._make_monitors = monitors
+        self._monitors = self._monitors_here()
+        self.died: list[str] = []
+        """Ranks that were lost while the others went on, by their ranks and hosts at the start."""
         self._checkpoints, self._checkpoint_every = checkpoints, checkpoint_every
         self._validate, self._validate_every = validate, validate_every
+        self._told = 0
+        """Epochs that monitors know of."""
         self.configuration = dict(config or {})
         """Saved with checkpoints, and compared when one is resumed."""
         self._pulse = pulse_of(optimizer)
@@ -119,6 +132,11 @@ class Trainer:
         if optimizer.joined_at is not None:
             self.position = Position.at(optimizer.joined_at, batches.examples, batches.steps(0))
         self._nothing = torch.zeros((), device=self.world.device)
+
+    def _monitors_here(self) -> list[Monitor]:
+        if not self.world.is_first:
+            return []
+        return list(self._make_monitors() if callable(self._make_monitors) else self._make_monitors)
 
     def fit(self, epochs: int) -> Outcome:
         """Train until `epochs` are done or a signal comes. Blocks; every rank must call it.
@@ -133,17 +151,17 @@ class Trainer:
         try:
             with caught() as flag:
                 while self.position.epoch < epochs and not signal_number:
-                    signal_number, seen, took = self._run_epoch(lambda: flag.number)
+                    signal_number, seen, took = self.surviving(lambda: self._run_epoch(lambda: flag.number))
                     examples, seconds = examples + seen, seconds + took
                     if signal_number or self.position.epoch >= epochs:
                         self.optimizer.finish()
                     if not self.position.examples:
-                        self._end_epoch(epochs, seen, took)
+                        self.surviving(partial(self._end_epoch, epochs, seen, took))
                         # A signal during validation, or in the last step, is heard here.
-                        signal_number = signal_number or self._agreed(flag.number)
+                        signal_number = signal_number or self.surviving(lambda: self._agreed(flag.number))
                 self.optimizer.finish()
                 if signal_number:
-                    self._save(is_best=False)
+                    self.surviving(lambda: self._save(is_best=False))
         finally:
             for monitor in self._monitors:
                 monitor.close()
@@ -202,6 +220,52 @@ class Trainer:
                     return signal_given, total, time.perf_counter() - begin
         self.position.next_epoch()
         return signal_given, total, time.perf_counter() - begin
+
+    def surviving(self, action: Callable[[], T]) -> T:
+        """Do what all ranks do together, and once more, without the dead, where a rank dies in it.
+
+        Blocks; every rank must call it. Raises RankLost where the strategy cannot go on.
+        """
+        while True:
+            try:
+                return action()
+            except RankLost as lost:
+                if not self.optimizer.recovers:
+                    raise
+                self._go_on_without_the_dead(lost)
+
+    def _go_on_without_the_dead(self, lost: RankLost) -> None:
+        """Those that are left take the same state, and share what is left of the epoch. Every living rank comes here.
+
+        Nothing is lost: where some had taken the step in which a rank died, the others take it from them.
+        """
+        began, before = time.perf_counter(), self.world.size
+        died: list[str] = []
+        while True:
+            with suppress(RankLost):  # One more died meanwhile.
+                newly = self.world.recover()
+                if not newly:  # It was something else, which would come again.
+                    raise WorldError(str(lost)) from lost
+                died += newly
+                self.optimizer.recover()
+                catch_up(self)
+                break
+        self.died += died
+        size = self.world.size
+        factor = world_scale(self._lr_scaling, size) / world_scale(self._lr_scaling, before)
+        self._base_lrs = [lr * factor for lr in self._base_lrs]
+        for group, lr in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = lr
+        self._pulse = pulse_of(self.optimizer)
+        self._share = (self.world.rank, size)
+        self.batches.reshare(*self._share)
+        if self.world.is_first:
+            self._monitors = self._monitors or self._monitors_here()
+            seconds = time.perf_counter() - began
+            sys.stderr.write(
+                f"hvdvae: {', '.join(died)} has died; {size} ranks go on from step {self.position.step}, "
+                f"{seconds:.2f} s later\n"
+            )
 
     def _agreed(self, signal_number: int) -> int:
         if not self.optimizer.synchronous:
@@ -299,11 +363,17 @@ class Trainer:
             metrics |= {f"validation_{name}": value for name, value in found.items()}
             # A loss that is not finite would stay the best for ever: nothing is less than NaN.
             is_best = math.isfinite(found["loss"]) and (self.best is None or found["loss"] < self.best)
-            self.best = found["loss"] if is_best else self.best
-        for monitor in self._monitors:
+        # Where a rank dies in here, all of it is done again; but an epoch is told once.
+        for monitor in self._monitors if epoch > self._told else ():
             monitor.on_epoch(epoch, self.position.step, metrics)
+        self._told = epoch
+        before, self.best = self.best, found["loss"] if is_best else self.best
         if is_best or last or epoch % self._checkpoint_every == 0:
-            self._save(is_best=is_best)
+            try:
+                self._save(is_best=is_best)
+            except RankLost:
+                self.best = before
+                raise
 
     def _run_validation(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
         self.model.eval()

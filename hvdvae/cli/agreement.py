@@ -1,14 +1,20 @@
 """One configuration and one data set for all ranks, however each was started and whatever disk it sees."""
 
+import hashlib
 from dataclasses import fields
 from typing import Any
+
+import numpy as np
 
 from hvdvae.cli.asked import Asked
 from hvdvae.config import TrainConfig, flag
 from hvdvae.data import Dataset
+from hvdvae.data.read import read
+from hvdvae.data.source import Source
 from hvdvae.errors import ConfigError, DataError
 from hvdvae.world import World
 
+DIGEST_EXAMPLES = 64
 _OF_A_RANK = ("device", "threads")
 """What ranks may be told differently: nodes need not be alike."""
 
@@ -43,7 +49,13 @@ def agreed_config(asked: Asked, world: World) -> TrainConfig:
 def check_same_data(dataset: Dataset, world: World) -> None:
     """Refuse splits that differ over ranks (DataError on all ranks). Blocks; every rank must call it."""
     mine = {
-        split: {"examples": len(source), "shape": list(source.shape), "dtype": str(source.dtype), "peak": source.peak}
+        split: {
+            "examples": len(source),
+            "shape": list(source.shape),
+            "dtype": str(source.dtype),
+            "peak": source.peak,
+            "digest": _digest(source),
+        }
         for split, source in (("train", dataset.train), ("validation", dataset.validation), ("test", dataset.test))
     }
     everyone = world.gather_objects(mine, "comparison of the data")
@@ -57,4 +69,13 @@ def check_same_data(dataset: Dataset, world: World) -> None:
 
 
 def _words(form: dict[str, Any]) -> str:
-    return f"{form['examples']} examples of shape {tuple(form['shape'])}, {form['dtype']} up to {form['peak']}"
+    content = f"{form['examples']} examples of shape {tuple(form['shape'])}, {form['dtype']} up to {form['peak']}"
+    return f"{content}, digest {form['digest']}"
+
+
+def _digest(source: Source) -> str:
+    """Of examples spread over all of it: reading it whole could take longer than training on it."""
+    if not len(source):
+        return "none"
+    examples = np.unique(np.linspace(0, len(source) - 1, DIGEST_EXAMPLES).astype(np.int64))
+    return hashlib.blake2b(np.ascontiguousarray(read(source, examples)).tobytes(), digest_size=6).hexdigest()

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from hvdvae.config import TrainConfig
+from hvdvae.config import TrainConfig, flag
 from hvdvae.errors import ConfigError
 
 DEADLINE = TrainConfig.deadline
 
-_AT_LEAST = {"samples": 1, "count": 1, "threads": 1, "seed": 0}
+_AT_LEAST = {"samples": 1, "count": 1, "threads": 1, "seed": 0, "restarts": 0, "nodes": 1, "ntasks_per_node": 1}
+_AT_LEAST |= {"gpus_per_node": 0, "servers": 0, "cpus_per_task": 1}
+_DURATIONS = ("deadline", "backoff", "silence", "grace")
 _BELOW = {"seed": 2**63}
 
 
@@ -19,10 +21,10 @@ class Checked:
         """Raises ConfigError naming the flag."""
         for key, value in vars(self).items():
             if value is not None and key in _AT_LEAST and value < _AT_LEAST[key]:
-                raise ConfigError(f"--{key} is {value}, expected at least {_AT_LEAST[key]}")
+                raise ConfigError(f"{flag(key)} is {value}, expected at least {_AT_LEAST[key]}")
             if key in _BELOW and value >= _BELOW[key]:
                 raise ConfigError(f"--{key} is {value}, expected less than 2**63")
-            if key == "deadline" and not 0 < value < float("inf"):
+            if key in _DURATIONS and not 0 < value < float("inf"):
                 raise ConfigError(f"--{key} is {value}, expected a finite number above 0")
 
 
@@ -98,9 +100,59 @@ class DoctorOptions:
     """Check this machine: MPI, Horovod, GPU, launcher, cores, and a real allreduce of two ranks."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SuperviseOptions(Checked):
+    """Run a job, and start it again with --resume where it fails: hvdvae supervise -- mpirun -np 2 hvdvae train ...
+
+    Ends a launcher that hangs. SIGTERM, SIGINT and SIGUSR1 make the job save and leave.
+    """
+
+    command: list[str]
+    """The command that starts the job, behind `--`; it names its --out."""
+    restarts: int = 3
+    """How often it is started again."""
+    backoff: float = 10.0
+    """Seconds before the first restart; twice as long before each further one."""
+    silence: float = 1800.0
+    """Seconds without a word after which it is taken to hang."""
+    grace: float = 90.0
+    """Seconds that it has after a signal, to save and leave."""
+    requeue: bool = False
+    """Requeue the Slurm job after a signal, so that it goes on later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmOptions(Checked):
+    """Print a batch script for Slurm: hvdvae slurm --nodes 2 --ntasks-per-node 4 -- --data mnist --out DIR > job.sbatch
+
+    It saves two minutes before its time is up, requeues itself, and goes on by itself.
+    """
+
+    train: list[str]
+    """Options of hvdvae train, behind `--`; --out among them."""
+    nodes: int = 1
+    """Hosts."""
+    ntasks_per_node: int = 1
+    """Ranks a host, servers among them. On GPU nodes as many as --gpus-per-node."""
+    gpus_per_node: int = 0
+    """GPUs a host."""
+    cpus_per_task: int = 1
+    """Cores a rank."""
+    time: str = "01:00:00"
+    """Limit of one stretch; the job goes on in the next."""
+    servers: int = 0
+    """Parameter servers, on ranks besides those that train; they spread over the hosts."""
+    array: int = 1
+    """Stretches in a job array, for sites that do not let jobs requeue themselves."""
+    launcher: Literal["srun", "mpirun"] = "srun"
+    """What starts the ranks in the job."""
+
+
 SUBCOMMANDS: dict[str, tuple[type, str]] = {
     "evaluate": (EvaluateOptions, "test NLL, rate, distortion, active units of a trained model"),
     "sample": (SampleOptions, "images from the prior"),
     "reconstruct": (ReconstructOptions, "test images beside their reconstructions"),
+    "supervise": (SuperviseOptions, "start a job again where it fails"),
+    "slurm": (SlurmOptions, "print a batch script for Slurm"),
     "doctor": (DoctorOptions, "check MPI, Horovod, GPU and cores"),
 }

@@ -39,8 +39,10 @@ def parse(argv: list[str]) -> tuple[Command, Any]:
     Raises ConfigError on a bad command line.
     """
     try:
-        _check_files(argv)
-        parsed = _parser().parse_args(_files_first(argv))
+        trains = argv[:1] == ["train"]
+        if trains:  # Behind `--` of another subcommand --config may stand, too, and is not ours.
+            _check_files(argv)
+        parsed = _parser().parse_args(_files_first(argv) if trains else argv)
         name, given = parsed.subcommand, _plain(parsed[parsed.subcommand])
         if name != "train":
             module = __import__(f"hvdvae.cli.{name}", fromlist=[name])
@@ -141,7 +143,7 @@ def _options_parser(kind: type, name: str) -> ArgumentParser:
 
 
 def _add_options(target: Any, kind: type) -> None:
-    """One argument a field of a dataclass: `folder` fields are positional, False switches are plain flags."""
+    """One argument a field of a dataclass: `folder` and words are positional, False switches are plain flags."""
     helps = {item.arg_name: item.description for item in docstring_parser.parse_from_object(kind).params}
     hints = get_type_hints(kind)
     for field in fields(kind):
@@ -149,6 +151,8 @@ def _add_options(target: Any, kind: type) -> None:
         text = " ".join((helps.get(name) or "").split())
         if name == "folder":
             target.add_argument(name, type=str, help=text, metavar="DIR")
+        elif hints[name] == list[str]:
+            target.add_argument(name, type=str, nargs="+", help=text, metavar="WORD")
         elif hints[name] is bool:
             target.add_argument(flag(name), action="store_true", help=text)
         elif hints[name] == list[int] | None:

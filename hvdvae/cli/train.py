@@ -16,11 +16,13 @@ from hvdvae.cli.agreement import agreed_config
 from hvdvae.cli.asked import Asked
 from hvdvae.cli.assessment import Pictures, assess, validation_numbers
 from hvdvae.cli.config_file import CONFIG_FILE, write_config
+from hvdvae.cli.placement import announce, check_slurm
 from hvdvae.cli.results import keep_speed, prepare_folder, versions, write_json
 from hvdvae.config import TrainConfig
 from hvdvae.cores import threads_of_rank
 from hvdvae.data import Dataset, Loader, check_dataset, mean_example
 from hvdvae.launcher import detect
+from hvdvae.monitor import Monitor
 from hvdvae.monitor.jsonl import JsonLines
 from hvdvae.monitor.progress import Progress
 from hvdvae.monitor.tensorboard import TensorBoard
@@ -35,11 +37,16 @@ from hvdvae.world import World
 def train(asked: Asked) -> int:
     """Run the whole job. Blocks; every rank must call it. Returns the exit status."""
     started = time.time()
-    asked.check(detect(os.environ))
+    launch = detect(os.environ)
+    asked.check(launch)
+    check_slurm(os.environ, launch, asked.values["strategy"])
     servers = asked.values["servers"] * (1 + asked.values["replicas"]) if asked.values["strategy"] == "ps" else 0
     world = World.create(device=asked.values["device"], deadline=asked.values["deadline"], servers=servers)
     config = agreed_config(asked, world)
     world.watchdog.seconds = config.deadline
+    threads = config.threads or threads_of_rank(world)
+    if not world.joins:
+        announce(world, config.strategy, launch, threads)
     if world.servers:
         plan = assemble.plan(config)
         workers = world.size if world.role == "trainer" else world.everyone.size - world.servers
@@ -50,7 +57,7 @@ def train(asked: Asked) -> int:
             serve(world, plan)
             world.close()
             return 0
-    torch.set_num_threads(config.threads or threads_of_rank(world))
+    torch.set_num_threads(threads)
     dataset = assemble.data(config.data, world, validation=config.validation)
     binarization = assemble.binarization(config)
     check_dataset(
@@ -87,7 +94,7 @@ def train(asked: Asked) -> int:
             )
         world.close()
         return exit_status(outcome)
-    _conclude(config, trainer, model, dataset, pictures, folder, outcome, started)
+    trainer.surviving(lambda: _conclude(config, trainer, model, dataset, pictures, folder, outcome, started))
     world.close()
     return 0
 
@@ -134,12 +141,13 @@ def _trainer(
     )
     pictures = Pictures(model, dataset.validation, binarization=binarization)
     step = resumed.record["step"] if resumed else 0
-    monitors: list[JsonLines | Progress | TensorBoard] = []
-    if world.is_first:
-        board = TensorBoard(folder / "tensorboard", first_step=step)
+    boards: list[TensorBoard] = []
+
+    def monitors() -> list[Monitor]:
+        boards.append(TensorBoard(folder / "tensorboard", first_step=step))
         position = resumed.record["position"] if resumed else {"epoch": 0, "examples": 0}
         progress = Progress(epochs=config.epochs, done=position["epoch"] + position["examples"] / loader.examples)
-        monitors = [progress, JsonLines(folder / "metrics.jsonl"), board]
+        return [progress, JsonLines(folder / "metrics.jsonl"), *boards]
 
     def validate() -> dict[str, float]:
         samples = assemble.validation_samples(config)
@@ -148,7 +156,7 @@ def _trainer(
         found = assess(model, dataset.validation, judges, binarization=binarization, samples=samples)
         epoch = trainer.position.epoch
         if world.is_first and config.pictures_every and epoch % config.pictures_every == 0:
-            pictures.to_tensorboard(board, trainer.position.step)
+            pictures.to_tensorboard(boards[0], trainer.position.step)
         return validation_numbers(config, found)
 
     trainer = Trainer(
@@ -161,6 +169,7 @@ def _trainer(
         precision=config.precision,
         ema_decay=config.ema,
         skip_limit=config.skip_limit,
+        lr_scaling=config.lr_scaling,
         monitors=monitors,
         checkpoints=checkpoints.Folder(folder / "checkpoints", config.keep),
         checkpoint_every=config.checkpoint_every,
@@ -210,6 +219,7 @@ def _conclude(
         "examples_per_second": outcome.examples / outcome.seconds if outcome.seconds else None,
         "training_seconds": outcome.seconds,
         "peak_rss_bytes": peak_rss(world),
+        **({"died": trainer.died} if trainer.died else {}),
         **trainer.optimizer.results(),
     }
     if samples:

@@ -20,6 +20,7 @@ class CompressedAllreduce(Strategy):
 
     name = "allreduce"
     engine = "mpi"
+    recovers = True
 
     def __init__(
         self,
@@ -53,6 +54,11 @@ class CompressedAllreduce(Strategy):
         self._errors += self._mean.error
         super().update()
 
+    def recover(self) -> None:
+        """As Strategy's: what the dead remembered is lost."""
+        super().recover()
+        self._mean.recover()
+
     @contextmanager
     def fetched(self, *, state: bool = False) -> Iterator[Tensor]:
         """As Strategy's; with `state`, ranks share equally, for good, what they remember: one vector is saved."""
@@ -67,9 +73,7 @@ class CompressedAllreduce(Strategy):
 
     def traffic(self) -> dict[str, float]:
         """As Strategy's, and the mean size of what messages left out, as a part of the gradient's."""
-        steps = max(self._steps, 1)
-        sent = {"bytes_sent": self._mean.bytes_sent, "bytes_sent_per_step": self._mean.bytes_sent / steps}
-        return {**sent, "compression_error": self._errors / steps}
+        return {**self._mean.traffic.metrics(self._steps), "compression_error": self._errors / max(self._steps, 1)}
 
     def results(self) -> dict[str, Any]:
         """As Strategy's."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdvae.strategies.strategy import Strategy
+from hvdvae.strategies.traffic import Traffic
 from hvdvae.world import World
 
 
@@ -20,6 +21,7 @@ class HorovodAllreduce(Strategy):
 
     name = "allreduce"
     engine = "horovod"
+    recovers = True
 
     def __init__(
         self,
@@ -38,12 +40,21 @@ class HorovodAllreduce(Strategy):
         """
         self._hvd = world.horovod()
         self._process_set = process_set if process_set is not None else self._hvd.global_process_set
+        # Sets of ranks would have to be made anew without the dead.
+        self.recovers = process_set is None
         super().__init__(optimizer, model, world, **options)
+        self._traffic, self._exchanges = Traffic(), 0
+        self._bytes = self.flat.gradient.numel() * (2 if compression == "fp16" else self.flat.gradient.element_size())
+        """Of the gradient on the wire."""
+        self._compression = getattr(self._hvd.Compression, compression)
+        self._wrap()
+
+    def _wrap(self) -> None:
         self._vector = nn.Parameter(self.flat.parameters)
         self._horovod = self._hvd.DistributedOptimizer(
             torch.optim.SGD([self._vector], 0.0),
             named_parameters=[("hvdvae.gradient", self._vector)],
-            compression=getattr(self._hvd.Compression, compression),
+            compression=self._compression,
             op=self._hvd.Average,
             process_set=self._process_set,
         )
@@ -52,21 +63,33 @@ class HorovodAllreduce(Strategy):
         """Horovod's allreduce (average), in place."""
         # A tensor of its own over the same storage: Horovod moves it elsewhere where it has decompressed a gradient.
         self._vector.grad = gradient.view(-1)
-        with self.world.watchdog.waiting("horovod allreduce of the gradient"):
+        with self.world.waiting("horovod allreduce of the gradient"):
             self._horovod.synchronize()
         if self._vector.grad.data_ptr() != gradient.data_ptr():
             gradient.copy_(self._vector.grad)
+        self._traffic.ring(self._bytes, self._process_set.size() or 1)
+        self._exchanges += 1
+
+    def traffic(self) -> dict[str, float]:
+        """As Strategy's."""
+        return self._traffic.metrics(self._exchanges)
+
+    def recover(self) -> None:
+        """As Strategy's: Horovod starts anew on those that are left."""
+        super().recover()
+        self._hvd = self.world.horovod()
+        self._wrap()  # The old one still waits for what the dead never sent.
 
     def broadcast_bytes(self, data: Tensor) -> None:
         """Overwrite with the bytes of the process set's first rank."""
         if data.numel():
-            with self.world.watchdog.waiting("horovod broadcast of the model"):
+            with self.world.waiting("horovod broadcast of the model"):
                 self._hvd.broadcast_(data, self._first_rank(), name="hvdvae.broadcast", process_set=self._process_set)
 
     def average_(self, vector: Tensor) -> None:
         """The mean over the process set."""
         if vector.numel():
-            with self.world.watchdog.waiting("horovod average of buffers"):
+            with self.world.waiting("horovod average of buffers"):
                 self._hvd.allreduce_(vector, name="hvdvae.average", op=self._hvd.Average, process_set=self._process_set)
 
     def _first_rank(self) -> int:
@@ -103,7 +126,7 @@ class HorovodAdasum(Strategy):
         self.inner.step()
         self.flat.parameters.sub_(start)
         names = zip(self.flat.names, self.flat.tensors, strict=True)
-        with self.world.watchdog.waiting("horovod adasum of the update"):
+        with self.world.waiting("horovod adasum of the update"):
             handles = [
                 self._hvd.allreduce_async_(tensor.data, name=f"hvdvae.adasum.{name}", op=self._hvd.Adasum)
                 for name, tensor in names

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdvae.strategies.strategy import Strategy
+from hvdvae.strategies.traffic import Traffic
 from hvdvae.world import World
 
 
@@ -19,19 +20,35 @@ class MpiAllreduce(Strategy):
 
     name = "allreduce"
     engine = "mpi"
+    recovers = True
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, world: World, **options: Any) -> None:
         """As Strategy; moves the gradient vector into shared memory where all ranks are on one host."""
         super().__init__(optimizer, model, world, **options)
-        self._shared = world.shared_vectors(self.flat.gradient)
+        self._traffic, self._exchanges = Traffic(), 0
+        self._share_memory()
+
+    def _share_memory(self) -> None:
+        self._shared = self.world.shared_vectors(self.flat.gradient)
         if self._shared is not None:
             self.flat.move_gradient(self._shared.mine)
             self.follow_gradient()
 
+    def recover(self) -> None:
+        """As Strategy's: memory is shared anew, without the dead."""
+        super().recover()
+        self._share_memory()
+
     def exchange(self, gradient: Tensor) -> None:
         """The mean over ranks, in place; the same bits on all."""
         if self._shared is not None:
-            with self.world.watchdog.waiting("allreduce of the gradient in shared memory"):
+            with self.world.waiting("allreduce of the gradient in shared memory"):
                 self._shared.mean_()
         else:
             self.world.sum_(gradient, "allreduce of the gradient").div_(self.world.size)
+        self._traffic.ring(gradient.nbytes, self.world.size)
+        self._exchanges += 1
+
+    def traffic(self) -> dict[str, float]:
+        """As Strategy's."""
+        return self._traffic.metrics(self._exchanges)

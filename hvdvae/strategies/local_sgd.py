@@ -161,8 +161,8 @@ class LocalSgd(Strategy):
 
     def traffic(self) -> dict[str, float]:
         """As Strategy's, and the mean size of what messages left out, as a part of the difference's."""
-        sent = {"bytes_sent": self._mean.bytes_sent, "bytes_sent_per_step": self._mean.bytes_sent / max(self._steps, 1)}
-        return {**sent, "compression_error": self._errors / max(self._averages, 1)}
+        error = self._errors / max(self._averages, 1)
+        return {**self._mean.traffic.metrics(self._steps), "compression_error": error}
 
     def results(self) -> dict[str, Any]:
         """As Strategy's."""

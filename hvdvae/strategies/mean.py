@@ -17,6 +17,7 @@ from hvdvae.compression import Averaged, Gathered, codec_of
 from hvdvae.compression.feedback import Feedback
 from hvdvae.errors import ConfigError
 from hvdvae.seeding import stream
+from hvdvae.strategies.traffic import Traffic
 from hvdvae.world import World
 
 FLAG_BYTES = 4
@@ -26,8 +27,8 @@ FLAG_BYTES = 4
 class Mean(Protocol):
     """One way of taking it."""
 
-    bytes_sent: int
-    """That this rank put on the wire so far, if it sends each message once to each other rank, or in a ring."""
+    traffic: Traffic
+    """What this rank moved so far."""
     error: float
     """Size of what the last message left out, as a part of the vector's."""
 
@@ -51,12 +52,12 @@ class PlainMean:
 
     def __init__(self, world: World) -> None:
         """Nothing sent yet."""
-        self._world, self.bytes_sent = world, 0
+        self._world, self.traffic = world, Traffic()
 
     def mean_(self, vector: Tensor) -> None:
         """As Mean's."""
         self._world.sum_(vector, "average").div_(self._world.size)
-        self.bytes_sent += ring_bytes(vector.nbytes, self._world.size)
+        self.traffic.ring(vector.nbytes, self._world.size)
 
     def keep(self) -> None:
         """Nothing is left out."""
@@ -97,7 +98,7 @@ class CompressedMean:
                 f"--compression-momentum is for --compression topk and randomk, found {compression}: it corrects for "
                 "elements that are sent late"
             )
-        self._world, self.bytes_sent, self.error = world, 0, 0.0
+        self._world, self.traffic, self.error = world, Traffic(), 0.0
         self._codec = codec_of(compression, shapes, share=share, rank=rank)
         self._feedback = Feedback(like.numel(), momentum) if self._codec.needs_feedback else None
         self._sent = torch.zeros_like(like)
@@ -108,6 +109,12 @@ class CompressedMean:
             self._flag_at = -(-self._codec.nbytes // FLAG_BYTES) * FLAG_BYTES
             self._message = torch.zeros(self._flag_at + FLAG_BYTES, dtype=torch.uint8)
             self._messages = torch.zeros(world.size, self._message.numel(), dtype=torch.uint8)
+
+    def recover(self) -> None:
+        """Go on with the ranks that the World has now. Blocks; every rank must call it."""
+        self._world.max_(self._calls, "agreement on what is random")
+        if isinstance(self._codec, Gathered):
+            self._messages = torch.zeros(self._world.size, self._message.numel(), dtype=torch.uint8)
 
     def mean_(self, vector: Tensor) -> None:
         """As Mean's: of what all ranks' messages say."""
@@ -143,7 +150,7 @@ class CompressedMean:
             codec.encode(whole, body, stream(key, self._world.rank))
         flag.fill_(0.0 if is_finite else torch.nan)
         rows = self._world.gather_rows(self._message, self._messages, "gather of compressed vectors")
-        self.bytes_sent += self._message.numel() * (self._world.size - 1)
+        self.traffic.gathered(self._message.numel(), self._world.size)
         codec.add(body, self._sent.zero_())
         self._leave_out(whole)
         vector.zero_()
@@ -158,18 +165,13 @@ class CompressedMean:
             if not is_finite:
                 part.fill_(torch.nan)
             self._world.sum_(part, "average of compressed vectors").div_(self._world.size)
-            self.bytes_sent += ring_bytes(part.nbytes, self._world.size)
+            self.traffic.ring(part.nbytes, self._world.size)
         self._leave_out(whole)
 
     def _leave_out(self, whole: Tensor) -> None:
         size = float(torch.linalg.vector_norm(whole))
         left = self._feedback.remember(self._sent) if self._feedback is not None else whole - self._sent
         self.error = float(torch.linalg.vector_norm(left)) / size if size else 0.0
-
-
-def ring_bytes(nbytes: int, size: int) -> int:
-    """Bytes that each rank of a ring sends to average a vector of so many."""
-    return round(2 * nbytes * (size - 1) / size)
 
 
 def mean_over_ranks(

@@ -186,13 +186,15 @@ class ParameterServer(Strategy):
         super().load_state_dict(state_dict)
 
     def results(self) -> dict[str, Any]:
-        """What the servers counted: updates, staleness and pushes of the first (all hear of the same), bytes of all.
+        """What the servers counted: updates, staleness and pushes of the first, as all hear of the same; bytes of all.
 
         And this worker's longest wait for them, and how often it went over to a backup.
         """
         if not self.ledgers:
             return {}
         total = {key: sum(ledger[key] for ledger in self.ledgers) for key in ("bytes_pushed", "bytes_pulled")}
+        pushes = self.ledgers[0]["pushes"] + self.ledgers[0]["dropped_pushes"]
+        total |= {f"{key}_per_push": count / max(pushes, 1) for key, count in total.items()}
         chosen = {key: value for key, value in asdict(self.plan).items() if value is not None}
         mine: dict[str, Any] = {"longest_wait_seconds": self._exchange.longest_wait, "takeovers": self.client.takeovers}
         if self.plan.compression != "none":

@@ -34,6 +34,8 @@ class Strategy(Optimizer):
     """Whether all ranks take the same step at the same time, and hold the same weights after it."""
     joined_at: float | None = None
     """Epochs that had been done when this rank took the place of one that died; None: it was there from the start."""
+    recovers = False
+    """Whether those that are left can go on when a rank has died (ULFM)."""
     engine = "none"
     """What carries the collectives: none, horovod or mpi."""
     engine_reason = "one process exchanges nothing"
@@ -218,6 +220,13 @@ class Strategy(Optimizer):
     def finish(self) -> None:
         """Return once every rank has taken its last step of a run. Every rank must call it."""
 
+    def recover(self) -> None:
+        """Take up the exchange with those that are left, after World.recover; weights and state stay as they are.
+
+        Blocks; every living rank must call it. Only where `recovers`.
+        """
+        self.zero_grad()
+
     @property
     def share(self) -> tuple[int, int]:
         """This rank's place among those that train, and their number: changes where one dies and the others go on."""
@@ -231,12 +240,12 @@ class Strategy(Optimizer):
         return {}
 
     def traffic(self) -> dict[str, float]:
-        """Bytes that this rank has sent since it began, where the strategy counts them. Local."""
+        """Bytes that this rank has sent and received since it began, in all and a step. Local."""
         return {}
 
     def results(self) -> dict[str, Any]:
         """What the summary of a run has to say of this strategy, JSON-able. Local, after `finish`."""
-        return {}
+        return {**self.traffic()}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; forgets an exchange that was not stepped."""

@@ -4,7 +4,8 @@
     world.rank, world.size, world.local_rank, world.host, world.device, world.launcher
 
 With servers (`World.create(servers=1)`) the last ranks are parameter servers, the others trainers; `rank` and `size`
-are among those of one's own role, and so are all sums and barriers. `everyone` is all of them.
+are among those of one's own role, and so are all sums and barriers. `everyone` is all of them. Over several hosts the
+ranks are numbered anew, so that servers are on all hosts (roles.py).
 
 With no launcher the world has size 1 and imports neither MPI nor Horovod. Horovod is started by the first strategy that
 needs it (`world.horovod()`), because its background thread takes cycles from the core that computes.
@@ -18,7 +19,9 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -26,10 +29,11 @@ import torch
 
 from hvdvae.abort import abort_job
 from hvdvae.deadline import Watchdog
-from hvdvae.errors import WorldError
+from hvdvae.errors import RankLost, WorldError
 from hvdvae.launcher import Launch, Launcher, detect, survives_deaths
 from hvdvae.world.collectives import Alone, Collectives
 from hvdvae.world.join import (
+    Joined,
     check_servers,
     choose_device,
     import_horovod,
@@ -88,6 +92,10 @@ class World:
         self.role: Literal["trainer", "server"] = "server" if serves else "trainer"
         self._closing: list[Callable[[], None]] = []
         self._carrier = carrier
+        self._revocable: list[Any] = []
+        self._name = f"rank {carrier.rank} ({self.host})"
+        self._names: list[str] = []
+        """Of all ranks that live, by their ranks at the start, for messages."""
         self._launch = launch
         self._horovod: Any = None
 
@@ -104,26 +112,30 @@ class World:
         if launch.joins:
             return cls._join_running(launch, choose_device(device, launch.local_rank), deadline)
         check_servers(servers, launch)
-        chosen = choose_device(device, launch.local_rank)
         if launch.launcher == "none":
-            return cls.alone(device=str(chosen))
+            return cls.alone(device=device)
         # No watchdog can run before the ranks have met; this one needs no Python, as MPI_Init holds its lock.
         faulthandler.dump_traceback_later(deadline, exit=True)
         try:
             if launch.launcher == "horovodrun-gloo":
-                everyone: Collectives = join_gloo()
-                inquiry: Any = None
-                comm: Any = None
+                joined = Joined(join_gloo(), local_rank=launch.local_rank, local_size=launch.local_size)
             else:
-                everyone, inquiry, comm = join_mpi(launch)
-            carrier = everyone if not servers else split_roles(comm, comm.rank >= comm.size - servers)
+                joined = join_mpi(launch, servers)
+            everyone, comm = joined.everyone, joined.comm
+            serves = everyone.rank >= everyone.size - servers
+            carrier = split_roles(comm, serves) if servers else everyone
         finally:
             faulthandler.cancel_dump_traceback_later()
-        watchdog = Watchdog(rank=everyone.rank, size=everyone.size, seconds=deadline, inquiry=inquiry)
+        watchdog = Watchdog(rank=everyone.rank, size=everyone.size, seconds=deadline, inquiry=joined.inquiry)
+        launch = replace(launch, local_rank=joined.local_rank, local_size=joined.local_size)
+        # GPUs are for those that train.
+        chosen = choose_device("cpu" if serves else device, launch.local_rank)
         world = cls(launch, carrier, chosen, watchdog, getattr(carrier, "comm", None), comm, servers)
         if everyone.size > 1:
             watchdog.start()
             world._end_job_on_uncaught_exception()
+            if world.survives_deaths:
+                world._names = world.gather_objects(world._name, "names")
         return world
 
     @classmethod
@@ -185,16 +197,14 @@ class World:
 
     def gather_from_everyone(self, record: Any, what: str) -> list[Any]:
         """As `gather_objects`, of trainers and servers, in the order of `everyone`. Needs MPI; all must call it."""
-        from hvdvae.world.mpi import MpiCollectives
+        from hvdvae.world.mpi import gather_json
 
-        with self.watchdog.waiting(what, patient=True):
-            return [
-                json.loads(data) for data in MpiCollectives(self.everyone).gather_bytes(json.dumps(record).encode())
-            ]
+        with self.waiting(what, patient=True):
+            return gather_json(self.everyone, record)
 
     def gather_bytes(self, data: bytes, what: str = "gather") -> list[bytes]:
         """Every rank's bytes, in rank order, on all ranks. Blocks; every rank must call."""
-        with self.watchdog.waiting(what):
+        with self.waiting(what):
             return self._carrier.gather_bytes(data)
 
     def gather_rows(self, row: torch.Tensor, rows: torch.Tensor, what: str = "gather") -> torch.Tensor:
@@ -202,13 +212,13 @@ class World:
 
         Rows are equally long on all ranks. Returns `rows`.
         """
-        with self.watchdog.waiting(what):
+        with self.waiting(what):
             self._carrier.gather_rows(row.numpy(), rows.numpy())
         return rows
 
     def barrier(self, what: str = "barrier", *, patient: bool = False) -> None:
         """Return once every rank has called. `patient`: however long one takes, while it lives (see Watchdog)."""
-        with self.watchdog.waiting(what, patient=patient):
+        with self.waiting(what, patient=patient):
             self._carrier.barrier()
 
     def shared_vectors(self, like: torch.Tensor) -> Any:
@@ -221,10 +231,12 @@ class World:
             return None
         from hvdvae.world.shared_memory import SharedVectors, fits
 
-        with self.watchdog.waiting("shared memory"):
+        with self.waiting("shared memory"):
             if not fits(self.comm, like.numel() * like.element_size()):
                 return None
-            return SharedVectors(self.comm, like)
+            shared = SharedVectors(self.comm, like)
+        self._revocable.append(shared.comm)
+        return shared
 
     def horovod(self) -> Any:
         """Horovod's torch module, started on the trainers' communicator. Blocks; every rank must call the first time.
@@ -237,7 +249,7 @@ class World:
             os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, int(seconds) // 2)))
             os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", seconds)
             hvd = import_horovod()
-            with self.watchdog.waiting("horovod init"):
+            with self.waiting("horovod init"):
                 hvd.init(comm=self.comm) if self.comm is not None else hvd.init()
             if hvd.size() != self.size:
                 raise WorldError(
@@ -264,6 +276,42 @@ class World:
         self.comm = getattr(self._carrier, "comm", None)
         self.rank, self.size = self._carrier.rank, self._carrier.size
 
+    def recover(self) -> list[str]:
+        """After RankLost: go on with those that live; returns the dead as "rank 1 (host)", by their old ranks.
+
+        Horovod is stopped; `horovod` starts it anew. Blocks; every living rank must call it.
+        """
+        if self._horovod is not None:
+            self._horovod.shutdown()
+            self._horovod = None
+        self._revocable.clear()
+        before = self._names
+        self.shrink()
+        self.everyone = self.comm
+        self._names = self.gather_objects(self._name, "names of those that are left")
+        return [name for name in before if name not in self._names]
+
+    @contextmanager
+    def waiting(self, what: str, *, patient: bool = False) -> Iterator[None]:
+        """Inside, this rank waits for others; the watchdog looks on (see Watchdog.waiting).
+
+        Where a rank has died and MPI lets the others go on, RankLost is raised here, and soon on all of them.
+        """
+        with self.watchdog.waiting(what, patient=patient):
+            try:
+                yield
+            except Exception as error:
+                if self.size == 1 or not self.survives_deaths or not _tells_of_a_death(error):
+                    raise
+                # Others may wait for this rank in what it has just left.
+                self._carrier.revoke()
+                for comm in self._revocable:
+                    comm.Revoke()
+                raise RankLost(
+                    f"a rank died during {what}, step {self.watchdog.step}: continue from the last checkpoint with "
+                    "--resume"
+                ) from error
+
     def close(self) -> None:
         """Leave: stops Horovod and the watchdog. Blocks until all ranks have come; every rank must call."""
         self._finish()
@@ -277,7 +325,7 @@ class World:
         if self.size == 1:
             return tensor
         host = tensor.detach().cpu().contiguous()
-        with self.watchdog.waiting(what):
+        with self.waiting(what):
             reduce(host.numpy())
         if host.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(host)
@@ -295,3 +343,11 @@ class World:
 
         sys.excepthook = end
         threading.excepthook = end_from_thread
+
+
+def _tells_of_a_death(error: Exception) -> bool:
+    if "mpi4py.MPI" not in sys.modules:
+        return False
+    from hvdvae.world.mpi import tells_of_a_death
+
+    return tells_of_a_death(error)

@@ -37,6 +37,9 @@ class Collectives(Protocol):
     def barrier(self) -> None:
         """Return once every rank has called."""
 
+    def revoke(self) -> None:
+        """End the others' waits, since a rank has died; local."""
+
     def shrink(self) -> None:
         """Go on without the ranks that have died."""
 
@@ -66,6 +69,9 @@ class Alone:
 
     def barrier(self) -> None:
         """Nobody to wait for."""
+
+    def revoke(self) -> None:
+        """Nobody waits."""
 
     def shrink(self) -> None:
         """Nobody to lose."""

@@ -53,6 +53,9 @@ class HorovodCollectives:
         """Return once every rank has called."""
         hvd.barrier()
 
+    def revoke(self) -> None:
+        """Gloo ends every wait by itself when a rank dies."""
+
     def shrink(self) -> None:
         """Not over Gloo: a death ends the job there."""
         raise NotImplementedError("ranks that die end a job over Gloo; start with mpirun --with-ft ulfm")

@@ -1,13 +1,15 @@
 """The steps by which a process joins a world: its device, its libraries, its communicators."""
 
 import os
-from typing import Any
+import socket
+from typing import Any, NamedTuple
 
 import torch
 
 from hvdvae.errors import ConfigError, WorldError
 from hvdvae.launcher import Launch
 from hvdvae.world.collectives import Collectives
+from hvdvae.world.roles import order_of_roles, place_on_host
 
 
 def check_servers(servers: int, launch: Launch) -> None:
@@ -48,8 +50,21 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     return device
 
 
-def join_mpi(launch: Launch) -> tuple[Collectives, Any, Any]:
-    """Collectives, the watchdogs' inquiry (None where MPI has no threads), and the communicator of all ranks.
+class Joined(NamedTuple):
+    """What a process has once it is in."""
+
+    everyone: Collectives
+    inquiry: Any = None
+    """Of the watchdogs; None where MPI has no threads, or is not there."""
+    comm: Any = None
+    """The MPI communicator of all ranks, trainers first; None without MPI."""
+    local_rank: int = 0
+    """Among the ranks of the same role on this host."""
+    local_size: int = 1
+
+
+def join_mpi(launch: Launch, servers: int) -> Joined:
+    """Meet the launcher's ranks, and number them so that the `servers` that serve are the last.
 
     Blocks; every rank must call it. Raises WorldError where MPI is missing or is not the launcher's.
     """
@@ -69,8 +84,15 @@ def join_mpi(launch: Launch) -> tuple[Collectives, Any, Any]:
             "`srun --mpi=pmix`; `hvdvae doctor` says which MPI is in use"
         )
     carrier = MpiCollectives(MPI.COMM_WORLD)
-    inquiry = MpiInquiry(MPI.COMM_WORLD) if carrier.size > 1 and can_ask_from_threads() else None
-    return carrier, inquiry, carrier.comm
+    place, neighbours = launch.local_rank, launch.local_size
+    if servers:
+        hosts = [name.decode() for name in carrier.gather_bytes(socket.gethostname().encode())]
+        order = order_of_roles(hosts, servers)
+        mine = order.index(carrier.rank)
+        carrier = MpiCollectives(MPI.COMM_WORLD.Split(0, mine))
+        place, neighbours = place_on_host(hosts, order, servers)[mine]
+    inquiry = MpiInquiry(carrier.comm) if carrier.size > 1 and can_ask_from_threads() else None
+    return Joined(carrier, inquiry, carrier.comm, place, neighbours)
 
 
 def join_parent() -> Any:

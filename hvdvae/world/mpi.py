@@ -55,12 +55,8 @@ class MpiCollectives:
             self.comm.Bcast(flat[start : start + MAX_COUNT], root)
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
-        """MPI_Allgather of the lengths, then MPI_Allgatherv of the bytes."""
-        lengths = np.zeros(self.size, np.int64)
-        self.comm.Allgather(np.array([len(data)], np.int64), lengths)
-        everything = np.empty(int(lengths.sum()), np.uint8)
-        self.comm.Allgatherv(np.frombuffer(data, np.uint8), [everything, lengths])
-        return [everything[part].tobytes() for part in unequal_lengths(lengths.tolist())]
+        """As the function."""
+        return gather_bytes(self.comm, data)
 
     def gather_rows(self, row: Array, rows: Array) -> None:
         """MPI_Allgather."""
@@ -77,10 +73,36 @@ class MpiCollectives:
         """MPI_Barrier."""
         self.comm.Barrier()
 
+    def revoke(self) -> None:
+        """End every other rank's wait on this communicator with an error (ULFM). Local."""
+        self.comm.Revoke()
+
     def shrink(self) -> None:
         """Go on without the ranks that have died (ULFM). Blocks; every living rank must call it."""
         self.comm = self.comm.Shrink()
         self.rank, self.size = self.comm.rank, self.comm.size
+
+
+def gather_bytes(comm: Any, data: bytes) -> list[bytes]:
+    """Every rank's bytes: MPI_Allgather of the lengths, then MPI_Allgatherv. Blocks; every rank of `comm` must call."""
+    lengths = np.zeros(comm.size, np.int64)
+    comm.Allgather(np.array([len(data)], np.int64), lengths)
+    everything = np.empty(int(lengths.sum()), np.uint8)
+    comm.Allgatherv(np.frombuffer(data, np.uint8), [everything, lengths])
+    return [everything[part].tobytes() for part in unequal_lengths(lengths.tolist())]
+
+
+def gather_json(comm: Any, record: Any) -> list[Any]:
+    """The same of JSON-able records."""
+    return [json.loads(data) for data in gather_bytes(comm, json.dumps(record).encode())]
+
+
+def tells_of_a_death(error: Exception) -> bool:
+    """Whether this is how MPI, or Horovod over it, says that a rank has died (ULFM)."""
+    if type(error).__name__ == "HorovodInternalError":
+        return True
+    deaths = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
+    return isinstance(error, MPI.Exception) and error.Get_error_class() in deaths
 
 
 def acknowledged_deaths(comm: Any, error: MPI.Exception) -> set[int]:

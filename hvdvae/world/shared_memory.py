@@ -45,6 +45,11 @@ class SharedVectors:
         """This rank's vector (P,)."""
         return self.vectors[self._comm.rank]
 
+    @property
+    def comm(self) -> MPI.Intracomm:
+        """That the ranks meet on."""
+        return self._comm
+
     def mean_(self) -> None:
         """Replace every rank's vector by the mean of all. Blocks; every rank must call it."""
         self._meet()

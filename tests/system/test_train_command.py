@@ -306,6 +306,8 @@ def test_fewer_bytes_of_two_ranks(start: Start, tmp_path: Path, images: Path) ->
     case = str(Path(__file__).parent / "several_commands.py")
     base = ["train", "--data", str(images), "--epochs", "3", "--batch-size", "12", "--lr", "0.01", "--hidden", "20"]
     options = {
+        "none": ["--engine", "mpi"],
+        "horovod": ["--engine", "horovod", "--compression", "fp16"],
         "fp16": ["--compression", "fp16", "--engine", "mpi"],
         "bf16": ["--compression", "bf16"],
         "int8": ["--compression", "int8"],
@@ -331,14 +333,19 @@ def test_fewer_bytes_of_two_ranks(start: Start, tmp_path: Path, images: Path) ->
         assert last["validation_elbo"] > first["validation_elbo"], name
         summary = json.loads((tmp_path / name / "summary.json").read_text())
         steps = summary["steps"]
-        assert summary["bytes_sent_per_step"] == pytest.approx(summary["bytes_sent"] / steps)
+        for way in ("sent", "received"):
+            assert summary[f"bytes_{way}_per_step"] == pytest.approx(summary[f"bytes_{way}"] / steps)
         assert 0 < last["bytes_sent"] <= summary["bytes_sent"]
-        assert last["compression_error"] == pytest.approx(summary["compression_error"], abs=0.2)
-        assert (summary["compression_error"] > 0) == (name not in ("local-sgd", "adaptive"))
+        if name not in ("none", "horovod"):
+            assert last["compression_error"] == pytest.approx(summary["compression_error"], abs=0.2)
+            assert (summary["compression_error"] > 0) == (name not in ("local-sgd", "adaptive"))
         events = EventAccumulator(str(tmp_path / name / "tensorboard"))
         events.Reload()
-        assert {"epoch/bytes_sent", "epoch/compression_error"} <= set(events.Tags()["scalars"])
+        told = {name for name in last if name.startswith(("bytes_", "compression_"))}
+        assert {f"epoch/{name}" for name in told} <= set(events.Tags()["scalars"])
         sent[name] = summary["bytes_sent_per_step"]
+    assert sent["none"] == pytest.approx(2 * sent["horovod"], abs=4)
+    assert sent["horovod"] == pytest.approx(sent["fp16"], abs=4)
     assert sent["fp16"] == sent["bf16"] > 1.9 * sent["int8"] > 5 * sent["sign"]
     assert sent["local-sgd"] < 2 * sent["fp16"] / 3
     assert sent["diloco"] < sent["int8"] / 3

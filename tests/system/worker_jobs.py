@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -13,6 +14,7 @@ WORKERS, EXAMPLES, BATCH = 3, 1457, 10
 MPIRUN_ULFM = "mpirun --with-ft ulfm"
 
 
+@cache
 def has_ulfm() -> bool:
     """Whether the mpirun on the path can let others go on."""
     try:

@@ -288,7 +288,7 @@ assert not heavy, heavy
     assert run.returncode == 0, run.stderr
     for kind in (TrainConfig, *(kind for kind, _ in SUBCOMMANDS.values())):
         for field in fields(kind):
-            shown = "DIR" if field.name == "folder" else flag(field.name)
+            shown = {"folder": "DIR", "command": "WORD", "train": "WORD"}.get(field.name, flag(field.name))
             assert shown in run.stdout
     for name in ("train", *SUBCOMMANDS):
         assert f"\n    {name} " in run.stdout or f"usage: hvdvae {name}" in run.stdout

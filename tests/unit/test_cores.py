@@ -1,6 +1,7 @@
 """Threads of a rank: never another's cores, never more than the control group grants."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,10 +25,13 @@ UNLIMITED = float("inf")
         ([("a", ALL)], 2.0, [2]),
         ([("a", {0, 1}), ("a", {2, 3})], 2.0, [1, 1]),
         ([("a", ALL)], 0.5, [1]),
+        ([("a", ALL), ("a", ALL), ("a", ALL, True)], UNLIMITED, [3, 3, 1]),
+        ([("a", ALL), ("b", ALL), ("a", ALL, True)], 4.0, [3, 4, 1]),
     ],
 )
-def test_cores_are_shared_fairly(everyone: list[tuple[str, set[int]]], quota: float, expected: list[int]) -> None:
-    assert [cores.fair_threads(rank, everyone, quota) for rank in range(len(everyone))] == expected
+def test_cores_are_shared_fairly(everyone: list[tuple[Any, ...]], quota: float, expected: list[int]) -> None:
+    seats = [cores.Seat(*seat) for seat in everyone]
+    assert [cores.fair_threads(rank, seats, quota) for rank in range(len(seats))] == expected
 
 
 @pytest.mark.parametrize(
@@ -37,11 +41,15 @@ def test_cores_are_shared_fairly(everyone: list[tuple[str, set[int]]], quota: fl
 def test_the_control_groups_quota(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, expected: float
 ) -> None:
-    (tmp_path / "cpu.max").write_text(content)
-    monkeypatch.setattr(cores, "_CGROUP_QUOTA", tmp_path / "cpu.max")
-    assert cores.cgroup_cores() == expected
-    monkeypatch.setattr(cores, "_CGROUP_QUOTA", tmp_path / "none")
+    monkeypatch.setattr(cores, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(cores, "_OWN_CGROUP", tmp_path / "own")
     assert cores.cgroup_cores() == UNLIMITED
+    (tmp_path / "cgroup" / "job" / "step").mkdir(parents=True)
+    for place in ("cgroup", "cgroup/job", "cgroup/job/step"):
+        (tmp_path / "own").write_text("0::/job/step\n")
+        (tmp_path / place / "cpu.max").write_text(content)
+        assert cores.cgroup_cores() == expected
+        (tmp_path / place / "cpu.max").unlink()
 
 
 def test_one_process_takes_what_it_may_run_on() -> None:

@@ -1,0 +1,138 @@
+"""Where every rank runs, as a table at the start of a run, and what is wrong with it."""
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from hvdvae.cli.results import versions
+from hvdvae.cores import available_cores, cgroup_cores
+from hvdvae.errors import WorldError
+from hvdvae.launcher import Launch
+from hvdvae.world import World
+from hvdvae.world.probe import probe_hosts, slow_pairs
+
+SAME_EVERYWHERE = ("hvdvae", "torch", "horovod", "mpi4py", "MPI")
+"""Whose versions may not differ: ranks would compute or speak differently."""
+
+
+class Place(NamedTuple):
+    """One rank, JSON-able."""
+
+    rank: int
+    """Among all, those that train first."""
+    host: str
+    role: str
+    device: str
+    cores: list[int]
+    quota: float | None
+    """Cores that the control group grants to the host's ranks together; None: no limit."""
+    threads: int
+    versions: dict[str, str]
+
+
+def placement(world: World, threads: int) -> list[Place]:
+    """All ranks, by rank, on all ranks. Blocks; every rank, servers too, must call it."""
+    if world.everyone is not None:
+        from hvdvae.world.mpi import library_version
+    quota = cgroup_cores()
+    mine = Place(
+        world.everyone.rank if world.servers else world.rank,
+        world.host,
+        "trains" if world.role == "trainer" else "serves",
+        str(world.device),
+        sorted(available_cores()),
+        None if quota == float("inf") else quota,
+        threads if world.role == "trainer" else 1,
+        versions() | ({"MPI": library_version()} if world.everyone is not None else {}),
+    )
+    everyone = (
+        world.gather_from_everyone(mine, "gather of places") if world.servers else world.gather_objects(mine, "places")
+    )
+    return [Place(*found) for found in everyone]
+
+
+def check_versions(places: Sequence[Place]) -> None:
+    """Raises WorldError, on all ranks, where hosts have different libraries. Pure."""
+    first = places[0]
+    for place in places:
+        for name in SAME_EVERYWHERE:
+            theirs, ours = place.versions.get(name), first.versions.get(name)
+            if theirs != ours:
+                raise WorldError(
+                    f"{name} is {theirs} on rank {place.rank} ({place.host}) and {ours} on rank {first.rank} "
+                    f"({first.host}), expected the same on all hosts: install the same there, or activate the same "
+                    "environment"
+                )
+
+
+def check_slurm(environ: Mapping[str, str], launch: Launch, strategy: str) -> str:
+    """Whether as many ranks run as the Slurm job has tasks; what to warn of. Pure.
+
+    Raises WorldError for one process of a job of several tasks that was to train in parallel: its launcher is missing,
+    or speaks another PMI than this MPI, so that each task is a job of its own.
+    """
+    tasks = environ.get("SLURM_NTASKS", "")
+    if not tasks.isdecimal() or int(tasks) == launch.size:
+        return ""
+    if launch.size == 1 and strategy != "local":
+        raise WorldError(
+            f"this Slurm job has {tasks} tasks (SLURM_NTASKS), but this process was started alone: start it with "
+            "`srun --mpi=pmix hvdvae ...` or `mpirun hvdvae ...`, or train in one process with --strategy local"
+        )
+    return f"{launch.size} ranks of the {tasks} tasks that the Slurm job has (SLURM_NTASKS): the others idle"
+
+
+def table(places: Sequence[Place]) -> str:
+    """One line for ranks of the same host and role that are alike. Pure."""
+    rows = [("host", "ranks", "role", "device", "cores", "threads a rank")]
+    ordered = sorted(places, key=lambda place: (place.host, place.role == "serves", place.rank))
+    for (host, role, threads), group in groupby(ordered, key=lambda place: (place.host, place.role, place.threads)):
+        alike = list(group)
+        cores = set[int]().union(*(place.cores for place in alike))
+        devices = sorted({place.device for place in alike})
+        rows.append((host, _spans([p.rank for p in alike]), role, ", ".join(devices), f"{len(cores)}", f"{threads}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def crowded(places: Sequence[Place]) -> list[str]:
+    """A warning for each host whose ranks have more threads than it has cores for them. Pure."""
+    warnings = []
+    for host in dict.fromkeys(place.host for place in places):
+        here = [place for place in places if place.host == host]
+        cores = min(len(set[int]().union(*(place.cores for place in here))), here[0].quota or float("inf"))
+        threads = sum(place.threads for place in here)
+        if threads > cores:
+            warnings.append(
+                f"{host} has {cores:g} cores for {threads} threads of {len(here)} ranks: they will wait for each "
+                "other. Start fewer ranks there, or ask for more cores"
+            )
+    return warnings
+
+
+def announce(world: World, strategy: str, launch: Launch, threads: int) -> None:
+    """Check that all hosts have the same libraries, print the table, and warn of crowded hosts and slow links.
+
+    Blocks; every rank, servers too, must call it. Raises WorldError.
+    """
+    places = placement(world, threads)
+    check_versions(places)
+    slow = slow_pairs(probe_hosts(world))
+    if world.is_first and len(places) > 1:
+        foreign = check_slurm(os.environ, launch, strategy)
+        lines = [table(places), *(f"hvdvae: warning: {text}" for text in [foreign, *crowded(places), *slow] if text)]
+        print("\n".join(lines), flush=True)
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """1, 2, 3, 7 as 1-3, 7."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in spans)

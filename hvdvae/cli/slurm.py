@@ -1,0 +1,83 @@
+"""`hvdvae slurm`: a batch script for Slurm that saves before its time is up, and goes on by itself in the next stretch.
+
+The scripts in launch/slurm/ are its output with "$@" for the options of train.
+"""
+
+import shlex
+import sys
+
+from hvdvae.cli.options import SlurmOptions
+from hvdvae.errors import ConfigError
+
+WARNING_SECONDS = 120
+"""Before the time limit; what saving and leaving may take."""
+
+_START = {
+    # Since Slurm 22.05 srun does not take the cores of a rank from sbatch.
+    "srun": 'srun --mpi=pmix --cpus-per-task="$SLURM_CPUS_PER_TASK"',
+    "mpirun": 'mpirun -np "$SLURM_NTASKS"',
+}
+
+
+def slurm(options: SlurmOptions) -> int:
+    """Print the script. Returns the exit status; raises ConfigError."""
+    if not any(word.split("=")[0] == "--out" for word in options.train):
+        raise ConfigError("slurm: found no --out among the options of train, expected one: each stretch goes on there")
+    if options.gpus_per_node and options.ntasks_per_node - options.servers // options.nodes > options.gpus_per_node:
+        raise ConfigError(
+            f"--ntasks-per-node {options.ntasks_per_node} with --gpus-per-node {options.gpus_per_node}: ranks would "
+            "share a GPU; start one rank a GPU, and servers on top"
+        )
+    if options.servers >= options.nodes * options.ntasks_per_node:
+        raise ConfigError(
+            f"--servers {options.servers} of {options.nodes * options.ntasks_per_node} ranks leave none to train: "
+            "raise --ntasks-per-node"
+        )
+    sys.stdout.write(script(options, shlex.join(options.train)))
+    return 0
+
+
+def script(options: SlurmOptions, train: str) -> str:
+    """The batch script; `train`: options of hvdvae train, in the shell's language. Pure."""
+    asked = {
+        "job-name": "hvdvae",
+        "nodes": options.nodes,
+        "ntasks-per-node": options.ntasks_per_node,
+        "cpus-per-task": options.cpus_per_task,
+        **({"gpus-per-node": options.gpus_per_node} if options.gpus_per_node else {}),
+        "time": options.time,
+        "signal": f"B:USR1@{WARNING_SECONDS}",
+        "open-mode": "append",
+        **({"array": f"1-{options.array}%1"} if options.array > 1 else {}),
+    }
+    lines = ["#!/usr/bin/env bash", *(f"#SBATCH --{name}={value}" for name, value in asked.items())]
+    if options.array == 1:
+        lines.append("#SBATCH --requeue")
+    roles = f"--strategy ps --servers {options.servers} " if options.servers else ""
+    command = f"{_START[options.launcher]} hvdvae train {roles}--resume {train}"
+    lines += [_SITE, *([_ONCE.format(command)] if options.array == 1 else [_ARRAY.format(command)])]
+    return "\n".join(lines) + "\n"
+
+
+_SITE = """\
+# Submit where `hvdvae` is on the PATH; partition, account and the rest of your site are flags of sbatch.
+set -euo pipefail
+if [ -x "${VIRTUAL_ENV:-}/bin/mpirun" ]; then  # An MPI of the environment is not told by srun where it is.
+    export OPAL_PREFIX="$VIRTUAL_ENV" PMIX_PREFIX="$VIRTUAL_ENV" PRTE_PREFIX="$VIRTUAL_ENV" PMIX_MCA_psec=native
+fi"""
+
+_ONCE = "exec hvdvae supervise --requeue -- {}"
+
+_ARRAY = """\
+hvdvae supervise -- {} &
+job=$!
+trap 'kill -USR1 "$job"' USR1
+status=138
+while [ "$status" -eq 138 ] && kill -0 "$job" 2>/dev/null; do  # A signal ends `wait`, not the job.
+    status=0
+    wait "$job" || status=$?
+done
+if [ "$status" -eq 0 ]; then  # All epochs are done: what is left of the array is not needed.
+    scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"
+fi
+exit "$status\""""

@@ -1,0 +1,209 @@
+"""Runs a job, hands signals on to it, ends it where it hangs, and starts it again where it failed.
+
+One process beside the launcher, for what no rank can do: all ranks may be dead, and the launcher may not have noticed.
+
+    the command ends with 0, or an error that only its user can mend    the same status
+    it fails, or is ended below                                        once more with --resume, after a pause
+    it says that it ends (DYING), and does not within DYING_SECONDS    it is ended
+    it says nothing for `silence` seconds                              it is ended
+    SIGINT, SIGTERM or SIGUSR1 comes                                   it gets SIGUSR1: save, leave, and stay away
+"""
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import IO, NamedTuple, TextIO
+
+import psutil  # type: ignore[import-untyped]
+
+from hvdvae.signals import STOPPING
+
+DYING = re.compile(rb"hvdvae: (deadline of .* exceeded|uncaught exception on rank|error)")
+"""What ranks say before they end the job. A launcher that lost a host has been seen to go on without any rank."""
+DYING_SECONDS = 60.0
+END_SECONDS = 10.0
+"""Between SIGTERM and SIGKILL."""
+LONGEST_PAUSE = 600.0
+MENDED_BY_USERS = (2, 126, 127)
+"""Exit statuses that would be the same again: our own errors, and a command that cannot be run."""
+PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """How patient a supervisor is; seconds."""
+
+    restarts: int
+    backoff: float
+    """Before the first restart; twice as long before each further one."""
+    silence: float
+    """That the command may say nothing."""
+    grace: float
+    """That it has after a signal, to save and leave."""
+
+
+class End(NamedTuple):
+    """How a supervised command ended."""
+
+    status: int
+    """As a shell has it: 128 and the number of the signal that ended it."""
+    signal: int
+    """That somebody sent to the supervisor, or to the ranks, to stop it; 0: nobody."""
+
+
+def supervise(command: Sequence[str], policy: Policy) -> End:
+    """Run a command until it has done its work, or nothing helps. Blocks; only the main thread can call it.
+
+    Mutates the signal handlers of the process while it runs, and makes orphans of the command children of this process.
+    """
+    _adopt_orphans()
+    with _noted_signals() as received:
+        for failures in range(policy.restarts + 1):
+            words = list(command) if not failures else _resuming(command)
+            end = _run(words, policy, received)
+            if end.signal or end.status == 0 or end.status in MENDED_BY_USERS:
+                return end
+            if failures == policy.restarts:
+                _say(f"ended with status {end.status}; no restart is left of {policy.restarts} (--restarts)")
+                return end
+            pause = min(policy.backoff * 2**failures, LONGEST_PAUSE)
+            _say(f"ended with status {end.status}; restart {failures + 1} of {policy.restarts} in {pause:g} s")
+            _sleep(pause, until=lambda: bool(received))
+            if received:
+                return End(128 + received[0], received[0])
+    raise AssertionError("a loop of at least one turn returns")
+
+
+def _run(command: Sequence[str], policy: Policy, received: list[int]) -> End:
+    """Once."""
+    try:
+        job = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+    except OSError as error:
+        _say(f"{command[0]}: {error.strerror or error}")
+        return End(127 if isinstance(error, FileNotFoundError) else 126, 0)
+    words = _Words(job)
+    asked_at: float | None = None
+    reason = ""
+    try:
+        while job.poll() is None:
+            _sleep(0.2, until=lambda: job.poll() is not None)
+            now = time.monotonic()
+            if received and asked_at is None:
+                asked_at = now
+                _say(f"{signal.Signals(received[0]).name}: asking the job to save and leave")
+                job.send_signal(signal.SIGUSR1)
+            reason = _reason_to_end(words, policy, asked_at, now)
+            if reason:
+                _say(f"{reason}; ending it")
+                break
+    finally:
+        _end(job)
+    words.close()
+    status = job.returncode if job.returncode >= 0 else 128 - job.returncode
+    if received:
+        return End(status or 128 + received[0], received[0])
+    # Ranks that got the signal themselves, as from `scancel --signal` or sbatch's --signal without B:.
+    stopped = status - 128 if status - 128 in STOPPING and not reason else 0
+    return End(status, stopped)
+
+
+def _reason_to_end(words: "_Words", policy: Policy, asked_at: float | None, now: float) -> str:
+    if asked_at is not None and now - asked_at > policy.grace:
+        return f"the job has not left {policy.grace:g} s after a signal (--grace)"
+    if words.dying_since and now - words.dying_since > DYING_SECONDS:
+        return f"the job said {DYING_SECONDS:g} s ago that it ends, and its launcher goes on"
+    if now - words.last > policy.silence:
+        return f"the job has said nothing for {policy.silence:g} s (--silence)"
+    return ""
+
+
+class _Words:
+    """What a job says, passed through; when it did so last, and whether it said that it ends."""
+
+    def __init__(self, job: "subprocess.Popen[bytes]") -> None:
+        self.last = time.monotonic()
+        self.dying_since = 0.0
+        pipes = ((job.stdout, sys.stdout), (job.stderr, sys.stderr))
+        self._threads = [threading.Thread(target=self._pass_on, args=pair, daemon=True) for pair in pipes]
+        for thread in self._threads:
+            thread.start()
+
+    def _pass_on(self, pipe: IO[bytes], to: TextIO) -> None:
+        tail = b""
+        while some := os.read(pipe.fileno(), 65536):
+            self.last = time.monotonic()
+            # A line may come in two pieces.
+            tail = (tail + some)[-200 - len(some) :]
+            if not self.dying_since and DYING.search(tail):
+                self.dying_since = self.last
+            os.write(to.fileno(), some)
+
+    def close(self) -> None:
+        """All that was said has been passed on; blocks for a moment only, though an orphan hold the pipe."""
+        for thread in self._threads:
+            thread.join(END_SECONDS)
+
+
+def _end(job: "subprocess.Popen[bytes]") -> None:
+    """Leave nothing running: SIGTERM first, by which a launcher ends its ranks, also on other hosts."""
+    if job.poll() is None:
+        job.terminate()
+        try:
+            job.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            job.kill()
+    job.wait()
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, END_SECONDS)
+
+
+def _resuming(command: Sequence[str]) -> list[str]:
+    """The command, told to go on from its newest good checkpoint."""
+    return [*command] if "--resume" in command else [*command, "--resume"]
+
+
+@contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """Inside, signals that ask to stop are noted in the list, in the order they came."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in STOPPING}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _sleep(seconds: float, *, until: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while not until() and (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, 0.05))
+
+
+def _adopt_orphans() -> None:
+    """Whatever a launcher leaves behind becomes a child of this process, which can then end it. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"hvdvae supervise: {text}\n")
+    sys.stderr.flush()

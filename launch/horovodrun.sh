@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# hvdvae on N ranks by horovodrun, over MPI where there is one it knows, else over Gloo:
+#   launch/horovodrun.sh N train --data mnist ...
+# HOSTS=host1:4,host2:4 spreads them; HVDVAE_HOROVODRUN_FLAGS has more flags for horovodrun.
+set -euo pipefail
+ranks=${1:?usage: launch/horovodrun.sh N COMMAND [--FLAG VALUE ...]}
+shift
+flags=()
+case $(mpirun --version 2>&1 || true) in
+    # Horovod's own binding options have been withdrawn in Open MPI 5.
+    *"Open MPI"*) flags+=(--mpi "--binding-args=--bind-to none --map-by slot") ;;
+    *)            flags+=(--gloo) ;;
+esac
+[ -z "${HOSTS:-}" ] || flags+=(-H "$HOSTS")
+read -r -a more <<< "${HVDVAE_HOROVODRUN_FLAGS:-}"
+exec horovodrun -np "$ranks" "${flags[@]}" "${more[@]}" hvdvae "$@"

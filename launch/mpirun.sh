@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# hvdvae on N ranks by mpirun, of Open MPI 4 or 5 or of MPICH:
+#   launch/mpirun.sh N train --data mnist ...
+# HOSTS=host1:4,host2:4 spreads them; HVDVAE_MPIRUN_FLAGS has more flags for mpirun.
+set -euo pipefail
+ranks=${1:?usage: launch/mpirun.sh N COMMAND [--FLAG VALUE ...]}
+shift
+flags=()
+case $(mpirun --version 2>&1) in
+    *"Open MPI"*|*OpenRTE*|*PRRTE*)
+        # Ranks set their own threads by the cores they have; a binding to one core each would leave them one.
+        flags+=(--bind-to none)
+        [ -z "${HOSTS:-}" ] || flags+=(--host "$HOSTS")
+        for name in OMP_NUM_THREADS HVDVAE_DATA; do
+            [ -z "${!name:-}" ] || flags+=(-x "$name")
+        done
+        ;;
+    *)  [ -z "${HOSTS:-}" ] || flags+=(-hosts "$HOSTS") ;;
+esac
+read -r -a more <<< "${HVDVAE_MPIRUN_FLAGS:-}"
+exec mpirun -np "$ranks" "${flags[@]}" "${more[@]}" hvdvae "$@"

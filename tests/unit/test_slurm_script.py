@@ -1,0 +1,55 @@
+"""`hvdvae slurm` prints batch scripts; those in launch/slurm/ are its output."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hvdvae.cli import main
+from hvdvae.cli.options import SlurmOptions
+from hvdvae.cli.slurm import script
+
+FOLDER = Path(__file__).parents[2] / "launch" / "slurm"
+READY = {
+    "cpu.sbatch": SlurmOptions(train=[], nodes=2, ntasks_per_node=4),
+    "gpu.sbatch": SlurmOptions(train=[], nodes=2, ntasks_per_node=4, gpus_per_node=4, cpus_per_task=8),
+    "parameter-server.sbatch": SlurmOptions(train=[], nodes=2, ntasks_per_node=5, servers=2),
+    "stretches.sbatch": SlurmOptions(train=[], nodes=2, ntasks_per_node=4, array=10),
+}
+
+
+@pytest.mark.parametrize("name", READY)
+def test_the_ready_scripts_are_what_the_command_prints(name: str) -> None:
+    assert (FOLDER / name).read_text() == script(READY[name], '"$@"')
+
+
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+@pytest.mark.parametrize("array", [1, 3])
+def test_options_reach_the_script_as_they_are(
+    launcher: str, array: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--nodes", "3", "--ntasks-per-node", "2", "--time", "00:10:00", "--launcher", launcher]
+    train = ["--data", "mnist", "--out", "a folder", "--hidden", "200", "200"]
+    assert main(["slurm", *words, "--array", str(array), "--", *train]) == 0
+    found = capsys.readouterr().out
+    assert {"#SBATCH --nodes=3", "#SBATCH --ntasks-per-node=2", "#SBATCH --time=00:10:00"} <= set(found.splitlines())
+    assert "hvdvae train --resume --data mnist --out 'a folder' --hidden 200 200" in found
+    assert ("--array=1-3%1" in found) == (array == 3) == ("#SBATCH --requeue" not in found)
+    file = tmp_path / "job.sbatch"
+    file.write_text(found)
+    assert subprocess.run(["bash", "-n", file], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nodes", "2", "--", "--data", "mnist"], "no --out"),
+        (["--nodes", "0", "--", "--out", "x"], "--nodes is 0"),
+        (["--gpus-per-node", "2", "--ntasks-per-node", "4", "--", "--out", "x"], "share a GPU"),
+        (["--servers", "1", "--", "--out", "x"], "leave none to train"),
+        (["--launcher", "prun", "--", "--out", "x"], "--launcher"),
+    ],
+)
+def test_bad_requests(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["slurm", *words]) == 2
+    assert message in capsys.readouterr().err

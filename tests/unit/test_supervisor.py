@@ -1,0 +1,191 @@
+"""A supervisor starts a failing job again, hands signals on, ends what hangs, and leaves nothing running."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hvdvae.cli import main
+
+JOB = """
+import json, os, pathlib, signal, subprocess, sys, time
+log = pathlib.Path("log")
+calls = len(log.read_text().splitlines()) if log.exists() else 0
+with log.open("a") as file:
+    file.write(json.dumps(sys.argv[1:]) + chr(10))
+def leave(number, frame):
+    print("saved", flush=True)
+    sys.exit(128 + number)
+signal.signal(signal.SIGUSR1, leave)
+"""
+
+
+class Supervised:
+    """`hvdvae supervise` in a process of its own, over a Python script."""
+
+    def __init__(self, folder: Path, body: str, *options: str, **environment: str) -> None:
+        self.folder = folder
+        (folder / "job.py").write_text(JOB + body)
+        command = [sys.executable, "-m", "hvdvae", "supervise", "--backoff", "0.1", *options, "--"]
+        self.process = subprocess.Popen(
+            [*command, sys.executable, "job.py", "train", "--out", "here"],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def await_calls(self, count: int) -> None:
+        """Return once the job has been started so often."""
+        give_up = time.monotonic() + 60
+        while len(self.calls) < count:
+            assert time.monotonic() < give_up
+            time.sleep(0.02)
+
+    @property
+    def calls(self) -> list[list[str]]:
+        """Arguments of each start of the job."""
+        log = self.folder / "log"
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    def finish(self) -> tuple[int, str]:
+        """Exit status, and all that was said."""
+        said, _ = self.process.communicate(timeout=60)
+        return self.process.returncode, said
+
+
+def test_a_job_that_does_its_work_runs_once(tmp_path: Path) -> None:
+    job = Supervised(tmp_path, "print('done')")
+    assert job.finish() == (0, "done\n")
+    assert job.calls == [["train", "--out", "here"]]
+
+
+def test_a_job_that_fails_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    job = Supervised(tmp_path, "sys.exit(75 if calls < 2 else 0)")
+    status, said = job.finish()
+    assert status == 0
+    assert job.calls == [["train", "--out", "here"], *[["train", "--out", "here", "--resume"]] * 2]
+    assert said.count("ended with status 75") == 2
+    assert "restart 2 of 3 in 0.2 s" in said
+
+
+def test_restarts_end(tmp_path: Path) -> None:
+    job = Supervised(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", "--restarts", "1")
+    status, said = job.finish()
+    assert status == 128 + signal.SIGKILL
+    assert len(job.calls) == 2
+    assert "no restart is left of 1 (--restarts)" in said
+
+
+def test_what_only_the_user_can_mend_is_not_tried_again(tmp_path: Path) -> None:
+    job = Supervised(tmp_path, "sys.exit(2)")
+    assert job.finish()[0] == 2
+    assert len(job.calls) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_make_the_job_save_and_leave(tmp_path: Path, number: signal.Signals) -> None:
+    job = Supervised(tmp_path, "time.sleep(60)")
+    job.await_calls(1)
+    time.sleep(0.2)
+    job.process.send_signal(number)
+    status, said = job.finish()
+    assert status == 128 + signal.SIGUSR1
+    assert "saved" in said
+    assert f"{number.name}: asking the job to save and leave" in said
+    assert len(job.calls) == 1
+
+
+def test_a_signal_between_two_attempts_ends_the_wait(tmp_path: Path) -> None:
+    job = Supervised(tmp_path, "sys.exit(1)", "--backoff", "50")
+    job.await_calls(1)
+    time.sleep(1.0)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.finish()[0] == 128 + signal.SIGTERM
+    assert len(job.calls) == 1
+
+
+def test_a_job_that_does_not_leave_is_ended(tmp_path: Path) -> None:
+    body = "signal.signal(signal.SIGUSR1, signal.SIG_IGN); time.sleep(60)"
+    job = Supervised(tmp_path, body, "--grace", "0.5")
+    job.await_calls(1)
+    time.sleep(0.2)
+    job.process.send_signal(signal.SIGTERM)
+    status, said = job.finish()
+    assert status == 128 + signal.SIGTERM
+    assert "not left 0.5 s after a signal (--grace)" in said
+
+
+def test_a_silent_job_is_ended_and_started_again(tmp_path: Path) -> None:
+    job = Supervised(tmp_path, "time.sleep(60 if calls < 1 else 0)", "--silence", "1")
+    status, said = job.finish()
+    assert status == 0
+    assert "said nothing for 1 s (--silence)" in said
+    assert len(job.calls) == 2
+
+
+def test_ranks_that_a_launcher_left_behind_are_ended(tmp_path: Path) -> None:
+    body = """
+rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True,
+                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print(rank.pid, flush=True)
+os._exit(0)
+"""
+    status, said = Supervised(tmp_path, body).finish()
+    assert status == 0
+    assert not psutil.pid_exists(int(said.split()[0]))
+
+
+def test_a_launcher_that_goes_on_without_ranks_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In this process: the time that the dying have is shortened."""
+    monkeypatch.setattr("hvdvae.supervisor.DYING_SECONDS", 0.5)
+    monkeypatch.chdir(tmp_path)
+    script = "import time; print('hvdvae: deadline of 3 s exceeded (--deadline)', flush=True); time.sleep(60)"
+    words = ["--out", "x", "--restarts", "0"]
+    assert main(["supervise", "--restarts", "0", "--", sys.executable, "-c", script, *words]) == 128 + signal.SIGTERM
+    assert "its launcher goes on; ending it" in capfd.readouterr().err
+
+
+def test_a_job_is_requeued_after_a_signal(tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    job = Supervised(tmp_path, "time.sleep(60)", "--requeue", SLURM_JOB_ID="7", PATH=path)
+    job.await_calls(1)
+    time.sleep(0.2)
+    job.process.send_signal(signal.SIGUSR1)
+    status, said = job.finish()
+    assert status == 0
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert "requeueing Slurm job 7" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["supervise", "--", "hvdvae", "train"], "--out"),
+        (["supervise", "--requeue", "--", "hvdvae", "train", "--out", "x"], "SLURM_JOB_ID"),
+        (["supervise", "--backoff", "-1", "--", "true"], "--backoff is -1"),
+    ],
+)
+def test_bad_supervision(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert main(words) == 2
+    assert message in capfd.readouterr().err
+
+
+def test_a_command_that_is_not_there(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["supervise", "--", "no-such-program", "--out", "x"]) == 127
+    assert "no-such-program: No such file" in capfd.readouterr().err
