@@ -44,6 +44,13 @@ def options() -> argparse.Namespace:
         help="starts the ranks, as 'srun --mpi=pmix -n {ranks}' in an allocation; all hosts must see --output "
         "[mpirun on this machine]",
     )
+    parser.add_argument(
+        "--part",
+        type=_part,
+        default=(1, 1),
+        help="as 2/4: measure every fourth cell from the second on, while others measure the rest into the same "
+        "--output; --report-only makes the report of all",
+    )
     parser.add_argument("--retry-failed", action="store_true", help="measure cells anew that failed")
     asked = parser.parse_args()
     if asked.launcher is not None and "{ranks}" not in asked.launcher:
@@ -65,19 +72,30 @@ def main() -> int:
                 )
         else:
             open_dataset(study.data)  # What is not there should be known, or downloaded, before anything is measured.
-            found = run(study, folder, retry_failed=asked.retry_failed, launcher=asked.launcher)
+            found = run(study, folder, retry_failed=asked.retry_failed, launcher=asked.launcher, part=asked.part)
     except (StudyError, DataError, OSError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("compare: stopped; the same command goes on", file=sys.stderr)
         return 130
+    if asked.part != (1, 1):
+        print(f"part {'/'.join(map(str, asked.part))} is done: {len(found)} of {len(cells(study))} cells are there")
+        return 0
     words = [word for word in sys.argv[1:] if word != "--report-only"]
     command = shlex.join(["python", "benchmarks/compare.py", *words])
     page = write_page(study, text, found, folder, command)
     print(_summary(study, found, len(cells(study))))
     print(f"\nreport: {page}")
     return 0
+
+
+def _part(words: str) -> tuple[int, int]:
+    """2/4 as numbers."""
+    number, _, count = words.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"found {words!r}, expected as 2/4: the second of four parts")
+    return int(number), int(count)
 
 
 def _folder(name: str, study: Study, *, report_only: bool) -> Path:

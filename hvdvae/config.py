@@ -107,8 +107,9 @@ class OptimizationOptions:
 class StrategyOptions:
     """Parallelism."""
 
-    strategy: Literal["local", "allreduce", "local-sgd", "diloco", "ps"] = "allreduce"
-    """local: one process. allreduce: synchronous SGD, every rank steps on the mean gradient. local-sgd: ranks step by
+    strategy: Literal["local", "allreduce", "sharded", "local-sgd", "diloco", "ps"] = "allreduce"
+    """local: one process. allreduce: synchronous SGD, every rank steps on the mean gradient. sharded: the same, and
+    every rank keeps the optimizer's state of its share of the weights (ZeRO stage 1). local-sgd: ranks step by
     themselves and average their weights now and then. diloco: with an outer optimizer. ps: parameter servers."""
     engine: Literal["horovod", "mpi", "auto"] = "horovod"
     """What carries the allreduce; auto picks and says why."""
@@ -136,6 +137,8 @@ class StrategyOptions:
     """How gradients are combined; adasum needs engine horovod and a power of two of ranks."""
     sync_batch_norm: bool = False
     """BatchNorm statistics over the batches of all ranks."""
+    replace_workers: bool = False
+    """Start a new rank where one died (ps, allreduce; mpirun --with-ft ulfm)."""
     deadline: float = 300.0
     """Seconds that a rank waits for others before it says for whom, and ends the job."""
 
@@ -154,8 +157,6 @@ class ServerOptions:
     """Slowest workers of a step that it does not wait for (bsp)."""
     replicas: int = 0
     """Backups of each server, 0 or 1: ranks that take over where it dies (mpirun --with-ft ulfm)."""
-    replace_workers: bool = False
-    """Start a new worker where one died (mpirun --with-ft ulfm)."""
     rule: Literal["plain", "staleness-lr", "dcasgd", "dcasgd-a", "easgd"] = "plain"
     """How a push changes the weights: the optimizer's step; at lr / staleness; delay compensated; elastic averaging."""
     dc_strength: float | None = None

@@ -28,5 +28,9 @@ class RankLost(HvdvaeError):
     """A rank has died where MPI lets the others go on (ULFM); raised on all of them, whatever they waited in."""
 
 
+class HostsChanged(RankLost):
+    """An elastic horovodrun has added hosts, or taken some away; raised on all ranks after the same step."""
+
+
 class NonFiniteError(HvdvaeError):
     """Too many steps whose loss or gradient was not finite."""

@@ -19,11 +19,16 @@ class Launch:
     local_rank: int = 0
     local_size: int = 1
     joins: bool = False
-    """Whether a running job started this process, to take the place of a trainer that died."""
+    """Whether a server of a running job started this process, to take the place of a trainer that died."""
+    enters: bool = False
+    """Whether ranks in step did, which wait for it."""
 
 
 JOINS = "HVDVAE_JOINS"
 """Environment variable of such a process: its rank among trainers, a stroke, their number."""
+
+ENTERS = "HVDVAE_ENTERS"
+"""Environment variable of processes that ranks in step have started in the place of dead ones: their number."""
 
 # Rank, size, local rank, local size; the first family whose first two are set wins. Open MPI and MPICH stand before
 # Slurm because mpirun inside sbatch hands Slurm's variables of its own daemons on to the ranks.
@@ -54,6 +59,9 @@ def detect(environ: Mapping[str, str]) -> Launch:
         rank, size = (int(number) for number in environ[JOINS].split("/"))
         # Its place on its host is not known; trainers come first, so that on one host it is its rank.
         return Launch(launcher="mpirun", rank=rank, size=size, local_rank=rank, local_size=size, joins=True)
+    if ENTERS in environ:
+        # Its rank is only known once it has met the others; it is not the first.
+        return Launch(launcher="mpirun", rank=1, size=2, enters=True)
     for launcher, names in _FAMILIES:
         # PMI_* beside SLURM_* are srun's own (pmi2), unless MPICH's mpirun, whose daemons run in a step, set them.
         if names[0] == "PMI_RANK" and "SLURM_STEP_ID" in environ and names[2] not in environ:
@@ -66,6 +74,11 @@ def detect(environ: Mapping[str, str]) -> Launch:
 def survives_deaths(environ: Mapping[str, str]) -> bool:
     """Whether MPI lets the others go on when a rank dies (mpirun --with-ft ulfm). Pure."""
     return environ.get("OMPI_MCA_mpi_ft_enable") == "1"
+
+
+def is_elastic(environ: Mapping[str, str]) -> bool:
+    """Whether horovodrun replaces ranks that die, and starts more where hosts are added (--min-np). Pure."""
+    return environ.get("HOROVOD_ELASTIC") == "1"
 
 
 def _read(launcher: Launcher, names: tuple[str, str, str, str], environ: Mapping[str, str]) -> Launch:

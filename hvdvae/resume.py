@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from hvdvae import checkpoint as checkpoints
 from hvdvae.checkpoint import Checkpoint
 from hvdvae.errors import CheckpointError
 
@@ -130,24 +129,6 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
     optimizer.skipped_steps, trainer.overflows = record["skipped_steps"], record["overflows"]
     trainer.position = Position(**record["position"])
     trainer.best = record["best"]
-
-
-def catch_up(trainer: "Trainer") -> None:
-    """After a death: ranks that had not yet taken the step that others had take those others' state instead.
-
-    Ranks in step differ by one step at most, and hold the same where they do not. Blocks; every rank must call it.
-    """
-    world, optimizer = trainer.world, trainer.optimizer
-    steps = world.gather_objects(trainer.position.step, "steps of those that are left")
-    leader = steps.index(max(steps))
-    if min(steps) == max(steps):
-        return
-    own = optimizer.flat.buffers.clone()
-    mine = snapshot(trainer, own[None], trainer.configuration) if world.rank == leader else None
-    state = checkpoints.shared(mine, leader, world)
-    if trainer.position.step < max(steps):
-        restore(trainer, state)
-        optimizer.flat.buffers.copy_(own)
 
 
 FIXED = ("seed", "binarization", "likelihood")

@@ -10,13 +10,12 @@ fractional count of epochs done.
 
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +24,19 @@ from hvdvae.allocator import keep_freed_memory
 from hvdvae.batch import Batch, chunks, examples_of
 from hvdvae.checkpoint import Checkpoint, Folder
 from hvdvae.ema import MovingAverage
-from hvdvae.errors import NonFiniteError, RankLost, WorldError
+from hvdvae.errors import HostsChanged, NonFiniteError, RankLost
 from hvdvae.heartbeat import pulse_of
 from hvdvae.monitor import Monitor
 from hvdvae.pulse import Beat
-from hvdvae.resume import Position, catch_up, restore, snapshot
+from hvdvae.recovery import enter, surviving
+from hvdvae.resume import Position, restore, snapshot
 from hvdvae.schedule import Schedule, world_scale
 from hvdvae.seeding import seed_everything
 from hvdvae.signals import caught
 from hvdvae.strategies import Strategy
 
-T = TypeVar("T")
+HOSTS_CHANGED = 1000
+"""Beyond all signals: some rank has heard that there are other hosts."""
 Loss = Callable[[nn.Module, Any, float], Tensor | Mapping[str, Tensor]]
 
 
@@ -146,22 +147,24 @@ class Trainer:
         """
         examples, seconds = 0, 0.0
         signal_number = 0
+        if self.world.joins and self.optimizer.synchronous:
+            surviving(self, partial(enter, self))
         self.optimizer.start()
         self.optimizer.tell_progress(self._epochs_done)
         try:
             with caught() as flag:
                 while self.position.epoch < epochs and not signal_number:
-                    signal_number, seen, took = self.surviving(lambda: self._run_epoch(lambda: flag.number))
+                    signal_number, seen, took = surviving(self, lambda: self._run_epoch(lambda: flag.number))
                     examples, seconds = examples + seen, seconds + took
                     if signal_number or self.position.epoch >= epochs:
                         self.optimizer.finish()
                     if not self.position.examples:
-                        self.surviving(partial(self._end_epoch, epochs, seen, took))
+                        surviving(self, partial(self._end_epoch, epochs, seen, took))
                         # A signal during validation, or in the last step, is heard here.
-                        signal_number = signal_number or self.surviving(lambda: self._agreed(flag.number))
+                        signal_number = signal_number or surviving(self, lambda: self._agreed(flag.number))
                 self.optimizer.finish()
                 if signal_number:
-                    self.surviving(lambda: self._save(is_best=False))
+                    surviving(self, lambda: self._save(is_best=False))
         finally:
             for monitor in self._monitors:
                 monitor.close()
@@ -212,7 +215,10 @@ class Trainer:
                 number, steps = 0, self.batches.steps(start)
                 batches = self.batches.epoch(self.position.epoch, start)
             if self._pulse.due or number >= steps:
-                beat = self._pulse.beat(signal_number())
+                changed = self.world.hosts_changed and self.optimizer.recovers
+                beat = self._pulse.beat(signal_number() or HOSTS_CHANGED * changed)
+                if beat.signal == HOSTS_CHANGED:
+                    raise HostsChanged("horovodrun has other hosts")
                 total += beat.examples
                 self._report(beat)
                 signal_given = beat.signal
@@ -221,51 +227,17 @@ class Trainer:
         self.position.next_epoch()
         return signal_given, total, time.perf_counter() - begin
 
-    def surviving(self, action: Callable[[], T]) -> T:
-        """Do what all ranks do together, and once more, without the dead, where a rank dies in it.
-
-        Blocks; every rank must call it. Raises RankLost where the strategy cannot go on.
-        """
-        while True:
-            try:
-                return action()
-            except RankLost as lost:
-                if not self.optimizer.recovers:
-                    raise
-                self._go_on_without_the_dead(lost)
-
-    def _go_on_without_the_dead(self, lost: RankLost) -> None:
-        """Those that are left take the same state, and share what is left of the epoch. Every living rank comes here.
-
-        Nothing is lost: where some had taken the step in which a rank died, the others take it from them.
-        """
-        began, before = time.perf_counter(), self.world.size
-        died: list[str] = []
-        while True:
-            with suppress(RankLost):  # One more died meanwhile.
-                newly = self.world.recover()
-                if not newly:  # It was something else, which would come again.
-                    raise WorldError(str(lost)) from lost
-                died += newly
-                self.optimizer.recover()
-                catch_up(self)
-                break
-        self.died += died
-        size = self.world.size
-        factor = world_scale(self._lr_scaling, size) / world_scale(self._lr_scaling, before)
+    def take_place(self, size_before: int) -> None:
+        """Go on at the place that this rank has in a World that was larger or smaller. Local."""
+        world = self.world
+        factor = world_scale(self._lr_scaling, world.size) / world_scale(self._lr_scaling, size_before)
         self._base_lrs = [lr * factor for lr in self._base_lrs]
         for group, lr in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr
         self._pulse = pulse_of(self.optimizer)
-        self._share = (self.world.rank, size)
+        self._share = (world.rank, world.size)
         self.batches.reshare(*self._share)
-        if self.world.is_first:
-            self._monitors = self._monitors or self._monitors_here()
-            seconds = time.perf_counter() - began
-            sys.stderr.write(
-                f"hvdvae: {', '.join(died)} has died; {size} ranks go on from step {self.position.step}, "
-                f"{seconds:.2f} s later\n"
-            )
+        self._monitors = self._monitors or self._monitors_here()
 
     def _agreed(self, signal_number: int) -> int:
         if not self.optimizer.synchronous:

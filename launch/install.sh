@@ -38,6 +38,8 @@ source "$launch/toolchain.sh"
 source "$launch/torch.sh"
 # shellcheck source=launch/browser.sh
 source "$launch/browser.sh"
+# shellcheck source=launch/slurm.sh
+source "$launch/slurm.sh"
 # shellcheck source=launch/horovod/build.sh
 source "$launch/horovod/build.sh"
 
@@ -57,7 +59,7 @@ inputs() {
     echo "$venv $TORCH_KIND $MPI_KIND ${CUDA_HOME:-} $(type -P nvcc || true)"
     if [[ $MPI_KIND == site ]]; then echo "$MPICC $MPIRUN $(mpi_name "$MPIRUN")"; fi
     "$PYTHON" -c 'import sys; print(sys.base_prefix, sys.version)'
-    cat "$requirements"/*.txt "$launch"/horovod/* "$launch"/{install,mpi,toolchain,torch,browser}.sh "$root/setup.py" "$root/pyproject.toml"
+    cat "$requirements"/*.txt "$launch"/horovod/* "$launch"/{install,mpi,toolchain,torch,browser,slurm}.sh "$root/setup.py" "$root/pyproject.toml"
 }
 
 # up_to_date: whether an install of these inputs was finished and nobody changed the packages since.
@@ -95,7 +97,7 @@ install_everything() {
     fi
     echo "install: installing what else is pinned"
     pip_install -r "$requirements/run.txt" -r "$requirements/build.txt"
-    if [[ $level == test ]]; then pip_install -r "$requirements/test.txt" -c "$requirements/run.txt" && want_browser; fi
+    if [[ $level == test ]]; then pip_install -r "$requirements/test.txt" -c "$requirements/run.txt" && want_browser && want_slurm; fi
 
     MPI_NAME=$(mpi_name "$MPIRUN")
     read -r TORCH_VERSION TORCH_CUDA <<<"$(torch_build)"

@@ -41,7 +41,7 @@ run_pytest() {
     python -m pytest --color="$color" --durations=10 "$@" 2>&1 | tee "$log"
 }
 
-mapfile -t scripts < <(printf '%s\n' launch/*.sh launch/*/*.sh .ci/run)
+mapfile -t scripts < <(printf '%s\n' launch/*.sh launch/*/*.sh launch/*/*.sbatch .ci/run)
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 

@@ -28,29 +28,39 @@ AT_WORK = "at-work-"
 LOCK = Path(tempfile.gettempdir()) / "hvdvae-study.lock"
 
 
-def run(study: Study, folder: Path, *, retry_failed: bool = False, launcher: str | None = None) -> list[dict[str, Any]]:
-    """Run what has not been run yet. Blocks; returns the results of all cells.
+def run(
+    study: Study,
+    folder: Path,
+    *,
+    retry_failed: bool = False,
+    launcher: str | None = None,
+    part: tuple[int, int] = (1, 1),
+) -> list[dict[str, Any]]:
+    """Run what has not been run yet. Blocks; returns the results of all cells that have one.
 
     `folder` gets cells/NAME.json and logs/NAME.txt. A result of another question (the study was changed) is measured
-    anew. `launcher`: as launch.Ranks has it. Raises StudyError where another study runs on this machine.
+    anew. `launcher`: as launch.Ranks has it. `part` (2, 4): only every fourth cell, from the second on. Raises
+    StudyError where another study runs on this machine.
     """
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     (folder / "logs").mkdir(exist_ok=True)
     results = {}
     todo = []
-    for cell in cells(study):
+    number, count = part
+    at_work = f"{AT_WORK}{number}-of-{count}-"
+    for place, cell in enumerate(cells(study), 1):
         result = _kept(folder, study, cell, retry_failed=retry_failed)
-        if result is None:
+        if result is None and place % count == number % count:
             todo.append(cell)
         results[cell.name] = result
     with _alone(), tqdm(todo, unit="cell", file=sys.stderr, dynamic_ncols=True, smoothing=0) as progress:
-        for left in folder.glob(f"{AT_WORK}*"):  # Of a harness that was killed.
+        for left in folder.glob(f"{at_work}*"):  # Of a harness that was killed.
             shutil.rmtree(left)
-        if len(todo) < len(results):
-            progress.write(f"{len(results) - len(todo)} of {len(results)} cells are there already")
+        if there := sum(result is not None for result in results.values()):
+            progress.write(f"{there} of {len(results)} cells are there already")
         for cell in progress:
             progress.set_postfix_str(cell.name)
-            results[cell.name] = result = measure(study, cell, folder, launcher)
+            results[cell.name] = result = measure(study, cell, folder, launcher, at_work)
             _write(_file(folder, cell), result)
             if result["failed"]:
                 progress.write(f"{cell.name}: {result['failed']} (logs/{cell.name}.txt)")
@@ -63,13 +73,13 @@ def results_in(study: Study, folder: Path) -> list[dict[str, Any]]:
     return [result for result in found if result is not None]
 
 
-def measure(study: Study, cell: Cell, output: Path, launcher: str | None) -> dict[str, Any]:
-    """One cell. Blocks; a job that fails is a result, too."""
+def measure(study: Study, cell: Cell, output: Path, launcher: str | None, at_work: str) -> dict[str, Any]:
+    """One cell, in a folder in `output` whose name begins with `at_work`. Blocks; a job that fails is a result, too."""
     ordered, log = order(study, cell), output / "logs" / f"{cell.name}.txt"
     log.unlink(missing_ok=True)
     begin = time.time()
     found: dict[str, Any] = {"points": [], "nll": None}
-    with tempfile.TemporaryDirectory(prefix=AT_WORK, dir=output) as place:
+    with tempfile.TemporaryDirectory(prefix=at_work, dir=output) as place:
         folder = Path(place)
         _write(folder / "order.json", ordered)
         failed = None

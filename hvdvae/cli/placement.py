@@ -83,6 +83,14 @@ def check_slurm(environ: Mapping[str, str], launch: Launch, strategy: str) -> st
     return f"{launch.size} ranks of the {tasks} tasks that the Slurm job has (SLURM_NTASKS): the others idle"
 
 
+def absent_hosts(environ: Mapping[str, str], places: Sequence[Place]) -> str:
+    """A warning where a Slurm job has hosts on which no rank runs. Pure."""
+    granted, used = environ.get("SLURM_JOB_NUM_NODES", ""), len({place.host for place in places})
+    if not granted.isdecimal() or int(granted) <= used:
+        return ""
+    return f"ranks run on {used} of the {granted} hosts that the Slurm job has (SLURM_JOB_NUM_NODES)"
+
+
 def table(places: Sequence[Place]) -> str:
     """One line for ranks of the same host and role that are alike. Pure."""
     rows = [("host", "ranks", "role", "device", "cores", "threads a rank")]
@@ -122,9 +130,9 @@ def announce(world: World, strategy: str, launch: Launch, threads: int) -> None:
     check_versions(places)
     slow = slow_pairs(probe_hosts(world))
     if world.is_first and len(places) > 1:
-        foreign = check_slurm(os.environ, launch, strategy)
-        lines = [table(places), *(f"hvdvae: warning: {text}" for text in [foreign, *crowded(places), *slow] if text)]
-        print("\n".join(lines), flush=True)
+        idle = [check_slurm(os.environ, launch, strategy), absent_hosts(os.environ, places)]
+        warnings = [text for text in (*idle, *crowded(places), *slow) if text]
+        print("\n".join([table(places), *(f"hvdvae: warning: {text}" for text in warnings)]), flush=True)
 
 
 def _spans(numbers: Sequence[int]) -> str:

@@ -26,6 +26,7 @@ from hvdvae.monitor import Monitor
 from hvdvae.monitor.jsonl import JsonLines
 from hvdvae.monitor.progress import Progress
 from hvdvae.monitor.tensorboard import TensorBoard
+from hvdvae.recovery import surviving
 from hvdvae.resume import load_weights
 from hvdvae.strategies import Strategy
 from hvdvae.strategies.sync_batch_norm import convert_sync_batch_norm
@@ -44,6 +45,7 @@ def train(asked: Asked) -> int:
     world = World.create(device=asked.values["device"], deadline=asked.values["deadline"], servers=servers)
     config = agreed_config(asked, world)
     world.watchdog.seconds = config.deadline
+    world.replaces = config.replace_workers
     threads = config.threads or threads_of_rank(world)
     if not world.joins:
         announce(world, config.strategy, launch, threads)
@@ -94,7 +96,7 @@ def train(asked: Asked) -> int:
             )
         world.close()
         return exit_status(outcome)
-    trainer.surviving(lambda: _conclude(config, trainer, model, dataset, pictures, folder, outcome, started))
+    surviving(trainer, lambda: _conclude(config, trainer, model, dataset, pictures, folder, outcome, started))
     world.close()
     return 0
 

@@ -13,7 +13,7 @@ from hvdvae.strategies.local import Local
 from hvdvae.strategies.strategy import Strategy
 from hvdvae.world import World
 
-STRATEGIES = ("local", "allreduce", "local-sgd", "diloco", "ps")
+STRATEGIES = ("local", "allreduce", "sharded", "local-sgd", "diloco", "ps")
 SYNC_EVERY = {"local-sgd": 16, "diloco": 64}
 OUTER_LR, OUTER_MOMENTUM = 0.7, 0.9
 """Of diloco: Douillard et al. 2023."""
@@ -48,7 +48,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     On the ranks of parameter servers it serves until the workers have ended, and then ends the process.
 
     world: this process's World (default: one for the launcher that started it).
-    strategy: local, allreduce (synchronous SGD), local-sgd and diloco (averages now and then), or ps (parameter
+    strategy: local, allreduce (synchronous SGD), sharded (the same, its optimizer split over the ranks), local-sgd and diloco (averages now and then), or ps (parameter
         servers).
     engine: what carries the allreduce: horovod, mpi, or auto.
     backward_passes_per_step: how many gradients are accumulated before a step; they are averaged, not summed.
@@ -100,13 +100,22 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
                 compression_momentum=compression_momentum,
             )
         return _ps(optimizer, model, world, servers, plan, options)
-    if strategy != "allreduce":
+    if strategy not in ("allreduce", "sharded"):
         raise ConfigError(f"strategy (--strategy) is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
+    if strategy == "sharded" and (compression != "none" or reduce_op != "average" or process_set is not None):
+        raise ConfigError(
+            "strategy 'sharded' (--strategy) averages plain gradients over all ranks: drop --compression, --reduce-op "
+            "and process_set, or use --strategy allreduce"
+        )
     chosen = choose_engine(engine, world, compression=compression, reduce_op=reduce_op, process_set=process_set)
-    if chosen.name == "mpi" and compression != "none":
+    if strategy == "sharded":
+        from hvdvae.strategies.sharded import Sharded
+
+        wrapped: Strategy = Sharded(optimizer, model, world, engine=chosen.name, **options)
+    elif chosen.name == "mpi" and compression != "none":
         from hvdvae.strategies.allreduce_compressed import CompressedAllreduce
 
-        wrapped: Strategy = CompressedAllreduce(optimizer, model, world, compression=compression, **short, **options)
+        wrapped = CompressedAllreduce(optimizer, model, world, compression=compression, **short, **options)
     else:
         wrapped = _wrap(chosen.name, optimizer, model, world, compression, reduce_op, process_set, options)
     wrapped.engine, wrapped.engine_reason = chosen

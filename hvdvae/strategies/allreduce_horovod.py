@@ -82,7 +82,7 @@ class HorovodAllreduce(Strategy):
 
     def broadcast_bytes(self, data: Tensor) -> None:
         """Overwrite with the bytes of the process set's first rank."""
-        if data.numel():
+        if data.numel() and not self.world.joins:
             with self.world.waiting("horovod broadcast of the model"):
                 self._hvd.broadcast_(data, self._first_rank(), name="hvdvae.broadcast", process_set=self._process_set)
 

@@ -5,6 +5,7 @@ keep their per-tensor form: the tensors are views of the same vectors, so the st
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,16 +49,17 @@ def is_elementwise(optimizer: Optimizer) -> bool:
     return type(optimizer) in ELEMENTWISE
 
 
-def flat_optimizer(optimizer: Optimizer, flat: FlatModel) -> Optimizer:
+def flat_optimizer(optimizer: Optimizer, flat: FlatModel, places: Sequence[slice] = ()) -> Optimizer:
     """An optimizer of the same class over one vector a group, with `.grad` a slice of `flat.gradient`.
 
+    `places`: of the vectors in `flat.parameters` (default: the whole groups).
     Returns the optimizer itself where it is not elementwise. The state of `optimizer` is not carried over here
     (`load_per_tensor` does that).
     """
     if not is_elementwise(optimizer):
         return optimizer
     groups: list[dict[str, Any]] = []
-    for group, part in zip(optimizer.param_groups, flat.group_slices, strict=True):
+    for group, part in zip(optimizer.param_groups, places or flat.group_slices, strict=True):
         vector = nn.Parameter(flat.parameters[part])
         vector.grad = flat.gradient[part]
         groups.append({**group, "params": [vector], **_fused(optimizer, group)})

@@ -88,10 +88,9 @@ class CompressedMean:
 
         The rest as codec_of has it. Raises ConfigError.
         """
-        if like.device.type != "cpu" or like.dtype != torch.float32:
+        if like.dtype != torch.float32:
             raise ConfigError(
-                f"--compression {compression} works on float32 vectors of a CPU, found {like.dtype} on {like.device}: "
-                "use --compression fp16 with --engine horovod"
+                f"--compression {compression} works on float32 vectors, found {like.dtype}: use --compression none"
             )
         if momentum and compression not in ("topk", "randomk"):
             raise ConfigError(
@@ -101,9 +100,9 @@ class CompressedMean:
         self._world, self.traffic, self.error = world, Traffic(), 0.0
         self._codec = codec_of(compression, shapes, share=share, rank=rank)
         self._feedback = Feedback(like.numel(), momentum) if self._codec.needs_feedback else None
-        self._sent = torch.zeros_like(like)
+        self._sent = torch.zeros(like.numel())
         self._calls = torch.zeros(1, dtype=torch.int64)
-        """Decides what is random."""
+        """That were used; decides what is random."""
         if isinstance(self._codec, Gathered):
             # The flag is a float32, and stands where one may.
             self._flag_at = -(-self._codec.nbytes // FLAG_BYTES) * FLAG_BYTES
@@ -111,15 +110,18 @@ class CompressedMean:
             self._messages = torch.zeros(world.size, self._message.numel(), dtype=torch.uint8)
 
     def recover(self) -> None:
-        """Go on with the ranks that the World has now. Blocks; every rank must call it."""
-        self._world.max_(self._calls, "agreement on what is random")
+        """Go on with the ranks that the World has now. Local."""
         if isinstance(self._codec, Gathered):
             self._messages = torch.zeros(self._world.size, self._message.numel(), dtype=torch.uint8)
 
     def mean_(self, vector: Tensor) -> None:
-        """As Mean's: of what all ranks' messages say."""
+        """As Mean's: of what all ranks' messages say. Those of a GPU are written on the host."""
+        if vector.device.type != "cpu":
+            host = vector.cpu()
+            self.mean_(host)
+            vector.copy_(host)
+            return
         key = stream(_COMPRESSION, int(self._calls))
-        self._calls += 1
         # By the number that a step decides by.
         is_finite = bool(torch.isfinite(torch.dot(vector, vector)))
         whole = vector if self._feedback is None else self._feedback.compensate(vector)
@@ -130,6 +132,8 @@ class CompressedMean:
 
     def keep(self) -> None:
         """As Mean's."""
+        # Here, so that ranks that have taken as many steps draw alike, also where one died between two of them.
+        self._calls += 1
         if self._feedback is not None:
             self._feedback.keep()
 

@@ -34,6 +34,8 @@ class Strategy(Optimizer):
     """Whether all ranks take the same step at the same time, and hold the same weights after it."""
     joined_at: float | None = None
     """Epochs that had been done when this rank took the place of one that died; None: it was there from the start."""
+    part = slice(None)
+    """What this rank steps of the parameter vector."""
     recovers = False
     """Whether those that are left can go on when a rank has died (ULFM)."""
     engine = "none"
@@ -154,6 +156,9 @@ class Strategy(Optimizer):
         Blocks; every rank must call it. `step` calls it unless it was called since the last step. Call it before
         GradScaler's `unscale_` and `step`: whether a gradient overflowed is then the same on all ranks.
         """
+        self._exchange_once()
+
+    def _exchange_once(self) -> None:
         if self._exchanged:
             return
         gradient = self.flat.gather_gradient()
@@ -184,25 +189,29 @@ class Strategy(Optimizer):
                 "call optimizer.synchronize() after backward(), then scaler.unscale_ or scaler.step"
             )
         else:
-            self.synchronize()
+            self._exchange_once()
         self._exchanged = False
         gradient = self.flat.gradient
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             gradient.div_(scale)  # GradScaler.step without unscale_ leaves that to the optimizer.
-        # One pass of BLAS; a third quicker than vector_norm. Not finite beyond 1e19, where no step is worth taking.
-        self.gradient_norm = float(torch.dot(gradient, gradient)) ** 0.5
+        self.gradient_norm = self.squared_norm(gradient) ** 0.5
         self._follow_groups()
         if not _is_finite(self.gradient_norm):
             self.skipped_steps += 1
             self.skip()
             return loss
         if self.clip_norm is not None and self.gradient_norm > self.clip_norm:
-            self.flat.gradient.mul_(self.clip_norm / self.gradient_norm)
+            self.flat.gradient[self.part].mul_(self.clip_norm / self.gradient_norm)
         self.update()
         # A scheduler that was built on the wrapped optimizer asks it whether it has stepped.
         self._wrapped._opt_called = True  # type: ignore[attr-defined]
         return loss
+
+    def squared_norm(self, gradient: Tensor) -> float:
+        """Of the mean gradient, which `gradient` (P,) holds after the exchange. The same on all ranks."""
+        # One pass of BLAS; a third quicker than vector_norm. Not finite beyond 1e19, where no step is worth taking.
+        return float(torch.dot(gradient, gradient))
 
     def update(self) -> None:
         """Step the inner optimizer on the vectors. Local."""

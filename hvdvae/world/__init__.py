@@ -23,14 +23,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 
 from hvdvae.abort import abort_job
 from hvdvae.deadline import Watchdog
 from hvdvae.errors import RankLost, WorldError
-from hvdvae.launcher import Launch, Launcher, detect, survives_deaths
+from hvdvae.launcher import Launch, Launcher, detect, is_elastic, survives_deaths
 from hvdvae.world.collectives import Alone, Collectives
 from hvdvae.world.join import (
     Joined,
@@ -42,6 +42,9 @@ from hvdvae.world.join import (
     join_parent,
     split_roles,
 )
+
+if TYPE_CHECKING:
+    from hvdvae.world.gloo import HostChanges
 
 # Open MPI waits by spinning. Yielding in the spin gives the core to whoever computes on it: Horovod's other thread, a
 # late rank, another job. Read by MPI_Init, so it stands here, before anything of ours imports mpi4py. The user's
@@ -55,6 +58,13 @@ if survives_deaths(os.environ):
 
 DEFAULT_DEADLINE = 300.0
 """Seconds that a rank waits for others before it ends the job."""
+
+
+class Change(NamedTuple):
+    """Who is no longer there, and who is new; ranks as "rank 1 (host)", by their ranks when they started."""
+
+    died: list[str]
+    added: list[str]
 
 
 class World:
@@ -96,6 +106,10 @@ class World:
         self._name = f"rank {carrier.rank} ({self.host})"
         self._names: list[str] = []
         """Of all ranks that live, by their ranks at the start, for messages."""
+        self.replaces = False
+        """Whether `recover` starts new ranks in the place of the dead."""
+        self._changes: HostChanges | None = None
+        """What an elastic horovodrun tells of its hosts."""
         self._launch = launch
         self._horovod: Any = None
 
@@ -111,6 +125,8 @@ class World:
         launch = detect(os.environ)
         if launch.joins:
             return cls._join_running(launch, choose_device(device, launch.local_rank), deadline)
+        if launch.enters:
+            return cls._enter_running(launch, choose_device(device, 0), deadline)
         check_servers(servers, launch)
         if launch.launcher == "none":
             return cls.alone(device=device)
@@ -134,8 +150,10 @@ class World:
         if everyone.size > 1:
             watchdog.start()
             world._end_job_on_uncaught_exception()
-            if world.survives_deaths:
-                world._names = world.gather_objects(world._name, "names")
+        if world.survives_deaths and everyone.size > 1:
+            world._names = world.gather_objects(world._name, "names")
+        elif is_elastic(os.environ):
+            world._start_elastic()
         return world
 
     @classmethod
@@ -145,6 +163,19 @@ class World:
         world.rank, world.size = launch.rank, launch.size
         watchdog.start()
         world._end_job_on_uncaught_exception()
+        return world
+
+    @classmethod
+    def _enter_running(cls, launch: Launch, device: torch.device, deadline: float) -> Self:
+        from hvdvae.world.mpi import MpiCollectives
+        from hvdvae.world.spawn import join_those_that_started_me
+
+        carrier = MpiCollectives(join_those_that_started_me())
+        watchdog = Watchdog(rank=carrier.rank, size=carrier.size, seconds=deadline)
+        world = cls(launch, carrier, device, watchdog, carrier.comm, carrier.comm)
+        watchdog.start()
+        world._end_job_on_uncaught_exception()
+        world._meet_those_that_train()
         return world
 
     @classmethod
@@ -169,6 +200,34 @@ class World:
             carrier = MpiCollectives(self.comm.Split(number, self.rank))
         return World(self._launch, carrier, self.device, self.watchdog, carrier.comm)
 
+    def _start_elastic(self) -> None:
+        """Under an elastic horovodrun: whoever meets ranks that train already waits with all else until `enter`."""
+        from hvdvae.world.gloo import HostChanges
+
+        self._changes = HostChanges()
+        self._meet_those_that_train()
+
+    def _meet_those_that_train(self) -> None:
+        self._name = f"rank {self.rank} ({self.host}, process {os.getpid()})"
+        self._names, trains = self._named(trains=False)
+        if trains:
+            self.joins, self._real = True, self._carrier
+            self._carrier = Alone()
+
+    def enter(self) -> None:
+        """Speak to the others from now on: what they do next, this rank does with them. Local."""
+        self._carrier, self.joins = self._real, False
+
+    def _named(self, *, trains: bool) -> tuple[list[str], bool]:
+        """Names of all ranks, and whether some of them train already. Blocks; every rank must call it."""
+        found = self.gather_objects([self._name, trains], "names")
+        return [name for name, _ in found], any(already for _, already in found)
+
+    @property
+    def hosts_changed(self) -> bool:
+        """Whether an elastic horovodrun has other hosts now: time to `recover`. Local; ranks hear it at different times."""
+        return self._changes is not None and self._changes.heard
+
     @property
     def is_first(self) -> bool:
         """Whether this is the trainers' rank 0, which writes files and speaks to the user."""
@@ -176,8 +235,8 @@ class World:
 
     @property
     def survives_deaths(self) -> bool:
-        """Whether MPI lets the others go on when a rank dies (mpirun --with-ft ulfm)."""
-        return survives_deaths(os.environ)
+        """Whether the others can go on when a rank dies (mpirun --with-ft ulfm, or an elastic horovodrun)."""
+        return survives_deaths(os.environ) or self._changes is not None
 
     def sum_(self, tensor: torch.Tensor, what: str = "sum") -> torch.Tensor:
         """Sum over ranks in place, the same bits on all. Blocks; every rank must call. Returns the tensor."""
@@ -276,20 +335,36 @@ class World:
         self.comm = getattr(self._carrier, "comm", None)
         self.rank, self.size = self._carrier.rank, self._carrier.size
 
-    def recover(self) -> list[str]:
-        """After RankLost: go on with those that live; returns the dead as "rank 1 (host)", by their old ranks.
+    def recover(self) -> Change:
+        """After RankLost, or `hosts_changed`: go on with those that live, and with those that were added.
 
         Horovod is stopped; `horovod` starts it anew. Blocks; every living rank must call it.
         """
-        if self._horovod is not None:
+        if self._horovod is not None and self.comm is not None:
             self._horovod.shutdown()
-            self._horovod = None
+        self._horovod = None
         self._revocable.clear()
-        before = self._names
+        if self._changes is not None:
+            self._changes.heard = False
+        before, size = self._names, self.size
         self.shrink()
+        if self.replaces and self.comm is not None and self.size < size:
+            self._replace(size - self.size)
         self.everyone = self.comm
-        self._names = self.gather_objects(self._name, "names of those that are left")
-        return [name for name in before if name not in self._names]
+        self._names, _ = self._named(trains=True)
+        died = [name for name in before if name not in self._names]
+        return Change(died, [name for name in self._names if name not in before])
+
+    def _replace(self, count: int) -> None:
+        from hvdvae.world.mpi import MpiCollectives
+        from hvdvae.world.spawn import start_ranks
+
+        with self.watchdog.waiting("start of new ranks", patient=True):
+            everyone = start_ranks(self.comm, count)
+            if everyone is not None:
+                self._carrier = MpiCollectives(everyone)
+                self.comm = self._carrier.comm
+                self.rank, self.size = self._carrier.rank, self._carrier.size
 
     @contextmanager
     def waiting(self, what: str, *, patient: bool = False) -> Iterator[None]:
@@ -346,6 +421,9 @@ class World:
 
 
 def _tells_of_a_death(error: Exception) -> bool:
+    """Whether this is how MPI (ULFM), or Horovod, says that a rank has died."""
+    if type(error).__name__ == "HorovodInternalError":
+        return True
     if "mpi4py.MPI" not in sys.modules:
         return False
     from hvdvae.world.mpi import tells_of_a_death

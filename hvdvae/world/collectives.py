@@ -81,3 +81,10 @@ def unequal_lengths(lengths: list[int]) -> list[slice]:
     """Where each rank's bytes stand in the concatenation of all, shape (size,)."""
     ends = np.cumsum(lengths)
     return [slice(int(end) - length, int(end)) for end, length in zip(ends, lengths, strict=True)]
+
+
+def slice_of(length: int, rank: int, size: int) -> slice:
+    """The slice of `rank` where `size` ranks share a vector of `length` elements; the first ones are longer. Pure."""
+    share, left = divmod(length, size)
+    start = rank * share + min(rank, left)
+    return slice(start, start + share + (rank < left))

@@ -6,6 +6,7 @@ called different numbers of them.
 
 import horovod.torch as hvd
 import torch
+from horovod.common.elastic import notification_manager
 
 from hvdvae.world.collectives import Array, unequal_lengths
 
@@ -57,5 +58,23 @@ class HorovodCollectives:
         """Gloo ends every wait by itself when a rank dies."""
 
     def shrink(self) -> None:
-        """Not over Gloo: a death ends the job there."""
-        raise NotImplementedError("ranks that die end a job over Gloo; start with mpirun --with-ft ulfm")
+        """Meet anew with those that horovodrun now counts, also with new ones. Blocks until it has said who they are."""
+        hvd.shutdown()
+        hvd.init()
+        self.rank, self.size = hvd.rank(), hvd.size()
+        # New ranks begin to count, too.
+        self._calls = 0
+
+
+class HostChanges:
+    """Hears from horovodrun that hosts were added or taken away."""
+
+    def __init__(self) -> None:
+        """Listen, in a thread of Horovod's."""
+        self.heard = False
+        notification_manager.init()
+        notification_manager.register_listener(self)
+
+    def on_hosts_updated(self, timestamp: float, result: object) -> None:
+        """Called by Horovod."""
+        self.heard = True

@@ -98,9 +98,7 @@ def gather_json(comm: Any, record: Any) -> list[Any]:
 
 
 def tells_of_a_death(error: Exception) -> bool:
-    """Whether this is how MPI, or Horovod over it, says that a rank has died (ULFM)."""
-    if type(error).__name__ == "HorovodInternalError":
-        return True
+    """Whether this is how MPI says that a rank has died (ULFM)."""
     deaths = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
     return isinstance(error, MPI.Exception) and error.Get_error_class() in deaths
 

@@ -10,11 +10,14 @@ is summed by one rank, so all ranks hold the same bits. The memory is given back
 """
 
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from mpi4py import MPI
 from torch import Tensor
+
+from hvdvae.world.collectives import slice_of
 
 CHUNK = 65536
 """Elements that are summed, scaled and written while they are in the cache."""
@@ -36,8 +39,7 @@ class SharedVectors:
         self._window.Lock_all()
         self.vectors = [self._vector_of(rank, like) for rank in range(comm.size)]
         self.mine.zero_()
-        share = -(-like.numel() // comm.size)
-        self._slice = slice(comm.rank * share, min((comm.rank + 1) * share, like.numel()))
+        self._slice = slice_of(like.numel(), comm.rank, comm.size)
         self._meet()
 
     @property
@@ -53,17 +55,40 @@ class SharedVectors:
     def mean_(self) -> None:
         """Replace every rank's vector by the mean of all. Blocks; every rank must call it."""
         self._meet()
-        size, me = self._comm.size, self._comm.rank
-        for start in range(self._slice.start, self._slice.stop, CHUNK):
-            part = slice(start, min(start + CHUNK, self._slice.stop))
-            mean = self.vectors[me][part]
-            others = [vector[part] for rank, vector in enumerate(self.vectors) if rank != me]
-            for other in others:
-                mean.add_(other)
-            mean.mul_(1 / size)
-            for other in others:
+        for part in self._chunks():
+            mean = self._mean_of(part)
+            for other in self._others(part):
                 other.copy_(mean)
         self._meet()
+
+    def mean_of_slice_(self) -> None:
+        """Replace this rank's slice of its own vector by the mean of all. Blocks; every rank must call it.
+
+        Nobody may write a new vector before all have come through `spread_slice_`, of these vectors or of others.
+        """
+        self._meet()
+        for part in self._chunks():
+            self._mean_of(part)
+
+    def spread_slice_(self) -> None:
+        """Copy this rank's slice into all others' vectors. Blocks; every rank must call it."""
+        for part in self._chunks():
+            for other in self._others(part):
+                other.copy_(self.mine[part])
+        self._meet()
+
+    def _chunks(self) -> Iterator[slice]:
+        for start in range(self._slice.start, self._slice.stop, CHUNK):
+            yield slice(start, min(start + CHUNK, self._slice.stop))
+
+    def _others(self, part: slice) -> list[Tensor]:
+        return [vector[part] for rank, vector in enumerate(self.vectors) if rank != self._comm.rank]
+
+    def _mean_of(self, part: slice) -> Tensor:
+        mean = self.mine[part]
+        for other in self._others(part):
+            mean.add_(other)
+        return mean.mul_(1 / self._comm.size)
 
     def _vector_of(self, rank: int, like: Tensor) -> Tensor:
         memory, _ = self._window.Shared_query(rank)

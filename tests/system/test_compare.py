@@ -278,6 +278,22 @@ def test_a_slow_link_is_slow_and_counted(tmp_path: Path) -> None:
         assert cell["latency_seconds"]["p50"] > 0.8 * payload / 12.5e6
 
 
+def test_parts_of_a_study_make_the_whole(tmp_path: Path) -> None:
+    text = study(OURS, "  uniform:", epochs=1)
+    for part in ("1/2", "2/2"):
+        status, output = compare(tmp_path, text, "--part", part)
+        assert status == 0, output
+        assert f"part {part} is done" in output
+        assert not (tmp_path / "out" / "report.html").exists()
+    status, output = compare(tmp_path, text, "--report-only")
+    assert status == 0, output
+    assert "2 of 2 cells" in output
+    assert (tmp_path / "out" / "report.html").exists()
+    status, output = compare(tmp_path, text, "--part", "3/2")
+    assert status == 2
+    assert "--part" in output
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

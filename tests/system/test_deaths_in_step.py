@@ -76,6 +76,28 @@ def test_rank_0_may_die_and_one_may_be_left(tmp_path: Path, engine: str) -> None
     kill_one(tmp_path, f"--engine {engine}", ranks=2, victim=0, delay=0.05)
 
 
+@pytest.mark.parametrize("engine", ["mpi", "horovod"])
+def test_a_new_rank_takes_the_place_of_the_dead(tmp_path: Path, engine: str) -> None:
+    if not has_ulfm():
+        pytest.skip("this MPI has no ULFM")
+    run = f"--batch-size {BATCH} --epochs 30 --nll-samples 2 --pictures-every 0 --threads 1 --out run --replace-workers"
+    launch = f"mpirun --with-ft ulfm --bind-to none --map-by :OVERSUBSCRIBE -n 3 {sys.executable} -m hvdvae train"
+    job = Launch(f"{launch} --data digits --engine {engine} {run}".split(), clean_environment(), tmp_path)
+    try:
+        process = worker(job, 1)
+        await_first_epoch(tmp_path)
+        process.send_signal(signal.SIGKILL)
+        ended = job.finish(150)
+    finally:
+        job.kill()
+    assert ended.status == 0, ended.output
+    assert re.search(r"rank 1 \(\S+\) has died, rank 2 \(.*process \d+\) has come; 3 ranks go on", ended.output)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["world_size"] == 3
+    assert len(summary["died"]) == 1
+    assert summary["epochs"] == 30
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_job_that_cannot_go_on_tells_so(tmp_path: Path, ranks: int) -> None:
     """Also where the rank that ends it is the only one that is left."""

@@ -17,13 +17,13 @@ PACKAGE = ROOT / "hvdvae"
 LAYERS = {
     "core": (
         "abort allocator batch config config_check cores deadline disturbance ema errors flat launcher schedule "
-        "seeding signals version world",
+        "seeding signals supervisor version world",
         0,
     ),
     "domain": ("data vae", 1),
     "server and compression": ("compression ps", 2),
     "strategies": ("parallel strategies", 3),
-    "run": ("checkpoint heartbeat monitor pulse pulse_served resume trainer", 4),
+    "run": ("checkpoint heartbeat monitor pulse pulse_served recovery resume trainer", 4),
     "command": ("__main__ cli", 5),
 }
 LAYER = {part: layer for parts, layer in LAYERS.values() for part in parts.split()}

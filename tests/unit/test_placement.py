@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 
-from hvdvae.cli.placement import Place, check_slurm, check_versions, crowded, table
+from hvdvae.cli.placement import Place, absent_hosts, check_slurm, check_versions, crowded, table
 from hvdvae.errors import WorldError
 from hvdvae.launcher import Launch
 from hvdvae.world.probe import Pair, rounds, slow_pairs
@@ -57,6 +57,12 @@ def test_hosts_with_other_libraries_are_named() -> None:
 )
 def test_ranks_and_the_tasks_of_slurm(environ: dict[str, str], size: int, strategy: str, warning: str) -> None:
     assert check_slurm(environ, Launch(launcher="mpirun", size=size), strategy).startswith(warning)
+
+
+def test_hosts_without_a_rank_are_counted() -> None:
+    places = [place(0), place(1)]
+    assert absent_hosts({}, places) == absent_hosts({"SLURM_JOB_NUM_NODES": "1"}, places) == ""
+    assert "1 of the 3 hosts" in absent_hosts({"SLURM_JOB_NUM_NODES": "3"}, places)
 
 
 def test_one_process_of_a_job_of_several_tasks_is_refused() -> None:

@@ -1,0 +1,154 @@
+"""`--strategy sharded`: every rank keeps the optimizer's state of its slice of the parameters, and steps that slice.
+
+    gradients (P,)      --- reduce-scatter --->  mean of my slice (P/N,)
+    my slice's step     --- allgather -------->  parameters (P,) on all ranks
+
+The bytes of an allreduce, and 1/N of the optimizer's state and work: ZeRO stage 1 (Rajbhandari et al. 2020,
+arXiv:1910.02054). A checkpoint holds the whole state, as any strategy's, and loads at any number of ranks.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hvdvae.errors import ConfigError
+from hvdvae.strategies.flat_optimizer import flat_optimizer, is_elementwise
+from hvdvae.strategies.slices import Slices, slices_of
+from hvdvae.strategies.strategy import Strategy
+from hvdvae.strategies.traffic import Traffic
+from hvdvae.world import World
+from hvdvae.world.collectives import slice_of
+
+
+class Sharded(Strategy):
+    """Synchronous SGD whose optimizer is split over the ranks."""
+
+    name = "sharded"
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, world: World, *, engine: str, **options: Any) -> None:
+        """As Strategy; `engine`: mpi or horovod. Raises ConfigError for optimizers that are not elementwise."""
+        if not is_elementwise(optimizer):
+            raise ConfigError(
+                f"--strategy sharded steps slices of the parameter vector, and {type(optimizer).__name__} is not "
+                "elementwise: use SGD, Adam, AdamW, RMSprop or Adagrad"
+            )
+        super().__init__(optimizer, model, world, **options)
+        self._traffic, self._steps = Traffic(), 0
+        flat = self.flat
+        self.part = slice_of(flat.parameters.numel(), world.rank, world.size)
+        self._whole = self.inner
+        """Over all parameters; has a state only while that is saved or loaded."""
+        self._slices: Slices = slices_of(flat, world, engine)
+        self.follow_gradient()
+        self.follow_parameters()
+        self._places = [_overlap(group, self.part) for group in flat.group_slices]
+        """What my slice has of each group, in the whole vector."""
+        self.inner = flat_optimizer(optimizer, flat, self._places)
+        self._take_state()
+
+    def exchange(self, gradient: Tensor) -> None:
+        """The mean over ranks of this rank's slice, in place."""
+        self._slices.reduce_(gradient)
+        self._steps += 1
+        self._count(gradient.nbytes)
+
+    def synchronize(self) -> None:
+        """As Strategy's: all of `.grad` holds the mean. `step` alone does without the rest."""
+        if not self._exchanged:
+            super().synchronize()
+            self._slices.gather_(self.flat.gradient)
+            self._count(self.flat.gradient.nbytes)
+
+    def squared_norm(self, gradient: Tensor) -> float:
+        """As Strategy's: a sum over the ranks' slices."""
+        mine = gradient[self.part]
+        return float(self.world.sum_(torch.dot(mine, mine).double().cpu()[None], "norm of the gradient"))
+
+    def update(self) -> None:
+        """Step this rank's slice, and get the others'. Blocks; every rank must call it."""
+        super().update()
+        self._slices.gather_(self.flat.parameters)
+        self._count(self.flat.parameters.nbytes)
+
+    @contextmanager
+    def fetched(self, *, state: bool = False) -> Iterator[Tensor]:
+        """As Strategy's; with `state`, rank 0 has the whole optimizer's state inside, the others none."""
+        with super().fetched(state=state) as rows:
+            if state:
+                self._gather_state()
+            try:
+                yield rows
+            finally:
+                self._whole.state.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As Strategy's, on rank 0 inside `fetched(state=True)`; elsewhere without the state, which no rank has."""
+        mine, self.inner = self.inner, self._whole
+        try:
+            return super().state_dict()
+        finally:
+            self.inner = mine
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As Strategy's: keeps what belongs to this rank's slice."""
+        mine, self.inner = self.inner, self._whole
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            self.inner = mine
+        self._take_state()
+
+    def traffic(self) -> dict[str, float]:
+        """As Strategy's."""
+        return self._traffic.metrics(self._steps)
+
+    def results(self) -> dict[str, Any]:
+        """As Strategy's, and the bytes of the optimizer's state on this rank."""
+        tensors = [value for entries in self.inner.state.values() for value in entries.values()]
+        nbytes = sum(value.nbytes for value in tensors if isinstance(value, Tensor))
+        return {**super().results(), "optimizer_state_bytes": nbytes}
+
+    def _count(self, nbytes: int) -> None:
+        # A reduce-scatter is the first half of a ring, an allgather the second.
+        self._traffic.ring(nbytes // 2, self.world.size)
+
+    def _groups(self) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """Of each group the whole vector, my part of it, and where that stands in it."""
+        groups = zip(self._whole.param_groups, self.inner.param_groups, strict=True)
+        for (whole, mine), group, place in zip(groups, self.flat.group_slices, self._places, strict=True):
+            yield whole["params"][0], mine["params"][0], slice(place.start - group.start, place.stop - group.start)
+
+    def _take_state(self) -> None:
+        """Keep what the whole optimizer's state has of this rank's slice. Local."""
+        self.inner.state.clear()
+        for whole, mine, piece in self._groups():
+            for key, value in self._whole.state.get(whole, {}).items():
+                self.inner.state[mine][key] = value[piece].clone() if _is_vector(value, whole) else value
+        self._whole.state.clear()
+
+    def _gather_state(self) -> None:
+        """Rank 0 puts the whole together, one vector after the other. Blocks; every rank must call it."""
+        for whole, mine, piece in self._groups():
+            for key, value in sorted(self.inner.state.get(mine, {}).items()):
+                entry = value
+                if _is_vector(value, mine):
+                    entry = torch.zeros_like(whole, requires_grad=False)
+                    entry[piece] = value
+                    self.world.sum_(entry, "gather of the optimizer's state")
+                if self.world.is_first:
+                    self._whole.state[whole][key] = entry
+
+
+def _overlap(group: slice, part: slice) -> slice:
+    """What lies in both; may be empty."""
+    start = min(max(group.start, part.start), group.stop)
+    return slice(start, max(start, min(group.stop, part.stop)))
+
+
+def _is_vector(value: object, like: Tensor) -> bool:
+    """Whether an entry of a state is one number an element."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == like.shape
