@@ -1,13 +1,14 @@
 """`hvdvae train`, with a line of metrics at every beat, and, if asked, one loss that is not a number.
 
-    python benchmarks/fault_job.py NAN_STEP RANK train ...       NAN_STEP 0: none
+python benchmarks/fault_job.py NAN_STEP RANK train ...       NAN_STEP 0: none
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # A script's own folder is on the path; the packages are beside it.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from torch import Tensor
 

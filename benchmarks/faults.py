@@ -13,7 +13,6 @@ import os
 import random
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -25,13 +24,14 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":  # A script's own folder is on the path; the packages are beside it.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.study.namespaces import PREFIX, NoNetwork, network
 from hvdvae.checkpoint import Folder
 from hvdvae.cli import mpirun
 
+ROOT = Path(__file__).resolve().parents[1]
 TRAINERS = 3
 SECONDS = 150.0
 """After which a job is taken to hang."""
@@ -72,8 +72,8 @@ class Job:
     folder: Path
     process: subprocess.Popen[bytes]
     fault_at: float = 0.0
-    expects_end: bool = False
-    """Whether the fault is one that no way can survive."""
+    may_end: bool = False
+    """Whether this way cannot survive this fault; it shall then end, and be able to resume."""
     more: list[Callable[[], None]] = field(default_factory=list)
     """To be undone when the job has ended."""
 
@@ -119,6 +119,7 @@ def kill_trainer(job: Job, way: Way) -> None:
 
 def kill_rank_0(job: Job, way: Way) -> None:
     """SIGKILL of the rank that keeps the log."""
+    job.may_end = bool(way.extra)  # A worker 0 has no successor.
     job.rank(0).kill()
     job.now()
 
@@ -127,6 +128,7 @@ def kill_server(job: Job, way: Way) -> None:
     """SIGKILL of the first server."""
     if not way.extra:
         raise Skipped("has no server")
+    job.may_end = way.extra == 1
     job.rank(TRAINERS).kill()
     job.now()
 
@@ -142,7 +144,7 @@ def stop_trainer(job: Job, way: Way) -> None:
 
 def fill_disk(job: Job, way: Way) -> None:
     """The file system of the results has no byte left when a checkpoint is written."""
-    job.expects_end = True
+    job.may_end = True
     with (job.out / "ballast").open("wb") as ballast:
         try:
             while True:
@@ -242,7 +244,8 @@ def outcome(fault: str, name: str, job: Job) -> Outcome:
         lost = max(0, before[-1] - min(step for _, step in after)) if before and after else None
         words = "started again" if "restart 1 of" in (job.folder / "log").read_text() else "goes on"
         return Outcome(fault, name, words, seconds, lost, status, broken=status != 0 or not good)
-    return Outcome(fault, name, "ends, can be resumed" if good else "ends", None, None, status, status == 0 or not good)
+    broken = status == 0 or not good or not job.may_end
+    return Outcome(fault, name, "ends, can be resumed" if good else "ends", None, None, status, broken)
 
 
 def measure(fault: str, name: str, folder: Path) -> Outcome:
@@ -265,7 +268,8 @@ def measure_torn(name: str, folder: Path) -> Outcome:
     """A run is killed as a whole, its newest checkpoint cut short, and the run resumed."""
     way = WAYS[name]
     with started(command(way, folder), folder) as job:
-        while len(list((job.out / "checkpoints").glob("step-*"))) < 2:
+        job.await_beats(5)
+        while len(list((job.out / "checkpoints").glob("step-*"))) < 2 and job.process.poll() is None:
             time.sleep(0.05)
         last = job.beats()[-1][1] if job.beats() else 0
     newest = sorted((folder / "run" / "checkpoints").glob("step-*.safetensors"))[-1]
@@ -274,7 +278,8 @@ def measure_torn(name: str, folder: Path) -> Outcome:
         job.now()
         found = outcome(TORN, name, job)
     refused = "refused" in (folder / "log").read_text()
-    lost = max(0, last - min(step for at, step in job.beats() if at > job.fault_at))
+    again = [step for at, step in job.beats() if at > job.fault_at]
+    lost = max(0, last - min(again)) if again else None
     words = "goes on from the one before" if refused and not found.broken else found.words
     return Outcome(TORN, name, words, None, lost, found.status, found.broken or not refused)
 

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from hvdvae.launcher import survives_deaths
 
+_LAUNCHER = os.getppid()
 GRACE_SECONDS, KILL_SECONDS = 2, 8
 """That the launcher has to end the job before it is told by a signal, and before it is ended by one."""
 
@@ -53,6 +54,8 @@ def _end_launcher() -> None:
     And, where several abort at once, never to return.
     """
     nowhere, parent = subprocess.DEVNULL, os.getppid()
+    if parent != _LAUNCHER or parent == 1:
+        return  # It has gone, and this process was handed to another.
     words = f"sleep {GRACE_SECONDS}; kill -TERM {parent} && sleep {KILL_SECONDS} && kill -KILL {parent}"
     command = ["sh", "-c", words]
     subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)

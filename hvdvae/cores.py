@@ -44,8 +44,8 @@ def threads_of_rank(world: World) -> int:
     OMP_NUM_THREADS, where the user has set it, rules. Blocks; every rank, servers too, must call it.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    if world.joins and not asked.isdecimal():
-        return 1  # It cannot ask how many share its host.
+    if world.joins:  # It cannot ask how many share its host.
+        return int(asked) if asked.isdecimal() and int(asked) > 0 else 1
     mine = [world.host, sorted(available_cores()), world.role == "server"]
     everyone = (
         world.gather_from_everyone(mine, "gather of cores") if world.servers else world.gather_objects(mine, "cores")

@@ -1,20 +1,21 @@
 """Training in step goes on when a rank dies, or when hosts are added: without a checkpoint, and without a lost step.
 
-    1. RankLost is raised on all ranks that live, whatever they waited in (World.waiting), or HostsChanged
-    2. they meet anew, numbered anew (World.recover), and the strategy takes up its exchange among them
-    3. who had not taken the last step takes the state of those who had; so does who is new
-    4. what is left of the epoch is shared anew, the learning rate follows the number of ranks, and what was
-       interrupted is done again
+1. RankLost is raised on all ranks that live, whatever they waited in (World.waiting), or HostsChanged
+2. they meet anew, numbered anew (World.recover), and the strategy takes up its exchange among them
+3. some have done what they were in, others not, as the last answer came or did not: the latter take the state of
+   the former, and do the same next; so do those that are new
+4. what is left of the epoch is shared anew, the learning rate follows the number of ranks
 """
 
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from typing import TYPE_CHECKING, TypeVar
 
 from hvdvae import checkpoint as checkpoints
-from hvdvae.errors import HostsChanged, RankLost, WorldError
+from hvdvae.errors import HostsChanged, RankLost
 from hvdvae.resume import restore, snapshot
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ T = TypeVar("T")
 
 
 def surviving(trainer: "Trainer", action: Callable[[], T]) -> T:
-    """Do what all ranks do together, and once more, without the dead, where a rank dies in it.
+    """Do, after training, what all ranks do together, and once more, without the dead, where a rank dies in it.
 
     Blocks; every rank must call it. Raises RankLost where the strategy cannot go on.
     """
@@ -32,30 +33,38 @@ def surviving(trainer: "Trainer", action: Callable[[], T]) -> T:
         try:
             return action()
         except RankLost as lost:
-            if not trainer.optimizer.recovers:
-                raise
-            _recover(trainer, lost)
+            recover(trainer, lost)
 
 
 def enter(trainer: "Trainer") -> None:
-    """Take up a place among ranks that train already (an elastic horovodrun). Blocks."""
-    trainer.world.enter()
-    _catch_up(trainer, new=True)
+    """Take up a place among ranks that train already. Blocks."""
+    try:
+        trainer.world.enter()
+        _catch_up(trainer, new=True)
+    except RankLost as lost:
+        recover(trainer, lost, new=True)
 
 
-def _recover(trainer: "Trainer", lost: RankLost) -> None:
-    """Every rank that lives comes here."""
+def recover(trainer: "Trainer", lost: RankLost, *, new: bool = False) -> None:
+    """Go on without the dead. Blocks; every rank that lives must come. `new`: this one has no state yet.
+
+    Mutates the trainer where others were further. Raises `lost` where the strategy cannot go on, or nobody is missing.
+    """
+    if not trainer.optimizer.recovers:
+        raise lost
     world, began, before = trainer.world, time.perf_counter(), trainer.world.size
     died, added = list[str](), list[str]()
-    while True:
+    is_done = False
+    while not is_done:
         with suppress(RankLost):  # One more died meanwhile.
-            change = world.recover()
-            if not any(change) and not isinstance(lost, HostsChanged):  # Then it would come again.
-                raise WorldError(str(lost)) from lost
+            change = world.recover(trains=not new)
             died, added = died + change.died, added + change.added
-            trainer.optimizer.recover()
-            _catch_up(trainer)
-            break
+            if died or added or isinstance(lost, HostsChanged):
+                trainer.optimizer.recover()
+                _catch_up(trainer, new=new)
+            is_done = True
+    if not (died or added or isinstance(lost, HostsChanged)):
+        raise lost  # It was something else, and would come again.
     trainer.died += died
     trainer.take_place(before)
     if world.is_first:
@@ -67,21 +76,29 @@ def _recover(trainer: "Trainer", lost: RankLost) -> None:
 
 
 def _catch_up(trainer: "Trainer", *, new: bool = False) -> None:
-    """After a death: ranks that had not yet taken the step that others had take those others' state instead.
+    """Ranks that are behind, or `new`, take the state and the stage of one that is furthest. Blocks; all must call it.
 
-    So do those that are `new`. The others differ by one step at most, and hold the same where they do not. Blocks;
-    every rank must call it.
+    The others differ by one step, or one stage, at most, and hold the same where they do not.
     """
     world, optimizer = trainer.world, trainer.optimizer
-    found = world.gather_objects([trainer.position.step, new], "steps of those that are left")
-    last = max(step for step, is_new in found if not is_new)
-    behind = [is_new or step < last for step, is_new in found]
+    mine = [trainer.stage.number, trainer.position.step]
+    found = world.gather_objects([mine, new, asdict(trainer.stage)], "stages of those that are left")
+    furthest = max(place for place, is_new, _ in found if not is_new)
+    behind = [is_new or place < furthest for place, is_new, _ in found]
     if not any(behind):
         return
     leader = behind.index(False)
-    own = optimizer.flat.buffers.clone()
-    mine = snapshot(trainer, own[None], trainer.configuration) if world.rank == leader else None
-    state = checkpoints.shared(mine, leader, world)
+    # Float buffers, and what messages of this rank have left out, are each rank's own.
+    own = [] if new else [optimizer.flat.buffers, *(optimizer.memory()[name] for name in optimizer.own_memory)]
+    kept = [tensor.clone() for tensor in own]
+    rows = optimizer.flat.buffers.clone()[None]
+    state = snapshot(trainer, rows, trainer.configuration) if world.rank == leader else None
+    told = checkpoints.shared(state, leader, world)
     if behind[world.rank]:
-        restore(trainer, state)
-        optimizer.flat.buffers.copy_(own)
+        restore(trainer, told)
+        for tensor, before in zip(own, kept, strict=True):
+            tensor.copy_(before)
+        if new:
+            for name in optimizer.own_memory:
+                optimizer.memory()[name].zero_()
+        trainer.stage = type(trainer.stage)(**found[leader][2])

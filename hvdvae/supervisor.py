@@ -102,7 +102,7 @@ def _run(command: Sequence[str], policy: Policy, received: list[int]) -> End:
             if received and asked_at is None:
                 asked_at = now
                 _say(f"{signal.Signals(received[0]).name}: asking the job to save and leave")
-                job.send_signal(signal.SIGUSR1)
+                _ask_to_leave(job, command)
             reason = _reason_to_end(words, policy, asked_at, now)
             if reason:
                 _say(f"{reason}; ending it")
@@ -147,12 +147,24 @@ class _Words:
             tail = (tail + some)[-200 - len(some) :]
             if not self.dying_since and DYING.search(tail):
                 self.dying_since = self.last
-            os.write(to.fileno(), some)
+            with suppress(OSError):  # Whoever listened has gone; the job goes on, and must not block on a full pipe.
+                os.write(to.fileno(), some)
 
     def close(self) -> None:
         """All that was said has been passed on; blocks for a moment only, though an orphan hold the pipe."""
         for thread in self._threads:
             thread.join(END_SECONDS)
+
+
+def _ask_to_leave(job: "subprocess.Popen[bytes]", command: Sequence[str]) -> None:
+    """SIGUSR1, by the launcher; horovodrun would die of it, so there to the ranks of this host: one is enough."""
+    if not any(os.path.basename(word) == "horovodrun" for word in command):
+        job.send_signal(signal.SIGUSR1)
+        return
+    for process in psutil.Process(job.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if {"HOROVOD_RANK", "OMPI_COMM_WORLD_RANK"} & process.environ().keys() and "train" in process.cmdline():
+                process.send_signal(signal.SIGUSR1)
 
 
 def _end(job: "subprocess.Popen[bytes]") -> None:
@@ -173,7 +185,8 @@ def _end(job: "subprocess.Popen[bytes]") -> None:
 
 def _resuming(command: Sequence[str]) -> list[str]:
     """The command, told to go on from its newest good checkpoint."""
-    return [*command] if "--resume" in command else [*command, "--resume"]
+    words = [word for word in command if word != "--overwrite"]
+    return words if "--resume" in words else [*words, "--resume"]
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -28,7 +27,7 @@ from hvdvae.errors import HostsChanged, NonFiniteError, RankLost
 from hvdvae.heartbeat import pulse_of
 from hvdvae.monitor import Monitor
 from hvdvae.pulse import Beat
-from hvdvae.recovery import enter, surviving
+from hvdvae.recovery import enter, recover
 from hvdvae.resume import Position, restore, snapshot
 from hvdvae.schedule import Schedule, world_scale
 from hvdvae.seeding import seed_everything
@@ -71,6 +70,20 @@ class Outcome:
     signal: int
     """Number of the signal that ended it early; 0: it ran to the end."""
     skipped_steps: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all ranks do together; whoever has done it knows what comes next. JSON-able."""
+
+    number: int = 0
+    """Counts them: where a rank dies, some have done one more than others."""
+    doing: Literal["train", "conclude", "listen", "leave", "nothing"] = "train"
+    signal: int = 0
+    """Number of the signal that ends the run."""
+    examples: int = 0
+    """Of the epoch that is to be concluded, and the seconds that it took."""
+    seconds: float = 0.0
 
 
 class Trainer:
@@ -145,35 +158,28 @@ class Trainer:
         Mutates the model. On SIGINT, SIGTERM or SIGUSR1 of any rank all ranks finish the same step, save, and return.
         Raises NonFiniteError on all ranks once more than `skip_limit` steps were skipped.
         """
-        examples, seconds = 0, 0.0
-        signal_number = 0
+        self._examples, self._seconds = 0, 0.0
+        self.stage = Stage(doing="train" if self.position.epoch < epochs else "leave")
         if self.world.joins and self.optimizer.synchronous:
-            surviving(self, partial(enter, self))
+            enter(self)
         self.optimizer.start()
         self.optimizer.tell_progress(self._epochs_done)
         try:
             with caught() as flag:
-                while self.position.epoch < epochs and not signal_number:
-                    signal_number, seen, took = surviving(self, lambda: self._run_epoch(lambda: flag.number))
-                    examples, seconds = examples + seen, seconds + took
-                    if signal_number or self.position.epoch >= epochs:
-                        self.optimizer.finish()
-                    if not self.position.examples:
-                        surviving(self, partial(self._end_epoch, epochs, seen, took))
-                        # A signal during validation, or in the last step, is heard here.
-                        signal_number = signal_number or surviving(self, lambda: self._agreed(flag.number))
-                self.optimizer.finish()
-                if signal_number:
-                    surviving(self, lambda: self._save(is_best=False))
+                while self.stage.doing != "nothing":
+                    try:
+                        self.stage = self._do(self.stage, epochs, lambda: flag.number)
+                    except RankLost as lost:
+                        recover(self, lost)
         finally:
             for monitor in self._monitors:
                 monitor.close()
         return Outcome(
             epochs=self._epochs_done,
             step=self.position.step,
-            examples=examples,
-            seconds=seconds,
-            signal=signal_number,
+            examples=self._examples,
+            seconds=self._seconds,
+            signal=self.stage.signal,
             skipped_steps=self.optimizer.skipped_steps,
         )
 
@@ -189,6 +195,27 @@ class Trainer:
     def _epochs_done(self) -> float:
         """With the fraction of the one that is not finished."""
         return self.position.epoch + self.position.examples / self.batches.examples
+
+    def _do(self, stage: Stage, epochs: int, signal_number: Callable[[], int]) -> Stage:
+        """What all ranks do together now; returns what they do next, so that all know it who have done this."""
+        number, ends = stage.number + 1, self.position.epoch >= epochs
+        if stage.doing == "train":
+            signal_given, seen, took = self._run_epoch(signal_number)
+            self._examples, self._seconds = self._examples + seen, self._seconds + took
+            if signal_given or self.position.epoch >= epochs:
+                self.optimizer.finish()
+            # A signal amid an epoch ends the run at once; else the epoch is concluded first.
+            return Stage(number, "leave" if self.position.examples else "conclude", signal_given, seen, took)
+        if stage.doing == "conclude":
+            self._end_epoch(epochs, stage.examples, stage.seconds)
+            return Stage(number, "listen", stage.signal)
+        if stage.doing == "listen":  # For a signal during validation, or in the last step.
+            signal_given = stage.signal or self._agreed(signal_number())
+            return Stage(number, "leave" if signal_given or ends else "train", signal_given)
+        self.optimizer.finish()
+        if stage.signal:
+            self._save(is_best=False)
+        return Stage(number, "nothing", stage.signal)
 
     def _run_epoch(self, signal_number: Callable[[], int]) -> tuple[int, int, float]:
         """One epoch, or the rest of one. Returns the signal that ended it, examples of all ranks, and seconds."""
@@ -360,6 +387,9 @@ class Trainer:
         with self.optimizer.fetched(state=True) as rows:
             if self.world.is_first:
                 self._checkpoints.save(snapshot(self, rows, self.configuration), is_best=is_best)
+        if self.optimizer.synchronous:
+            # Nobody goes on as if it were there before it is.
+            self.world.barrier("rank 0 saves", patient=True)
 
 
 def _mixed_precision(

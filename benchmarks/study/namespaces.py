@@ -34,14 +34,19 @@ class Network:
     agent: Path
     """Starts a command on a host, as ssh would: AGENT ADDRESS WORDS..., which the shell there reads."""
 
-    def mpirun(
-        self, program: str, command: Sequence[str], *, each: int = 1, fault_tolerant: bool = False
-    ) -> list[str]:
+    def mpirun(self, program: str, command: Sequence[str], *, each: int = 1, fault_tolerant: bool = False) -> list[str]:
         """A launch of `each` ranks a host, from the first host (Open MPI 5)."""
         net = f"{SUBNET}.0/24"
         launcher = [program, *(["--with-ft", "ulfm"] if fault_tolerant else [])]
         launcher += ["--host", ",".join(f"{address}:{each}" for address in self.addresses)]
-        launcher += ["-np", str(each * len(self.addresses)), "--bind-to", "none", "--prefix", str(Path(program).parents[1])]
+        launcher += [
+            "-np",
+            str(each * len(self.addresses)),
+            "--bind-to",
+            "none",
+            "--prefix",
+            str(Path(program).parents[1]),
+        ]
         launcher += ["--mca", "pml", "ob1", "--mca", "btl", "self,sm,tcp", "--mca", "btl_tcp_if_include", net]
         launcher += ["--prtemca", "prte_if_include", net, "--prtemca", "plm_ssh_agent", str(self.agent)]
         return [str(self.agent), self.addresses[0], shlex.join([*launcher, *command])]

@@ -10,11 +10,13 @@ import time
 from collections.abc import Sequence
 
 from hvdvae.abort import abort_job
-from hvdvae.errors import HvdvaeError, WorldError
+from hvdvae.errors import HvdvaeError, RankLost, WorldError
 from hvdvae.launcher import Launch, detect
 
 USAGE_STATUS = 2
 """Exit status of an error that the user can mend."""
+LOST_STATUS = 75
+"""Of a job that a rank's death has ended (EX_TEMPFAIL, as that of a deadline): restart from the checkpoint."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command, options = parse(list(sys.argv[1:] if argv is None else argv))
         return command(options)
+    except RankLost as error:
+        return _fail(str(error), LOST_STATUS)
     except HvdvaeError as error:
         return _fail(str(error), USAGE_STATUS)
     except KeyboardInterrupt:
@@ -44,6 +48,6 @@ def _fail(message: str, status: int) -> int:
     sys.stdout.flush()
     sys.stderr.write(f"hvdvae: error{where}: {message}\n")
     sys.stderr.flush()
-    if launch.size > 1:
+    if launch.size > 1 and not launch.enters:  # Those whom a new rank was to join go on without it.
         abort_job(status)
     return status

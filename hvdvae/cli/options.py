@@ -9,7 +9,7 @@ from hvdvae.errors import ConfigError
 DEADLINE = TrainConfig.deadline
 
 _AT_LEAST = {"samples": 1, "count": 1, "threads": 1, "seed": 0, "restarts": 0, "nodes": 1, "ntasks_per_node": 1}
-_AT_LEAST |= {"gpus_per_node": 0, "servers": 0, "cpus_per_task": 1}
+_AT_LEAST |= {"gpus_per_node": 0, "servers": 0, "cpus_per_task": 1, "array": 1}
 _DURATIONS = ("deadline", "backoff", "silence", "grace")
 _BELOW = {"seed": 2**63}
 

@@ -15,7 +15,8 @@ WARNING_SECONDS = 120
 _START = {
     # Since Slurm 22.05 srun does not take the cores of a rank from sbatch.
     "srun": 'srun --mpi=pmix --cpus-per-task="$SLURM_CPUS_PER_TASK"',
-    "mpirun": 'mpirun -np "$SLURM_NTASKS"',
+    # Bound to a core each, ranks would have one thread.
+    "mpirun": 'mpirun --bind-to none -np "$SLURM_NTASKS"',
 }
 
 
@@ -62,8 +63,11 @@ def script(options: SlurmOptions, train: str) -> str:
 _SITE = """\
 # Submit where `hvdvae` is on the PATH; partition, account and the rest of your site are flags of sbatch.
 set -euo pipefail
-if [ -x "${VIRTUAL_ENV:-}/bin/mpirun" ]; then  # An MPI of the environment is not told by srun where it is.
-    export OPAL_PREFIX="$VIRTUAL_ENV" PMIX_PREFIX="$VIRTUAL_ENV" PRTE_PREFIX="$VIRTUAL_ENV" PMIX_MCA_psec=native
+here=$(command -v hvdvae) || { echo "hvdvae is not on the PATH: activate its environment, then submit" >&2; exit 2; }
+home=${here%/bin/hvdvae}
+# srun does not tell an MPI of the environment where it is.
+if [ -x "$home/bin/mpirun" ] && [ -e "$home/pyvenv.cfg" ]; then
+    export OPAL_PREFIX="$home" PMIX_PREFIX="$home" PRTE_PREFIX="$home" PMIX_MCA_psec=native
 fi"""
 
 _ONCE = "exec hvdvae supervise --requeue -- {}"

@@ -1,6 +1,7 @@
 """`hvdvae supervise`: a job that is started again where it failed, and requeued where its time is up."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -27,7 +28,8 @@ def supervise(options: SuperviseOptions) -> int:
         raise ConfigError("--requeue: found no SLURM_JOB_ID, expected a Slurm job: use sbatch, or drop --requeue")
     policy = Policy(restarts=options.restarts, backoff=options.backoff, silence=options.silence, grace=options.grace)
     end = run(command, policy)
-    if end.signal and options.requeue and job is not None:
+    # Not after SIGTERM: that is how scancel ends a job for good, and Slurm requeues by itself what it preempts.
+    if end.signal == signal.SIGUSR1 and options.requeue and job is not None:
         return _requeue(job)
     return end.status
 

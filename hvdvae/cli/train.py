@@ -21,6 +21,7 @@ from hvdvae.cli.results import keep_speed, prepare_folder, versions, write_json
 from hvdvae.config import TrainConfig
 from hvdvae.cores import threads_of_rank
 from hvdvae.data import Dataset, Loader, check_dataset, mean_example
+from hvdvae.errors import ConfigError
 from hvdvae.launcher import detect
 from hvdvae.monitor import Monitor
 from hvdvae.monitor.jsonl import JsonLines
@@ -46,6 +47,8 @@ def train(asked: Asked) -> int:
     config = agreed_config(asked, world)
     world.watchdog.seconds = config.deadline
     world.replaces = config.replace_workers
+    if config.replace_workers and world.role == "trainer" and not world.survives_deaths:
+        raise ConfigError("--replace-workers: a death ends this job; start it with mpirun --with-ft ulfm (Open MPI 5)")
     threads = config.threads or threads_of_rank(world)
     if not world.joins:
         announce(world, config.strategy, launch, threads)

@@ -48,8 +48,8 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     On the ranks of parameter servers it serves until the workers have ended, and then ends the process.
 
     world: this process's World (default: one for the launcher that started it).
-    strategy: local, allreduce (synchronous SGD), sharded (the same, its optimizer split over the ranks), local-sgd and diloco (averages now and then), or ps (parameter
-        servers).
+    strategy: local, allreduce (synchronous SGD), sharded (the same, its optimizer split over the ranks), local-sgd and
+        diloco (averages now and then), or ps (parameter servers).
     engine: what carries the allreduce: horovod, mpi, or auto.
     backward_passes_per_step: how many gradients are accumulated before a step; they are averaged, not summed.
     clip_norm: global norm at which the mean gradient is clipped.

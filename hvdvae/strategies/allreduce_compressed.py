@@ -41,6 +41,7 @@ class CompressedAllreduce(Strategy):
             world, flat.gradient, flat.shapes, compression, share=share, rank=rank, momentum=momentum
         )
         self._compression = compression
+        self.own_memory = tuple(name for name in ("remembered", "velocity") if name in self._mean.memory())
         self._steps, self._errors = 0, 0.0
 
     def exchange(self, gradient: Tensor) -> None:

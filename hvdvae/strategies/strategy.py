@@ -34,6 +34,8 @@ class Strategy(Optimizer):
     """Whether all ranks take the same step at the same time, and hold the same weights after it."""
     joined_at: float | None = None
     """Epochs that had been done when this rank took the place of one that died; None: it was there from the start."""
+    own_memory: tuple[str, ...] = ()
+    """Names in `memory` of what differs from rank to rank while a run goes on."""
     part = slice(None)
     """What this rank steps of the parameter vector."""
     recovers = False

@@ -20,7 +20,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
@@ -58,6 +58,10 @@ if survives_deaths(os.environ):
 
 DEFAULT_DEADLINE = 300.0
 """Seconds that a rank waits for others before it ends the job."""
+
+
+MOST_STARTED = 5
+"""Ranks that are started in the place of dead ones: what keeps dying has a reason that new processes do not cure."""
 
 
 class Change(NamedTuple):
@@ -106,6 +110,7 @@ class World:
         self._name = f"rank {carrier.rank} ({self.host})"
         self._names: list[str] = []
         """Of all ranks that live, by their ranks at the start, for messages."""
+        self._started, self._free_place = 0, 0
         self.replaces = False
         """Whether `recover` starts new ranks in the place of the dead."""
         self._changes: HostChanges | None = None
@@ -126,7 +131,7 @@ class World:
         if launch.joins:
             return cls._join_running(launch, choose_device(device, launch.local_rank), deadline)
         if launch.enters:
-            return cls._enter_running(launch, choose_device(device, 0), deadline)
+            return cls._enter_running(launch, device, deadline)
         check_servers(servers, launch)
         if launch.launcher == "none":
             return cls.alone(device=device)
@@ -147,7 +152,7 @@ class World:
         # GPUs are for those that train.
         chosen = choose_device("cpu" if serves else device, launch.local_rank)
         world = cls(launch, carrier, chosen, watchdog, getattr(carrier, "comm", None), comm, servers)
-        if everyone.size > 1:
+        if everyone.size > 1 or is_elastic(os.environ):
             watchdog.start()
             world._end_job_on_uncaught_exception()
         if world.survives_deaths and everyone.size > 1:
@@ -166,16 +171,17 @@ class World:
         return world
 
     @classmethod
-    def _enter_running(cls, launch: Launch, device: torch.device, deadline: float) -> Self:
+    def _enter_running(cls, launch: Launch, device: str, deadline: float) -> Self:
         from hvdvae.world.mpi import MpiCollectives
         from hvdvae.world.spawn import join_those_that_started_me
 
         carrier = MpiCollectives(join_those_that_started_me())
         watchdog = Watchdog(rank=carrier.rank, size=carrier.size, seconds=deadline)
-        world = cls(launch, carrier, device, watchdog, carrier.comm, carrier.comm)
+        world = cls(launch, carrier, torch.device("cpu"), watchdog, carrier.comm, carrier.comm)
         watchdog.start()
         world._end_job_on_uncaught_exception()
         world._meet_those_that_train()
+        world.device = choose_device(device, world.local_rank)
         return world
 
     @classmethod
@@ -210,6 +216,8 @@ class World:
     def _meet_those_that_train(self) -> None:
         self._name = f"rank {self.rank} ({self.host}, process {os.getpid()})"
         self._names, trains = self._named(trains=False)
+        if self._launch.enters:
+            self.local_rank = self._free_place
         if trains:
             self.joins, self._real = True, self._carrier
             self._carrier = Alone()
@@ -220,12 +228,17 @@ class World:
 
     def _named(self, *, trains: bool) -> tuple[list[str], bool]:
         """Names of all ranks, and whether some of them train already. Blocks; every rank must call it."""
-        found = self.gather_objects([self._name, trains], "names")
-        return [name for name, _ in found], any(already for _, already in found)
+        found = self.gather_objects([self._name, trains, self.host, self.local_rank], "names")
+        here = [(rank, place) for rank, (_, already, host, place) in enumerate(found) if host == self.host and already]
+        newcomers = [rank for rank, (_, already, host, _) in enumerate(found) if host == self.host and not already]
+        free = [place for place in range(len(found)) if place not in {place for _, place in here}]
+        if self.rank in newcomers:
+            self._free_place = free[newcomers.index(self.rank)]
+        return [name for name, *_ in found], any(already for _, already, *_ in found)
 
     @property
     def hosts_changed(self) -> bool:
-        """Whether an elastic horovodrun has other hosts now: time to `recover`. Local; ranks hear it at different times."""
+        """Whether an elastic horovodrun has other hosts now: time to `recover`. Local; ranks hear it one by one."""
         return self._changes is not None and self._changes.heard
 
     @property
@@ -335,23 +348,25 @@ class World:
         self.comm = getattr(self._carrier, "comm", None)
         self.rank, self.size = self._carrier.rank, self._carrier.size
 
-    def recover(self) -> Change:
+    def recover(self, *, trains: bool = True) -> Change:
         """After RankLost, or `hosts_changed`: go on with those that live, and with those that were added.
 
-        Horovod is stopped; `horovod` starts it anew. Blocks; every living rank must call it.
+        Horovod is stopped; `horovod` starts it anew. `trains`: whether this rank has been training. Blocks; every
+        living rank must call it.
         """
         if self._horovod is not None and self.comm is not None:
-            self._horovod.shutdown()
+            with self.watchdog.waiting("end of Horovod"):
+                self._horovod.shutdown()
         self._horovod = None
         self._revocable.clear()
         if self._changes is not None:
             self._changes.heard = False
         before, size = self._names, self.size
         self.shrink()
-        if self.replaces and self.comm is not None and self.size < size:
+        if self.replaces and self.comm is not None and self.size < size and self._started < MOST_STARTED:
             self._replace(size - self.size)
         self.everyone = self.comm
-        self._names, _ = self._named(trains=True)
+        self._names, _ = self._named(trains=trains)
         died = [name for name in before if name not in self._names]
         return Change(died, [name for name in self._names if name not in before])
 
@@ -359,7 +374,8 @@ class World:
         from hvdvae.world.mpi import MpiCollectives
         from hvdvae.world.spawn import start_ranks
 
-        with self.watchdog.waiting("start of new ranks", patient=True):
+        self._started += count
+        with self.waiting("start of new ranks", patient=True):
             everyone = start_ranks(self.comm, count)
             if everyone is not None:
                 self._carrier = MpiCollectives(everyone)
@@ -390,7 +406,8 @@ class World:
     def close(self) -> None:
         """Leave: stops Horovod and the watchdog. Blocks until all ranks have come; every rank must call."""
         self._finish()
-        self.barrier("close", patient=True)
+        with suppress(RankLost):  # What all ranks had to do is done.
+            self.barrier("close", patient=True)
         if self._horovod is not None:
             self._horovod.shutdown()
             self._horovod = None

@@ -58,7 +58,7 @@ class HorovodCollectives:
         """Gloo ends every wait by itself when a rank dies."""
 
     def shrink(self) -> None:
-        """Meet anew with those that horovodrun now counts, also with new ones. Blocks until it has said who they are."""
+        """Meet anew with those that horovodrun now counts, new ones too. Blocks until it has said who they are."""
         hvd.shutdown()
         hvd.init()
         self.rank, self.size = hvd.rank(), hvd.size()

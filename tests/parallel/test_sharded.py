@@ -53,9 +53,7 @@ def test_two_groups_of_which_a_rank_may_have_none(world: World, engine: str, car
         first, *rest = list(parameters)  # type: ignore[call-overload]
         return torch.optim.AdamW([{"params": [first], "lr": 0.2, "weight_decay": 0.3}, {"params": rest}], 0.05)
 
-    torch.testing.assert_close(
-        parallel(world, engine, build, strategy="sharded"), plain(build), atol=2e-6, rtol=2e-5
-    )
+    torch.testing.assert_close(parallel(world, engine, build, strategy="sharded"), plain(build), atol=2e-6, rtol=2e-5)
 
 
 def test_clipping_is_of_the_whole_mean_gradient(world: World, engine: str, carrier: str) -> None:
@@ -170,9 +168,7 @@ def test_bytes_are_those_of_an_allreduce(world: World, engine: str, carrier: str
 def test_what_it_cannot_do_is_refused(world: World, options: dict[str, str]) -> None:
     model = network(seed=0)
     with pytest.raises(ConfigError, match="--strategy allreduce"):
-        DistributedOptimizer(
-            OPTIMIZERS["adam"](model.parameters()), model, world=world, strategy="sharded", **options
-        )
+        DistributedOptimizer(OPTIMIZERS["adam"](model.parameters()), model, world=world, strategy="sharded", **options)
 
 
 def test_an_optimizer_that_is_not_elementwise_is_refused(world: World) -> None:

@@ -120,7 +120,7 @@ def test_a_strategy_that_cannot_go_on_says_who_is_missing(tmp_path: Path, plan: 
     await_first_epoch(tmp_path)
     process.send_signal(signal.SIGKILL)
     ended = job.finish(60)
-    assert ended.status == 2, ended.output
+    assert ended.status == 75, ended.output
     assert "a rank died during" in ended.output
     assert "--resume" in ended.output
 

@@ -143,16 +143,16 @@ os._exit(0)
     assert not psutil.pid_exists(int(said.split()[0]))
 
 
-def test_a_launcher_that_goes_on_without_ranks_is_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """In this process: the time that the dying have is shortened."""
-    monkeypatch.setattr("hvdvae.supervisor.DYING_SECONDS", 0.5)
-    monkeypatch.chdir(tmp_path)
+def test_a_launcher_that_goes_on_without_ranks_is_ended(tmp_path: Path) -> None:
+    """With less time for the dying than users' jobs have."""
     script = "import time; print('hvdvae: deadline of 3 s exceeded (--deadline)', flush=True); time.sleep(60)"
-    words = ["--out", "x", "--restarts", "0"]
-    assert main(["supervise", "--restarts", "0", "--", sys.executable, "-c", script, *words]) == 128 + signal.SIGTERM
-    assert "its launcher goes on; ending it" in capfd.readouterr().err
+    program = (
+        "import sys, hvdvae.supervisor as supervisor; from hvdvae.cli import main; supervisor.DYING_SECONDS = 0.5;"
+        f"sys.exit(main(['supervise', '--restarts', '0', '--', sys.executable, '-c', {script!r}, '--out', 'x']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert "its launcher goes on; ending it" in ended.stderr
 
 
 def test_a_job_is_requeued_after_a_signal(tmp_path: Path) -> None:
@@ -168,6 +168,16 @@ def test_a_job_is_requeued_after_a_signal(tmp_path: Path) -> None:
     assert status == 0
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
     assert "requeueing Slurm job 7" in said
+
+
+def test_a_job_that_is_cancelled_is_not_requeued(tmp_path: Path) -> None:
+    job = Supervised(tmp_path, "time.sleep(60)", "--requeue", SLURM_JOB_ID="7")
+    job.await_calls(1)
+    time.sleep(0.2)
+    job.process.send_signal(signal.SIGTERM)
+    status, said = job.finish()
+    assert status == 128 + signal.SIGUSR1
+    assert "requeueing" not in said
 
 
 @pytest.mark.parametrize(
@@ -186,6 +196,40 @@ def test_bad_supervision(
     assert message in capfd.readouterr().err
 
 
-def test_a_command_that_is_not_there(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["supervise", "--", "no-such-program", "--out", "x"]) == 127
-    assert "no-such-program: No such file" in capfd.readouterr().err
+def test_a_command_that_is_not_there(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "hvdvae", "supervise", "--", "no-such-program", "--out", "x"]
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 127
+    assert "no-such-program: No such file" in ended.stderr
+
+
+def test_what_is_deleted_at_the_start_is_not_deleted_at_a_restart(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(JOB + "sys.exit(75 if calls < 1 else 0)")
+    words = [
+        "-m",
+        "hvdvae",
+        "supervise",
+        "--backoff",
+        "0.1",
+        "--",
+        sys.executable,
+        "job.py",
+        "--out",
+        "x",
+        "--overwrite",
+    ]
+    ended = subprocess.run([sys.executable, *words], cwd=tmp_path, timeout=60)
+    assert ended.returncode == 0
+    calls = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert calls == [["--out", "x", "--overwrite"], ["--out", "x", "--resume"]]
+
+
+def test_nobody_listens_any_more(tmp_path: Path) -> None:
+    """As in `hvdvae supervise ... | head -1`: the job goes on to its end."""
+    (tmp_path / "job.py").write_text(JOB + "print('word ' * 100000, flush=True); open('done', 'w')")
+    words = [sys.executable, "-m", "hvdvae", "supervise", "--", sys.executable, "job.py", "--out", "x"]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert (tmp_path / "done").exists()
