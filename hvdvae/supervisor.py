@@ -2,7 +2,10 @@
 
 One process beside the launcher, for what no rank can do: all ranks may be dead, and the launcher may not have noticed.
 
-    the command ends with 0, or an error that only its user can mend    the same status
+    the command ends with 0 and has its results, or with an error
+    that only its user can mend                                         the same status
+    it ends with 0 and without results: a launcher that has lost a
+    host has been seen to do so                                         taken to have failed
     it fails, or is ended below                                        once more with --resume, after a pause
     it says that it ends (DYING), and does not within DYING_SECONDS    it is ended
     it says nothing for `silence` seconds                              it is ended
@@ -35,6 +38,8 @@ END_SECONDS = 10.0
 LONGEST_PAUSE = 600.0
 MENDED_BY_USERS = (2, 126, 127)
 """Exit statuses that would be the same again: our own errors, and a command that cannot be run."""
+LOST_STATUS = 75
+"""EX_TEMPFAIL, as of a deadline."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -60,16 +65,20 @@ class End(NamedTuple):
     """That somebody sent to the supervisor, or to the ranks, to stop it; 0: nobody."""
 
 
-def supervise(command: Sequence[str], policy: Policy) -> End:
+def supervise(command: Sequence[str], policy: Policy, has_results: Callable[[float], bool]) -> End:
     """Run a command until it has done its work, or nothing helps. Blocks; only the main thread can call it.
 
+    `has_results`: whether a command that has ended with 0, and was started at this time (seconds since the epoch), has.
     Mutates the signal handlers of the process while it runs, and makes orphans of the command children of this process.
     """
     _adopt_orphans()
     with _noted_signals() as received:
         for failures in range(policy.restarts + 1):
-            words = list(command) if not failures else _resuming(command)
+            words, start = list(command) if not failures else _resuming(command), time.time()
             end = _run(words, policy, received)
+            if end.status == 0 and not end.signal and not has_results(start):
+                _say("the launcher ended with 0, and the job has no results")
+                end = End(LOST_STATUS, 0)
             if end.signal or end.status == 0 or end.status in MENDED_BY_USERS:
                 return end
             if failures == policy.restarts:

@@ -18,4 +18,7 @@ case $(mpirun --version 2>&1) in
     *)  [ -z "${HOSTS:-}" ] || flags+=(-hosts "$HOSTS") ;;
 esac
 read -r -a more <<< "${HVDVAE_MPIRUN_FLAGS:-}"
-exec mpirun -np "$ranks" "${flags[@]}" "${more[@]}" hvdvae "$@"
+launch=(mpirun -np "$ranks" "${flags[@]}" "${more[@]}" hvdvae "$@")
+# Open MPI's mpirun has been seen to end with 0, and not to end at all, where it had lost a host.
+[ "${1:-}" != train ] || launch=(hvdvae supervise --restarts 0 -- "${launch[@]}")
+exec "${launch[@]}"

@@ -6,7 +6,7 @@ want_slurm() {
     local path=$PATH:/usr/sbin
     if PATH=$path type -P slurmctld slurmd munged sbatch >/dev/null; then return; fi
     # No daemon shall be started for good, neither now nor at the next boot.
-    if debian_packages "Slurm" "slurmctld slurmd slurm-client munge libpmix2"; then
+    if debian_packages "Slurm" "slurmctld slurmd slurm-client munge libpmix-dev"; then
         if command -v systemctl >/dev/null; then
             systemctl disable --now slurmctld slurmd munge >/dev/null 2>&1 || true
         fi

@@ -23,13 +23,14 @@ ClusterName=hvdvae
 SlurmctldHost={name}({controller})
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 SlurmUser=root
 SlurmdUser=root
 SlurmctldPort=16817
 SlurmdPort=16818
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
+TmpFS={folder}/tmp-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -65,12 +66,6 @@ def missing() -> str:
         return str(why)
 
 
-def has_pmix() -> bool:
-    """Whether srun can start ranks by --mpi=pmix."""
-    found = subprocess.run(["srun", "--mpi=list"], env={"PATH": _path()}, capture_output=True, text=True, check=False)
-    return "pmix" in found.stdout + found.stderr
-
-
 @dataclass(frozen=True)
 class Cluster:
     """A running one."""
@@ -88,8 +83,12 @@ class Cluster:
 
     def submit(self, flags: str, script: Path, *words: object) -> str:
         """The number of a submitted job, whose output goes to job-NUMBER.txt."""
-        said = self.run(f"sbatch --parsable --output=job-%A.txt {flags} {script} {shlex.join(map(str, words))}")
+        said = self.run(f"sbatch --parsable --output={self.folder}/job-%A.txt {flags} {script} {shlex.join(map(str, words))}")
         return said.strip().split(";")[0]
+
+    def id(self, job: str) -> str:
+        """The number that an element of an array (7_2) has as a job of its own."""
+        return self.run(f"scontrol --oneliner show job {job}").split()[0].removeprefix("JobId=")
 
     def state(self, job: str) -> str:
         """As scontrol has it: PENDING, RUNNING, COMPLETED, FAILED, ..."""
@@ -117,6 +116,10 @@ class Cluster:
             time.sleep(0.3)
         return self.state(job)
 
+    def has_pmix(self) -> bool:
+        """Whether srun can start ranks by --mpi=pmix."""
+        return "pmix" in self.run("srun --mpi=list", check=False)
+
     def logs(self) -> str:
         """The ends of the daemons' logs."""
         return "".join(
@@ -128,7 +131,8 @@ class Cluster:
 @contextmanager
 def cluster(folder: Path) -> Iterator[Cluster]:
     """Inside, Slurm runs. `folder`: of its files, and where jobs start."""
-    (folder / "state").mkdir()
+    for name in ("state", *(f"{kind}-{PREFIX}{number}" for kind in ("spool", "tmp") for number in (1, 2))):
+        (folder / name).mkdir()
     # munge wants its folders to be nobody else's.
     folder.chmod(0o755)
     key = folder / "munge.key"
@@ -157,7 +161,8 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             for number in (1, 2):
                 host = f"{PREFIX}{number}"
                 inner = f"hostname {host} && exec slurmd -D -N {host} -f {conf}"
-                start(f"ip netns exec {host} unshare --uts sh -c {shlex.quote(inner)}")
+                # `ip netns exec` would hide the control groups.
+                start(f"nsenter --net=/run/netns/{host} unshare --uts sh -c {shlex.quote(inner)}")
             made = Cluster(folder, environment)
             _await(lambda: made.run("sinfo -h -o %T", check=False).split() == ["idle"], "the hosts", made.logs)
             yield made

@@ -36,8 +36,8 @@ class Hosts:
         passed = [word for name in ("PYTHONPATH", "OMP_NUM_THREADS") for word in ("-x", name)]
         words = self.made.mpirun(program, [*passed, *command], each=each, fault_tolerant=fault_tolerant)
         if supervise:
-            # The words after it are the shell's of the first host, so --out is said twice.
-            words = [sys.executable, "-m", "hvdvae", "supervise", *supervise.split(), "--", *words, "--out=run"]
+            # The command is one word, a line for the shell of the first host: what follows is added to it.
+            words = [sys.executable, "-m", "hvdvae", "supervise", *supervise.split(), "--", *words, "--out", "run"]
         self.jobs.append(Launch(words, clean_environment(), self.folder))
         return self.jobs[-1]
 
@@ -130,7 +130,8 @@ def test_a_link_that_is_cut_for_ten_seconds(hosts: Hosts, plan: str) -> None:
 
 def test_a_host_that_vanishes_ends_the_job_and_a_supervisor_starts_it_again(hosts: Hosts) -> None:
     job = hosts.train("--epochs 30 --engine mpi --resume", supervise="--restarts 1 --backoff 1")
-    await_first_epoch(hosts.folder)
+    while not list(hosts.folder.glob("run/checkpoints/step-*")):
+        time.sleep(0.05)
     for process in hosts.of(2):
         process.kill()
     ended = job.finish(200)

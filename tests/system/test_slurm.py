@@ -9,7 +9,7 @@ import pytest
 
 from hvdvae.cli.options import SlurmOptions
 from hvdvae.cli.slurm import script
-from tests.system.slurm_cluster import Cluster, cluster, has_pmix, missing
+from tests.system.slurm_cluster import Cluster, cluster, missing
 
 SHORT = ("--data", "digits", "--batch-size", "20", "--nll-samples", "2", "--pictures-every", "0")
 ROOT = Path(__file__).parents[2]
@@ -60,8 +60,8 @@ def summary(slurm: Cluster, name: str) -> dict[str, object]:
 
 
 @pytest.fixture(autouse=True)
-def needs_pmix(request: pytest.FixtureRequest) -> None:
-    if "mpirun" not in request.node.name and not has_pmix():
+def needs_pmix(request: pytest.FixtureRequest, slurm: Cluster) -> None:
+    if "mpirun" not in request.node.name and not slurm.has_pmix():
         pytest.skip("this Slurm has no PMIx: srun cannot start Open MPI's ranks")
 
 
@@ -106,7 +106,8 @@ def test_a_job_array_of_stretches_ends_with_the_epochs(slurm: Cluster) -> None:
     path = batch(slurm, "stretches", array=3)
     array = slurm.submit("", path, *LONG, "--epochs", 12, "--out", "stretches")
     slurm.await_output(array, "epoch 3/12")
-    slurm.run(f"scancel --batch --signal=USR1 {array}_1")
+    # Slurm 22.05 signals the element of an array, and ends with 1.
+    slurm.run(f"scancel --batch --signal=USR1 {slurm.id(f'{array}_1')}", check=False)
     slurm.await_output(array, "resumed at step")
     slurm.await_output(array, "test NLL", 150)
     assert summary(slurm, "stretches")["epochs"] == 12
@@ -116,7 +117,7 @@ def test_a_job_array_of_stretches_ends_with_the_epochs(slurm: Cluster) -> None:
 
 
 def test_the_cells_of_a_study_are_dealt_over_the_jobs_of_an_array(slurm: Cluster) -> None:
-    """With srun as its launcher, on both hosts, two jobs at a time."""
+    """With srun as its launcher, on both hosts."""
     study = slurm.folder / "study.yaml"
     study.write_text(STUDY)
     flags = f"--chdir={ROOT} --nodes=2 --ntasks-per-node=1 --oversubscribe --array=1-2%1"

@@ -14,7 +14,7 @@ MPICH = "HYDRA build details:\\n    Version: 5.0.2"
 
 def run(folder: Path, script: str, version: str, *words: str, **environment: str) -> tuple[int, list[str]]:
     """How the script ends, and the words that its launcher gets."""
-    for name in ("mpirun", "horovodrun"):
+    for name in ("mpirun", "horovodrun", "hvdvae"):
         program = folder / name
         program.write_text(
             f'#!/bin/bash\nif [ "${{1:-}}" = --version ]; then printf "{version}\\n"; exit; fi\nprintf "%s\\n" "$@"\n'
@@ -39,7 +39,9 @@ def test_mpirun(tmp_path: Path, version: str, flags: list[str]) -> None:
     more = {"HOSTS": "a:2,b:2", "OMP_NUM_THREADS": "2", "HVDVAE_MPIRUN_FLAGS": "--tag-output -v"}
     status, words = run(tmp_path, "mpirun.sh", version, "4", "train", "--out", "a folder", **more)
     assert status == 0
-    assert words == ["-np", "4", *flags, "--tag-output", "-v", "hvdvae", "train", "--out", "a folder"]
+    supervised = ["supervise", "--restarts", "0", "--", "mpirun"]
+    command = [*flags, "--tag-output", "-v", "hvdvae", "train", "--out", "a folder"]
+    assert words == [*supervised, "-np", "4", *command]
     status, words = run(tmp_path, "mpirun.sh", version, "2", "doctor")
     assert status == 0
     assert words == ["-np", "2", *(["--bind-to", "none"] if version != MPICH else []), "hvdvae", "doctor"]

@@ -22,6 +22,11 @@ with log.open("a") as file:
 def leave(number, frame):
     print("saved", flush=True)
     sys.exit(128 + number)
+def finish(status=0):
+    if status == 0:
+        pathlib.Path("here").mkdir(exist_ok=True)
+        pathlib.Path("here/summary.json").write_text("{}")
+    sys.exit(status)
 signal.signal(signal.SIGUSR1, leave)
 """
 
@@ -62,18 +67,34 @@ class Supervised:
 
 
 def test_a_job_that_does_its_work_runs_once(tmp_path: Path) -> None:
-    job = Supervised(tmp_path, "print('done')")
+    job = Supervised(tmp_path, "print('done'); finish()")
     assert job.finish() == (0, "done\n")
     assert job.calls == [["train", "--out", "here"]]
 
 
 def test_a_job_that_fails_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    job = Supervised(tmp_path, "sys.exit(75 if calls < 2 else 0)")
+    job = Supervised(tmp_path, "finish(75 if calls < 2 else 0)")
     status, said = job.finish()
     assert status == 0
     assert job.calls == [["train", "--out", "here"], *[["train", "--out", "here", "--resume"]] * 2]
     assert said.count("ended with status 75") == 2
     assert "restart 2 of 3 in 0.2 s" in said
+
+
+def test_a_launcher_that_claims_success_without_results_has_failed(tmp_path: Path) -> None:
+    """mpirun ends with 0 where it has lost a host."""
+    job = Supervised(tmp_path, "finish() if calls else sys.exit(0)")
+    status, said = job.finish()
+    assert status == 0
+    assert "the launcher ended with 0, and the job has no results" in said
+    assert len(job.calls) == 2
+
+
+def test_the_results_of_an_earlier_run_are_not_this_ones(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "summary.json").write_text("{}")
+    os.utime(tmp_path / "here" / "summary.json", (0, 0))
+    assert Supervised(tmp_path, "sys.exit(0)", "--restarts", "0").finish()[0] == 75
 
 
 def test_restarts_end(tmp_path: Path) -> None:
@@ -124,7 +145,7 @@ def test_a_job_that_does_not_leave_is_ended(tmp_path: Path) -> None:
 
 
 def test_a_silent_job_is_ended_and_started_again(tmp_path: Path) -> None:
-    job = Supervised(tmp_path, "time.sleep(60 if calls < 1 else 0)", "--silence", "1")
+    job = Supervised(tmp_path, "time.sleep(60 if calls < 1 else 0); finish()", "--silence", "1")
     status, said = job.finish()
     assert status == 0
     assert "said nothing for 1 s (--silence)" in said
@@ -136,7 +157,7 @@ def test_ranks_that_a_launcher_left_behind_are_ended(tmp_path: Path) -> None:
 rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True,
                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 print(rank.pid, flush=True)
-os._exit(0)
+finish()
 """
     status, said = Supervised(tmp_path, body).finish()
     assert status == 0
