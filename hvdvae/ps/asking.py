@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from hvdvae.errors import WorldError
+from hvdvae.errors import RankLost, WorldError
 from hvdvae.ps.channel import Channel, PeersDied
 from hvdvae.ps.protocol import Answer, Header
 
@@ -27,7 +27,7 @@ class Servers:
     def answer(self, number: int, sequence: int, take: Callable[[int, Header], None]) -> Header:
         """The header of the answer to request `sequence`; `take` takes rank and header, and receives what follows.
 
-        Blocks. `take` may be called again, where the server dies in the midst of it. Raises WorldError where a server
+        Blocks. `take` may be called again, where the server dies in the midst of it. Raises RankLost where a server
         has died and has no backup left.
         """
         while True:
@@ -49,7 +49,7 @@ class Servers:
     def _turn_to_backup(self, number: int) -> None:
         lost = self._holders[number].pop(0)
         if not self._holders[number]:
-            raise WorldError(
+            raise RankLost(
                 f"parameter server {number} (rank {lost}) has died, and it has no backup (left; see --replicas): "
                 "continue from the last checkpoint with --resume"
             )

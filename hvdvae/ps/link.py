@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvdvae.errors import WorldError
+from hvdvae.errors import RankLost
 from hvdvae.ps.channel import Channel
 from hvdvae.ps.plan import Plan
 from hvdvae.ps.protocol import STATE, TEXT, Answer, Header
@@ -128,9 +128,9 @@ class Link:
     def lost_server(self, rank: int) -> bool:
         """Another server has died. Whether this one takes its place, and workers send again what was not answered.
 
-        Raises WorldError where the job cannot go on without it.
+        Raises RankLost where the job cannot go on without it.
         """
-        raise WorldError(
+        raise RankLost(
             f"a parameter server has died (rank {rank}): continue from the last checkpoint with --resume; with "
             "--replicas 1 its backup would have gone on"
         )

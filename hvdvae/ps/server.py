@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hvdvae.deadline import Watchdog
-from hvdvae.errors import WorldError
+from hvdvae.errors import RankLost
 from hvdvae.ps.attendance import Attendance
 from hvdvae.ps.channel import PeersDied
 from hvdvae.ps.consistency import Action, Apply, Drop, policy
@@ -92,7 +92,7 @@ class Server:
 
     def _bury_worker(self, worker: int) -> None:
         if worker == 0:
-            raise WorldError(
+            raise RankLost(
                 "worker 0, which keeps the log and the checkpoints, has died: continue from the last checkpoint with "
                 "--resume"
             )

@@ -204,7 +204,8 @@ class LocalSgd(Strategy):
         if int(self.world.max_(lacks, "agreement on the optimizers' states")):
             return
         for entries in self.inner.state.values():
-            for value in entries.values():
+            # Sorted: what was loaded from a checkpoint comes in another order on each rank.
+            for _, value in sorted(entries.items()):
                 if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1:
                     self.world.sum_(value, "average of the optimizers' states").div_(self.world.size)
 

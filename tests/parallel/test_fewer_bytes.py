@@ -222,6 +222,24 @@ def test_evaluation_has_the_mean_and_training_its_own(world: World) -> None:
     assert same_on_all(world, weights(model)), "what was saved is what all go on with"
 
 
+def test_states_that_come_from_a_checkpoint_are_averaged_by_name(world: World) -> None:
+    """A file's entries come in another order on each rank."""
+    model = network(seed=100)
+    optimizer = DistributedOptimizer(
+        OPTIMIZERS["adam"](model.parameters()), model, world=world, strategy="local-sgd", sync_every=4
+    )
+    x, y = (tensor[share(world)] for tensor in examples())
+    take_step(optimizer, model, x, y)
+    vector, entries = next(iter(optimizer.inner.state.items()))
+    means = {key: sum_of(world, value) / world.size for key, value in entries.items() if value.dim()}
+    keys = sorted(entries, reverse=bool(world.rank % 2))
+    optimizer.inner.state[vector] = {key: entries[key] for key in keys}
+    with optimizer.fetched(state=True):
+        pass
+    for key, mean in means.items():
+        torch.testing.assert_close(optimizer.inner.state[vector][key].double(), mean, atol=1e-7, rtol=1e-5)
+
+
 def test_a_rank_that_never_stepped_leaves_nobody_waiting(world: World) -> None:
     """It has no optimizer's state to share, and the others must hear of it before they sum theirs."""
     model = network(seed=100)

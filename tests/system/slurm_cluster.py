@@ -83,7 +83,9 @@ class Cluster:
 
     def submit(self, flags: str, script: Path, *words: object) -> str:
         """The number of a submitted job, whose output goes to job-NUMBER.txt."""
-        said = self.run(f"sbatch --parsable --output={self.folder}/job-%A.txt {flags} {script} {shlex.join(map(str, words))}")
+        said = self.run(
+            f"sbatch --parsable --output={self.folder}/job-%A.txt {flags} {script} {shlex.join(map(str, words))}"
+        )
         return said.strip().split(";")[0]
 
     def id(self, job: str) -> str:
