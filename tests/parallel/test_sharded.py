@@ -14,15 +14,18 @@ from tests.parallel.regression import OPTIMIZERS, examples, loss_of, network, sh
 from tests.parallel.test_allreduce import STEPS, parallel, plain
 
 
-@pytest.fixture(params=["shared memory", "messages"])
-def carrier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, engine: str) -> str:
-    """Ranks of one host share memory, those of several do not; it is Horovod's own affair with its engine."""
-    carrier = str(request.param)
-    if carrier == "messages":
-        if engine == "horovod":
-            pytest.skip("Horovod finds its own way")
+@pytest.fixture(params=["shared memory", "messages", "horovod"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, world: World) -> str:
+    """Every carrier: ranks of one host share memory, those of several do not, and Horovod finds its own way."""
+    if request.param == "horovod":
+        if world.launcher != "none":
+            pytest.importorskip("horovod.torch")
+        return "horovod"
+    if world.launcher == "horovodrun-gloo":
+        pytest.skip("horovodrun --gloo has no MPI")
+    if request.param == "messages":
         monkeypatch.setattr(World, "shared_vectors", lambda world, like: None)
-    return carrier
+    return "mpi"
 
 
 def sharded(world: World, engine: str, kind: str = "adam", **options: object) -> tuple[nn.Module, Sharded]:
@@ -42,13 +45,13 @@ def step(world: World, model: nn.Module, optimizer: Sharded) -> None:
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_equals_one_process_with_the_whole_batch(world: World, engine: str, carrier: str, kind: str) -> None:
+def test_equals_one_process_with_the_whole_batch(world: World, engine: str, kind: str) -> None:
     found = parallel(world, engine, OPTIMIZERS[kind], strategy="sharded")
     torch.testing.assert_close(found, plain(OPTIMIZERS[kind]), atol=2e-6, rtol=2e-5)
     assert len(set(world.gather_bytes(found.numpy().tobytes()))) == 1, "the same bits on all ranks"
 
 
-def test_two_groups_of_which_a_rank_may_have_none(world: World, engine: str, carrier: str) -> None:
+def test_two_groups_of_which_a_rank_may_have_none(world: World, engine: str) -> None:
     def build(parameters: object) -> torch.optim.Optimizer:
         first, *rest = list(parameters)  # type: ignore[call-overload]
         return torch.optim.AdamW([{"params": [first], "lr": 0.2, "weight_decay": 0.3}, {"params": rest}], 0.05)
@@ -56,7 +59,7 @@ def test_two_groups_of_which_a_rank_may_have_none(world: World, engine: str, car
     torch.testing.assert_close(parallel(world, engine, build, strategy="sharded"), plain(build), atol=2e-6, rtol=2e-5)
 
 
-def test_clipping_is_of_the_whole_mean_gradient(world: World, engine: str, carrier: str) -> None:
+def test_clipping_is_of_the_whole_mean_gradient(world: World, engine: str) -> None:
     def clip_plain(number: int, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 0.05)
 
@@ -72,7 +75,7 @@ def test_clipping_is_of_the_whole_mean_gradient(world: World, engine: str, carri
     torch.testing.assert_close(by_hand, expected, atol=2e-6, rtol=2e-4)
 
 
-def test_accumulated_gradients_are_the_big_batch(world: World, engine: str, carrier: str) -> None:
+def test_accumulated_gradients_are_the_big_batch(world: World, engine: str) -> None:
     model, optimizer = sharded(world, engine, backward_passes_per_step=2)
     x, y = (tensor[share(world)] for tensor in examples())
     for _ in range(STEPS):
@@ -83,7 +86,7 @@ def test_accumulated_gradients_are_the_big_batch(world: World, engine: str, carr
     torch.testing.assert_close(weights(model), plain(OPTIMIZERS["adam"]), atol=2e-6, rtol=2e-5)
 
 
-def test_each_rank_keeps_its_share_of_the_state(world: World, engine: str, carrier: str) -> None:
+def test_each_rank_keeps_its_share_of_the_state(world: World, engine: str) -> None:
     model, optimizer = sharded(world, engine)
     step(world, model, optimizer)
     length = sum(parameter.numel() for parameter in model.parameters())
@@ -96,7 +99,7 @@ def test_each_rank_keeps_its_share_of_the_state(world: World, engine: str, carri
     assert sum(vector.untyped_storage().nbytes() for vector in vectors) == mine - counters, "and no more behind it"
 
 
-def test_a_checkpoint_is_the_plain_optimizers_and_loads_into_any(world: World, engine: str, carrier: str) -> None:
+def test_a_checkpoint_is_the_plain_optimizers_and_loads_into_any(world: World, engine: str) -> None:
     model, optimizer = sharded(world, engine)
     for _ in range(3):
         step(world, model, optimizer)
@@ -126,7 +129,7 @@ def test_a_checkpoint_is_the_plain_optimizers_and_loads_into_any(world: World, e
     torch.testing.assert_close(weights(other), weights(model), atol=2e-6, rtol=2e-5)
 
 
-def test_state_that_was_there_before_wrapping_is_kept(world: World, engine: str, carrier: str) -> None:
+def test_state_that_was_there_before_wrapping_is_kept(world: World, engine: str) -> None:
     model = network(seed=100)
     optimizer = OPTIMIZERS["adam"](model.parameters())
     x, y = examples()
@@ -139,7 +142,7 @@ def test_state_that_was_there_before_wrapping_is_kept(world: World, engine: str,
     torch.testing.assert_close(weights(model), plain(OPTIMIZERS["adam"]), atol=2e-6, rtol=2e-5)
 
 
-def test_a_rank_that_is_not_finite_skips_the_step_on_all(world: World, engine: str, carrier: str) -> None:
+def test_a_rank_that_is_not_finite_skips_the_step_on_all(world: World, engine: str) -> None:
     model, optimizer = sharded(world, engine)
     start = weights(model)
     optimizer.zero_grad()
@@ -155,7 +158,7 @@ def test_a_rank_that_is_not_finite_skips_the_step_on_all(world: World, engine: s
     assert torch.isfinite(weights(model)).all()
 
 
-def test_bytes_are_those_of_an_allreduce(world: World, engine: str, carrier: str) -> None:
+def test_bytes_are_those_of_an_allreduce(world: World, engine: str) -> None:
     model, optimizer = sharded(world, engine)
     for _ in range(3):
         step(world, model, optimizer)
