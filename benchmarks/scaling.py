@@ -41,16 +41,22 @@ budget: {{epochs: {epochs}, seconds: {seconds}}}
 snapshot_epochs: {epochs}
 nll_samples: 1
 contenders:
-  one-process: {{strategy: local}}
-  allreduce: {{strategy: allreduce, engine: mpi}}
-  allreduce-horovod: {{strategy: allreduce, engine: horovod}}
-  asp: {{strategy: ps}}
-  bsp: {{strategy: ps, consistency: bsp}}
-  raw-horovod: {{peer: horovod}}
-  ddp: {{peer: ddp}}
+{contenders}
 scenarios:
   uniform:
 """
+CONTENDERS = {
+    "one-process": "{strategy: local}",
+    "allreduce": "{strategy: allreduce, engine: mpi}",
+    "allreduce-horovod": "{strategy: allreduce, engine: horovod}",
+    "sharded": "{strategy: sharded, engine: mpi}",
+    "asp": "{strategy: ps}",
+    "bsp": "{strategy: ps, consistency: bsp}",
+    "raw-horovod": "{peer: horovod}",
+    "ddp": "{peer: ddp}",
+}
+ALWAYS = ("one-process", "allreduce")
+"""What efficiency is measured against, and the one whose epochs the others have."""
 
 
 def options() -> argparse.Namespace:
@@ -61,6 +67,13 @@ def options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128, help="of all ranks (strong), of each (weak) [128]")
     parser.add_argument("--sizes", default="1,2,4", help="numbers of ranks that train [1,2,4]")
     parser.add_argument("--seeds", default="0,1,2", help="[0,1,2]")
+    parser.add_argument(
+        "--contenders",
+        nargs="*",
+        choices=[name for name in CONTENDERS if name not in ALWAYS],
+        default=[*CONTENDERS],
+        help=f"besides {' and '.join(ALWAYS)} [all]",
+    )
     parser.add_argument("--epochs", type=float, default=40, help="of a run [40]")
     parser.add_argument("--seconds", type=float, default=60, help="of a run at most [60]")
     parser.add_argument("--output", type=Path, help="folder [benchmarks/results/scaling-DATE]")
@@ -84,6 +97,9 @@ def main() -> int:
                 seeds=asked.seeds,
                 epochs=asked.epochs,
                 seconds=asked.seconds,
+                contenders="\n".join(
+                    f"  {name}: {way}" for name, way in CONTENDERS.items() if name in (*ALWAYS, *asked.contenders)
+                ),
             )
             study = parse(text, f"{mode} scaling")
             cells = run(study, folder / mode)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.system.conftest import Launch, clean_environment
 
-EPOCHS, EXAMPLES, BATCH = 200, 1457, 10
+EPOCHS, EXAMPLES, BATCH = 120, 1457, 10
 
 
 def launch(folder: Path, *, np: int) -> Launch:

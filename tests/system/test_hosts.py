@@ -116,7 +116,7 @@ def test_a_rank_that_dies_on_another_host(hosts: Hosts, plan: str) -> None:
 
 @pytest.mark.parametrize("plan", ["--engine mpi", "--strategy ps"])
 def test_a_link_that_is_cut_for_ten_seconds(hosts: Hosts, plan: str) -> None:
-    job = hosts.train(f"--epochs 40 {plan}", each=2 if "ps" in plan else 1)
+    job = hosts.train(f"--epochs 15 {plan}", each=2 if "ps" in plan else 1)
     await_first_epoch(hosts.folder)
     link = ["ip", "link", "set", f"{PREFIX}-v2"]
     subprocess.run([*link, "down"], check=True)
@@ -125,11 +125,11 @@ def test_a_link_that_is_cut_for_ten_seconds(hosts: Hosts, plan: str) -> None:
     subprocess.run([*link, "up"], check=True)
     ended = job.finish(150)
     assert ended.status == 0, ended.output
-    assert hosts.summary()["epochs"] == 40
+    assert hosts.summary()["epochs"] == 15
 
 
 def test_a_host_that_vanishes_ends_the_job_and_a_supervisor_starts_it_again(hosts: Hosts) -> None:
-    job = hosts.train("--epochs 30 --engine mpi --resume", supervise="--restarts 1 --backoff 1")
+    job = hosts.train("--epochs 12 --engine mpi --resume", supervise="--restarts 1 --backoff 1")
     while not list(hosts.folder.glob("run/checkpoints/step-*")):
         time.sleep(0.05)
     for process in hosts.of(2):
@@ -138,4 +138,4 @@ def test_a_host_that_vanishes_ends_the_job_and_a_supervisor_starts_it_again(host
     assert "restart 1 of 1" in ended.output
     assert ended.status == 0, ended.output
     assert "resumed at step" in ended.output
-    assert hosts.summary()["epochs"] == 30
+    assert hosts.summary()["epochs"] == 12
