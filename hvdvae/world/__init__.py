@@ -228,10 +228,12 @@ class World:
 
     def _named(self, *, trains: bool) -> tuple[list[str], bool]:
         """Names of all ranks, and whether some of them train already. Blocks; every rank must call it."""
-        found = self.gather_objects([self._name, trains, self.host, self.local_rank], "names")
-        here = [(rank, place) for rank, (_, already, host, place) in enumerate(found) if host == self.host and already]
-        newcomers = [rank for rank, (_, already, host, _) in enumerate(found) if host == self.host and not already]
-        free = [place for place in range(len(found)) if place not in {place for _, place in here}]
+        found = self.gather_objects([self._name, trains, self.host, self.local_rank, self._started], "names")
+        # Whether once more a rank is to be started is decided by all alike, also by those that were.
+        self._started = max(started for *_, started in found)
+        taken = {place for _, already, host, place, _ in found if host == self.host and already}
+        newcomers = [rank for rank, (_, already, host, *_) in enumerate(found) if host == self.host and not already]
+        free = [place for place in range(len(found)) if place not in taken]
         if self.rank in newcomers:
             self._free_place = free[newcomers.index(self.rank)]
         return [name for name, *_ in found], any(already for _, already, *_ in found)
