@@ -46,7 +46,7 @@ def train(asked: Asked) -> int:
     world = World.create(device=asked.values["device"], deadline=asked.values["deadline"], servers=servers)
     config = agreed_config(asked, world)
     world.watchdog.seconds = config.deadline
-    world.replaces = config.replace_workers
+    world.members.replaces = config.replace_workers
     if config.replace_workers and world.role == "trainer" and not world.survives_deaths:
         raise ConfigError("--replace-workers: a death ends this job; start it with mpirun --with-ft ulfm (Open MPI 5)")
     threads = config.threads or threads_of_rank(world)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hvdvae.errors import CheckpointError, ConfigError, WorldError
+from hvdvae.errors import CheckpointError, ConfigError
 from hvdvae.flat import FlatModel
 from hvdvae.strategies.flat_optimizer import (
     check_supported,
@@ -22,6 +22,7 @@ from hvdvae.strategies.flat_optimizer import (
     load_per_tensor,
     per_tensor_state,
 )
+from hvdvae.strategies.same_model import check_device, check_same_model
 from hvdvae.world import World
 
 
@@ -72,7 +73,7 @@ class Strategy(Optimizer):
         self.flat = FlatModel(
             model, [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
         )
-        _check_device(self.flat, world)
+        check_device(self.flat, world)
         self.backward_passes_per_step = backward_passes_per_step
         self.clip_norm = clip_norm
         self.skipped_steps = 0
@@ -90,7 +91,7 @@ class Strategy(Optimizer):
         self._is_flat = is_elementwise(optimizer)
         if saved is not None and self._is_flat:
             load_per_tensor(self.inner, self.flat, self._of_trained(saved["state"]))
-        _check_same_model(self.flat, world)
+        check_same_model(self.flat, world)
         self.broadcast_model()
 
     def follow_gradient(self) -> None:
@@ -328,29 +329,3 @@ class Strategy(Optimizer):
 
 def _is_finite(value: float) -> bool:
     return value - value == 0.0
-
-
-def _check_device(flat: FlatModel, world: World) -> None:
-    found, where = flat.parameters.dtype, flat.parameters.device
-    if world.size == 1:
-        return
-    if found not in (torch.float32, torch.float64):
-        raise ConfigError(
-            f"the model's parameters are {found}, expected float32 or float64: keep the weights so, and use autocast "
-            "(--precision) to compute in less"
-        )
-    if where.type != world.device.type or (where.type == "cuda" and where.index != world.device.index):
-        raise ConfigError(
-            f"the model is on {where}, but rank {world.rank} was given {world.device}: move it with "
-            "model.to(world.device) before the optimizer is built, or make the World with device='cpu'"
-        )
-
-
-def _check_same_model(flat: FlatModel, world: World) -> None:
-    digests = world.gather_bytes(flat.digest().encode(), "comparison of models")
-    odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if odd:
-        raise WorldError(
-            f"ranks {odd} hold another model than rank 0 (names, shapes or dtypes of parameters differ): build "
-            "the same model on every rank"
-        )

@@ -17,17 +17,13 @@ import json
 import os
 import socket
 import sys
-import threading
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 
-from hvdvae.abort import abort_job
 from hvdvae.deadline import Watchdog
 from hvdvae.errors import RankLost, WorldError
 from hvdvae.launcher import Launch, Launcher, detect, is_elastic, survives_deaths
@@ -42,9 +38,8 @@ from hvdvae.world.join import (
     join_parent,
     split_roles,
 )
-
-if TYPE_CHECKING:
-    from hvdvae.world.gloo import HostChanges
+from hvdvae.world.members import Change, Members
+from hvdvae.world.uncaught import end_job_on_uncaught_exception
 
 # Open MPI waits by spinning. Yielding in the spin gives the core to whoever computes on it: Horovod's other thread, a
 # late rank, another job. Read by MPI_Init, so it stands here, before anything of ours imports mpi4py. The user's
@@ -58,17 +53,6 @@ if survives_deaths(os.environ):
 
 DEFAULT_DEADLINE = 300.0
 """Seconds that a rank waits for others before it ends the job."""
-
-
-MOST_STARTED = 5
-"""Ranks that are started in the place of dead ones: what keeps dying has a reason that new processes do not cure."""
-
-
-class Change(NamedTuple):
-    """Who is no longer there, and who is new; ranks as "rank 1 (host)", by their ranks when they started."""
-
-    died: list[str]
-    added: list[str]
 
 
 class World:
@@ -105,16 +89,10 @@ class World:
         serves = bool(servers) and self.everyone.rank >= self.everyone.size - servers
         self.role: Literal["trainer", "server"] = "server" if serves else "trainer"
         self._closing: list[Callable[[], None]] = []
-        self._carrier = carrier
+        self.carrier = carrier
         self._revocable: list[Any] = []
-        self._name = f"rank {carrier.rank} ({self.host})"
-        self._names: list[str] = []
-        """Of all ranks that live, by their ranks at the start, for messages."""
-        self._started, self._free_place = 0, 0
-        self.replaces = False
-        """Whether `recover` starts new ranks in the place of the dead."""
-        self._changes: HostChanges | None = None
-        """What an elastic horovodrun tells of its hosts."""
+        self.members = Members(f"rank {carrier.rank} ({self.host})")
+        """Who takes part, and who does in the place of those that die."""
         self._launch = launch
         self._horovod: Any = None
 
@@ -154,11 +132,11 @@ class World:
         world = cls(launch, carrier, chosen, watchdog, getattr(carrier, "comm", None), comm, servers)
         if everyone.size > 1 or is_elastic(os.environ):
             watchdog.start()
-            world._end_job_on_uncaught_exception()
+            end_job_on_uncaught_exception(world.rank, world.host)
         if world.survives_deaths and everyone.size > 1:
-            world._names = world.gather_objects(world._name, "names")
+            world.members.meet(world, trains=True)
         elif is_elastic(os.environ):
-            world._start_elastic()
+            world.members.start_elastic(world)
         return world
 
     @classmethod
@@ -167,7 +145,7 @@ class World:
         world = cls(launch, Alone(), device, watchdog, None, join_parent(), servers=1)
         world.rank, world.size = launch.rank, launch.size
         watchdog.start()
-        world._end_job_on_uncaught_exception()
+        end_job_on_uncaught_exception(world.rank, world.host)
         return world
 
     @classmethod
@@ -179,8 +157,8 @@ class World:
         watchdog = Watchdog(rank=carrier.rank, size=carrier.size, seconds=deadline)
         world = cls(launch, carrier, torch.device("cpu"), watchdog, carrier.comm, carrier.comm)
         watchdog.start()
-        world._end_job_on_uncaught_exception()
-        world._meet_those_that_train()
+        end_job_on_uncaught_exception(world.rank, world.host)
+        world.members.meet_those_that_train(world, device_is_free=False)
         world.device = choose_device(device, world.local_rank)
         return world
 
@@ -206,42 +184,10 @@ class World:
             carrier = MpiCollectives(self.comm.Split(number, self.rank))
         return World(self._launch, carrier, self.device, self.watchdog, carrier.comm)
 
-    def _start_elastic(self) -> None:
-        """Under an elastic horovodrun: whoever meets ranks that train already waits with all else until `enter`."""
-        from hvdvae.world.gloo import HostChanges
-
-        self._changes = HostChanges()
-        self._meet_those_that_train()
-
-    def _meet_those_that_train(self) -> None:
-        self._name = f"rank {self.rank} ({self.host}, process {os.getpid()})"
-        self._names, trains = self._named(trains=False)
-        if self._launch.enters:
-            self.local_rank = self._free_place
-        if trains:
-            self.joins, self._real = True, self._carrier
-            self._carrier = Alone()
-
-    def enter(self) -> None:
-        """Speak to the others from now on: what they do next, this rank does with them. Local."""
-        self._carrier, self.joins = self._real, False
-
-    def _named(self, *, trains: bool) -> tuple[list[str], bool]:
-        """Names of all ranks, and whether some of them train already. Blocks; every rank must call it."""
-        found = self.gather_objects([self._name, trains, self.host, self.local_rank, self._started], "names")
-        # Whether once more a rank is to be started is decided by all alike, also by those that were.
-        self._started = max(started for *_, started in found)
-        taken = {place for _, already, host, place, _ in found if host == self.host and already}
-        newcomers = [rank for rank, (_, already, host, *_) in enumerate(found) if host == self.host and not already]
-        free = [place for place in range(len(found)) if place not in taken]
-        if self.rank in newcomers:
-            self._free_place = free[newcomers.index(self.rank)]
-        return [name for name, *_ in found], any(already for _, already, *_ in found)
-
     @property
     def hosts_changed(self) -> bool:
         """Whether an elastic horovodrun has other hosts now: time to `recover`. Local; ranks hear it one by one."""
-        return self._changes is not None and self._changes.heard
+        return self.members.changes is not None and self.members.changes.heard
 
     @property
     def is_first(self) -> bool:
@@ -251,19 +197,19 @@ class World:
     @property
     def survives_deaths(self) -> bool:
         """Whether the others can go on when a rank dies (mpirun --with-ft ulfm, or an elastic horovodrun)."""
-        return survives_deaths(os.environ) or self._changes is not None
+        return survives_deaths(os.environ) or self.members.changes is not None
 
     def sum_(self, tensor: torch.Tensor, what: str = "sum") -> torch.Tensor:
         """Sum over ranks in place, the same bits on all. Blocks; every rank must call. Returns the tensor."""
-        return self._on_host(tensor, what, self._carrier.sum_)
+        return self._on_host(tensor, what, self.carrier.sum_)
 
     def max_(self, tensor: torch.Tensor, what: str = "max") -> torch.Tensor:
         """Elementwise maximum over ranks, in place. Blocks; every rank must call. Returns the tensor."""
-        return self._on_host(tensor, what, self._carrier.max_)
+        return self._on_host(tensor, what, self.carrier.max_)
 
     def broadcast_(self, tensor: torch.Tensor, root: int = 0, what: str = "broadcast") -> torch.Tensor:
         """Overwrite with root's values. Blocks; every rank must call. Returns the tensor."""
-        return self._on_host(tensor, what, lambda array: self._carrier.broadcast_(array, root))
+        return self._on_host(tensor, what, lambda array: self.carrier.broadcast_(array, root))
 
     def gather_objects(self, record: Any, what: str = "gather") -> list[Any]:
         """Every rank's JSON-able record, in rank order, on all ranks. Blocks; every rank must call."""
@@ -279,7 +225,7 @@ class World:
     def gather_bytes(self, data: bytes, what: str = "gather") -> list[bytes]:
         """Every rank's bytes, in rank order, on all ranks. Blocks; every rank must call."""
         with self.waiting(what):
-            return self._carrier.gather_bytes(data)
+            return self.carrier.gather_bytes(data)
 
     def gather_rows(self, row: torch.Tensor, rows: torch.Tensor, what: str = "gather") -> torch.Tensor:
         """Every rank's row (n,) to `rows` (size, n), both on the host. Blocks; every rank must call it.
@@ -287,13 +233,13 @@ class World:
         Rows are equally long on all ranks. Returns `rows`.
         """
         with self.waiting(what):
-            self._carrier.gather_rows(row.numpy(), rows.numpy())
+            self.carrier.gather_rows(row.numpy(), rows.numpy())
         return rows
 
     def barrier(self, what: str = "barrier", *, patient: bool = False) -> None:
         """Return once every rank has called. `patient`: however long one takes, while it lives (see Watchdog)."""
         with self.waiting(what, patient=patient):
-            self._carrier.barrier()
+            self.carrier.barrier()
 
     def shared_vectors(self, like: torch.Tensor) -> Any:
         """Vectors like this one in memory that all ranks see (SharedVectors), or None where that cannot be.
@@ -346,9 +292,8 @@ class World:
     def shrink(self) -> None:
         """Go on without the ranks that have died: `rank` and `size` change. Every living rank of the role must call."""
         with self.watchdog.waiting("agreement on who is left"):
-            self._carrier.shrink()
-        self.comm = getattr(self._carrier, "comm", None)
-        self.rank, self.size = self._carrier.rank, self._carrier.size
+            self.carrier.shrink()
+        self.take(self.carrier)
 
     def recover(self, *, trains: bool = True) -> Change:
         """After RankLost, or `hosts_changed`: go on with those that live, and with those that were added.
@@ -361,28 +306,17 @@ class World:
                 self._horovod.shutdown()
         self._horovod = None
         self._revocable.clear()
-        if self._changes is not None:
-            self._changes.heard = False
-        before, size = self._names, self.size
-        self.shrink()
-        if self.replaces and self.comm is not None and self.size < size and self._started < MOST_STARTED:
-            self._replace(size - self.size)
-        self.everyone = self.comm
-        self._names, _ = self._named(trains=trains)
-        died = [name for name in before if name not in self._names]
-        return Change(died, [name for name in self._names if name not in before])
+        return self.members.recover(self, trains=trains)
 
-    def _replace(self, count: int) -> None:
-        from hvdvae.world.mpi import MpiCollectives
-        from hvdvae.world.spawn import start_ranks
+    def take(self, carrier: Collectives) -> None:
+        """Speak to the ranks of this carrier from now on. Local."""
+        self.carrier = carrier
+        self.comm = getattr(carrier, "comm", None)
+        self.rank, self.size = carrier.rank, carrier.size
 
-        self._started += count
-        with self.waiting("start of new ranks", patient=True):
-            everyone = start_ranks(self.comm, count)
-            if everyone is not None:
-                self._carrier = MpiCollectives(everyone)
-                self.comm = self._carrier.comm
-                self.rank, self.size = self._carrier.rank, self._carrier.size
+    def enter(self) -> None:
+        """A rank that was started while others train: do from now on what they do. Local."""
+        self.members.enter(self)
 
     @contextmanager
     def waiting(self, what: str, *, patient: bool = False) -> Iterator[None]:
@@ -397,7 +331,7 @@ class World:
                 if self.size == 1 or not self.survives_deaths or not _tells_of_a_death(error):
                     raise
                 # Others may wait for this rank in what it has just left.
-                self._carrier.revoke()
+                self.carrier.revoke()
                 for comm in self._revocable:
                     comm.Revoke()
                 raise RankLost(
@@ -424,19 +358,6 @@ class World:
         if host.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(host)
         return tensor
-
-    def _end_job_on_uncaught_exception(self) -> None:
-        def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-            text = "".join(traceback.format_exception(kind, error, trace))
-            sys.stderr.write(f"hvdvae: uncaught exception on rank {self.rank} ({self.host}):\n{text}")
-            abort_job(1)
-
-        def end_from_thread(hook: threading.ExceptHookArgs) -> None:
-            if hook.exc_value is not None and not issubclass(hook.exc_type, SystemExit):
-                end(hook.exc_type, hook.exc_value, hook.exc_traceback)
-
-        sys.excepthook = end
-        threading.excepthook = end_from_thread
 
 
 def _tells_of_a_death(error: Exception) -> bool:
