@@ -19,8 +19,12 @@ from hvdvae.cli import mpirun
 
 GRACE_SECONDS = 8.0
 PR_SET_PDEATHSIG = 1
-SETTINGS = {"OMPI_MCA_mpi_yield_when_idle": "1", "HOROVOD_LOG_LEVEL": "error"}
-"""For all contenders: MPI yields its core while it waits, as our World sets it."""
+SETTINGS = {
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "OMPI_MCA_btl_tcp_flags": "send,inplace",
+    "HOROVOD_LOG_LEVEL": "error",
+}
+"""For all contenders: MPI yields its core while it waits, and sends both ways at once, as our World sets it."""
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 PASSED = ("PYTHONPATH", "OMP_NUM_THREADS", "HVDVAE_DATA")
 ROOT = Path(__file__).resolve().parents[2]

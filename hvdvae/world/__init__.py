@@ -45,6 +45,9 @@ from hvdvae.world.uncaught import end_job_on_uncaught_exception
 # late rank, another job. Read by MPI_Init, so it stands here, before anything of ours imports mpi4py. The user's
 # own setting wins.
 os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+# Over TCP it answers "send me the rest" behind what it is sending itself, so that of two ranks that send to each other
+# one waits for the other: half the speed of a slow link. Without "put" there is no such answer.
+os.environ.setdefault("OMPI_MCA_btl_tcp_flags", "send,inplace")
 # Its shared windows need no UCX, which complains on every host that it does not find its way on.
 os.environ.setdefault("OMPI_MCA_osc", "^ucx")
 # Where ranks may die, not to meet once more in MPI_Finalize: its fence can wait for the dead. `close` has met.
