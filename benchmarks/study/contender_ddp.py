@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 
 class Ddp:
-    """`hook`: none, fp16 or powersgd (rank 1, from step 10 on; Vogels et al. 2019)."""
+    """`hook`: none, fp16 or powersgd (rank 4, from step 10 on; Vogels et al. 2019)."""
 
     steps_together = True
 
@@ -36,12 +36,20 @@ class Ddp:
         )
         self.rank, self.size = rank, size
         self._optimizer, self._mine = optimizer, 0
-        # PowerSGD's hook changes its work between steps, which a static graph must not.
-        self.model: Any = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=hook != "powersgd")
+        # PowerSGD's hook changes its work between steps, which a static graph must not. Over Gloo it needs all
+        # gradients in one bucket: several ask for their sums in an order that differs from rank to rank, and Gloo
+        # aborts.
+        powersgd = hook == "powersgd"
+        self.model: Any = DistributedDataParallel(
+            model,
+            gradient_as_bucket_view=True,
+            static_graph=not powersgd,
+            bucket_cap_mb=10_000 if powersgd else None,
+        )
         if hook == "fp16":
             self.model.register_comm_hook(None, default_hooks.fp16_compress_hook)
         elif hook == "powersgd":
-            state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=10)
+            state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=10)
             self.model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
         # A convolution of one channel has strides of which one says nothing; DDP warns of it on every rank.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
