@@ -133,6 +133,10 @@ class StrategyOptions:
     """Learning rate of diloco's outer optimizer [0.7]."""
     outer_momentum: float | None = None
     """Nesterov momentum of diloco's outer optimizer [0.9]."""
+    tensor: int = 1
+    """Ranks that share each layer, by its neurons or channels; the others train copies (allreduce, sharded)."""
+    mesh: str | None = None
+    """dp=D,tp=T: D copies of the model, each over T ranks, as --tensor T [one rank a copy]."""
     reduce_op: Literal["average", "adasum"] = "average"
     """How gradients are combined; adasum needs engine horovod and a power of two of ranks."""
     sync_batch_norm: bool = False

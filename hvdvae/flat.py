@@ -94,6 +94,14 @@ class FlatModel:
             start += parameter.numel()
         return found
 
+    def places(self) -> dict[str, slice]:
+        """Where in the vectors each parameter stands, by name."""
+        found, start = {}, 0
+        for name, parameter in zip(self.names, self.tensors, strict=True):
+            found[name] = slice(start, start + parameter.numel())
+            start += parameter.numel()
+        return found
+
     def split(self, vector: Tensor, group: int) -> list[Tensor]:
         """Views of a vector that is aligned with one group's slice, one a parameter, in the parameters' shapes."""
         found, start = [], 0

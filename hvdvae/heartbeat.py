@@ -31,7 +31,8 @@ class Heartbeat(Protocol):
 def pulse_of(optimizer: Strategy) -> Heartbeat:
     """The heartbeat that goes with a strategy: a meeting where ranks step together, else what the servers tell."""
     if optimizer.synchronous:
-        return Pulse(optimizer.world)
+        speaks = optimizer.parts is None or optimizer.parts.is_first
+        return Pulse(optimizer.whole, speaks=speaks)
     # Imported here: they need MPI.
     from hvdvae.pulse_served import ServedPulse
     from hvdvae.strategies.ps import ParameterServer

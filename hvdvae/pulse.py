@@ -67,9 +67,9 @@ class ServedBeat(Beat):
 class Pulse:
     """Sums of this rank since the last beat, and the count of steps to the next."""
 
-    def __init__(self, world: World) -> None:
-        """Local."""
-        self._world = world
+    def __init__(self, world: World, *, speaks: bool = True) -> None:
+        """Local. `speaks`: whether this rank's examples are told; one of those that compute a model together does."""
+        self._world, self._speaks = world, speaks
         self._every = 1
         self._terms: list[torch.Tensor] = []
         self._weights: list[int] = []
@@ -87,12 +87,12 @@ class Pulse:
     def count(self, loss: torch.Tensor, rate: torch.Tensor, distortion: torch.Tensor, examples: int) -> None:
         """Note one pass: means over `examples`, scalars without a gradient; they stay on their device until a beat."""
         self._terms += (loss, rate, distortion)
-        self._weights.append(examples)
+        self._weights.append(examples if self._speaks else 0)
 
     def count_step(self, examples: int, data_seconds: float) -> None:
         """Note one step, after its passes."""
         self._steps += 1
-        self._examples += examples
+        self._examples += examples if self._speaks else 0
         self._data += data_seconds
 
     @property

@@ -48,7 +48,9 @@ class Position:
 
 
 def snapshot(trainer: "Trainer", rows: Tensor, config: Mapping[str, Any]) -> Checkpoint:
-    """All that a run needs to continue, in views that are good as long as the strategy's `fetched` lasts. Local.
+    """All that a run needs to continue, in views that are good as long as the strategy's `fetched` lasts.
+
+    Local; where ranks hold a model together, all of them must call it, and the first gets the whole.
 
     `rows`: float buffers of all ranks, (size, F); the model has their mean, which is what is evaluated and selected.
     """
@@ -82,6 +84,8 @@ def snapshot(trainer: "Trainer", rows: Tensor, config: Mapping[str, Any]) -> Che
         "scaler": trainer.scaler.state_dict() if trainer.scaler is not None else None,
         "config": dict(config),
     }
+    if optimizer.parts is not None:
+        tensors = optimizer.parts.merge(tensors, optimizer.numbered)
     return Checkpoint(tensors, record)
 
 
@@ -90,8 +94,9 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
 
     Raises CheckpointError where names or shapes do not fit.
     """
+    checkpoint = part_of(trainer, checkpoint)
     tensors, record, file = checkpoint
-    optimizer, world = trainer.optimizer, trainer.world
+    optimizer, world = trainer.optimizer, trainer.optimizer.world
     if record["names"] != optimizer.flat.names:
         raise CheckpointError(
             f"{file} trains {len(record['names'])} parameters, this model {len(optimizer.flat.names)} "
@@ -129,6 +134,14 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
     optimizer.skipped_steps, trainer.overflows = record["skipped_steps"], record["overflows"]
     trainer.position = Position(**record["position"])
     trainer.best = record["best"]
+
+
+def part_of(trainer: "Trainer", checkpoint: Checkpoint) -> Checkpoint:
+    """What this rank's part of the model has of a checkpoint, views; all of it where ranks hold whole models. Local."""
+    optimizer = trainer.optimizer
+    if optimizer.parts is None:
+        return checkpoint
+    return checkpoint._replace(tensors=optimizer.parts.cut(checkpoint.tensors, optimizer.numbered, trainer.model))
 
 
 FIXED = ("seed", "binarization", "likelihood")

@@ -119,7 +119,7 @@ class Trainer:
         """
         keep_freed_memory()
         self.model, self.optimizer, self.batches = model, optimizer, batches
-        self.world = optimizer.world
+        self.world = optimizer.whole
         self.position = Position()
         self.ema = MovingAverage(optimizer.flat.parameters, ema_decay) if ema_decay else None
         self.best: float | None = None
@@ -141,7 +141,7 @@ class Trainer:
         self.configuration = dict(config or {})
         """Saved with checkpoints, and compared when one is resumed."""
         self._pulse = pulse_of(optimizer)
-        self._share = (self.world.rank, self.world.size)
+        self._share = (optimizer.world.rank, optimizer.world.size)
         """As the batches are cut; where the strategy says another, they are cut anew."""
         if optimizer.joined_at is not None:
             self.position = Position.at(optimizer.joined_at, batches.examples, batches.steps(0))
@@ -277,7 +277,8 @@ class Trainer:
         self.world.watchdog.step = position.step
         epoch = position.epoch + (position.examples + 0.5 * examples * self._share[1]) / self.batches.examples
         self._set_learning_rate(epoch)
-        seed_everything(self.world.device, self._seed, self.world.rank, position.step)
+        # Ranks that compute one model together draw the same.
+        seed_everything(self.world.device, self._seed, optimizer.world.rank, position.step)
         optimizer.zero_grad()
         passes = optimizer.backward_passes_per_step
         for micro in chunks(batch, passes):
@@ -385,8 +386,10 @@ class Trainer:
         if self._checkpoints is None or not (self.optimizer.synchronous or self.world.is_first):
             return
         with self.optimizer.fetched(state=True) as rows:
-            if self.world.is_first:
-                self._checkpoints.save(snapshot(self, rows, self.configuration), is_best=is_best)
+            if self.optimizer.world.is_first:
+                taken = snapshot(self, rows, self.configuration)
+                if self.world.is_first:
+                    self._checkpoints.save(taken, is_best=is_best)
         if self.optimizer.synchronous:
             # Nobody goes on as if it were there before it is.
             self.world.barrier("rank 0 saves", patient=True)

@@ -10,6 +10,9 @@ from hvdvae.cli.agreement import check_same_data
 from hvdvae.config import TrainConfig
 from hvdvae.data import Dataset, open_dataset
 from hvdvae.errors import ConfigError
+from hvdvae.parallel.mesh import Groups, Mesh, groups_of
+from hvdvae.parallel.parts import Parts
+from hvdvae.parallel.tensor import split_layers
 from hvdvae.ps.plan import Plan
 from hvdvae.schedule import Schedule, learning_rate, world_scale
 from hvdvae.seeding import seed_everything
@@ -94,8 +97,34 @@ def optimizer(config: TrainConfig, trained: nn.Module, world: World) -> Optimize
     return kind(parameters, lr, eps=config.eps, weight_decay=decay)
 
 
-def distributed(config: TrainConfig, trained: nn.Module, world: World) -> Strategy:
-    """The optimizer over all ranks. Blocks; every rank must call it. Mutates the model's storage."""
+def mesh(config: TrainConfig, world: World) -> Groups | None:
+    """The Worlds of a rank where several hold a model together; None where each holds one. Blocks; all must call it.
+
+    Raises ConfigError where the mesh is of another number of ranks, or where something does not go with it.
+    """
+    found = Mesh.of(world.size, mesh=config.mesh, tensor=config.tensor)
+    if found.tp == 1:
+        return None
+    refused = {
+        "--compile": config.compile,
+        "--precision fp16": config.precision == "fp16",
+        "--compression": config.compression != "none",
+        "--reduce-op adasum": config.reduce_op == "adasum",
+        "--replace-workers": config.replace_workers,
+    }
+    for flag, is_set in refused.items():
+        if is_set:
+            raise ConfigError(f"{flag} does not go with a model that is split (--tensor, --mesh): drop one of them")
+    return groups_of(found, world)
+
+
+def split(model: VAE, groups: Groups | None) -> Parts | None:
+    """Keep this rank's part of a model. Local; every rank does it. Mutates the model."""
+    return Parts(groups, split_layers(model, model.chains, groups.model)) if groups is not None else None
+
+
+def distributed(config: TrainConfig, trained: nn.Module, world: World, parts: Parts | None = None) -> Strategy:
+    """The optimizer over the ranks that hold the same. Blocks; every rank must call it. Mutates the model's storage."""
     return DistributedOptimizer(
         optimizer(config, trained, world),
         trained,
@@ -115,6 +144,7 @@ def distributed(config: TrainConfig, trained: nn.Module, world: World) -> Strate
         group_size=config.group_size,
         reduce_op=config.reduce_op,
         plan=plan(config),
+        parts=parts,
     )
 
 

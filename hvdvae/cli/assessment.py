@@ -63,11 +63,12 @@ def validation_numbers(config: TrainConfig, found: Evaluation) -> dict[str, floa
 
 
 class Pictures:
-    """Grids of samples and reconstructions of one run, for TensorBoard and as files. Local: rank 0."""
+    """Grids of samples and reconstructions of one run, for TensorBoard and as files."""
 
     def __init__(self, model: VAE, source: Source, *, binarization: str, count: int = 32) -> None:
         """`source`: the split whose first `count` examples are reconstructed."""
         self._model = model
+        self._drawn: dict[str, object] = {}
         self._originals = evaluation_batch(source, 0, min(count, len(source)), binarization=binarization)
 
     def grids(self, samples: int = 64) -> dict[str, object]:
@@ -80,21 +81,22 @@ class Pictures:
             "reconstructions": pair_grid(originals, reconstruct(self._model, originals, generator)),
         }
 
+    def draw(self) -> None:
+        """Compute both grids; none where the data is no image. Every rank of a model must call it."""
+        try:
+            self._drawn = self.grids()
+        except ConfigError:
+            self._drawn = {}
+
     def to_tensorboard(self, board: TensorBoard, step: int) -> None:
-        """Add both grids; nothing where the data is no image."""
-        for name, grid in self._grids_if_images().items():
+        """Add what was drawn last. Local."""
+        for name, grid in self._drawn.items():
             board.images(name, grid, step)  # type: ignore[arg-type]
 
     def to_files(self, folder: Path) -> list[Path]:
-        """Write samples.png and reconstructions.png; none where the data is no image. Returns what was written."""
+        """Write samples.png and reconstructions.png, as drawn last. Local. Returns what was written."""
         written = []
-        for name, grid in self._grids_if_images().items():
+        for name, grid in self._drawn.items():
             written.append(folder / f"{name}.png")
             save_picture(written[-1], grid)  # type: ignore[arg-type]
         return written
-
-    def _grids_if_images(self) -> dict[str, object]:
-        try:
-            return self.grids()
-        except ConfigError:
-            return {}

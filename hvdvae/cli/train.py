@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from hvdvae.cli.agreement import agreed_config
 from hvdvae.cli.asked import Asked
 from hvdvae.cli.assessment import Pictures, assess, validation_numbers
 from hvdvae.cli.config_file import CONFIG_FILE, write_config
+from hvdvae.cli.narration import closing, opening, say
 from hvdvae.cli.placement import announce, check_slurm
 from hvdvae.cli.results import keep_speed, prepare_folder, versions, write_json
 from hvdvae.config import TrainConfig
@@ -27,8 +27,9 @@ from hvdvae.monitor import Monitor
 from hvdvae.monitor.jsonl import JsonLines
 from hvdvae.monitor.progress import Progress
 from hvdvae.monitor.tensorboard import TensorBoard
+from hvdvae.parallel.mesh import Groups
 from hvdvae.recovery import surviving
-from hvdvae.resume import load_weights
+from hvdvae.resume import load_weights, part_of
 from hvdvae.strategies import Strategy
 from hvdvae.strategies.sync_batch_norm import convert_sync_batch_norm
 from hvdvae.trainer import Outcome, Trainer, exit_status
@@ -63,6 +64,8 @@ def train(asked: Asked) -> int:
             world.close()
             return 0
     torch.set_num_threads(threads)
+    groups = assemble.mesh(config, world)
+    replicas = world if groups is None else groups.replicas
     dataset = assemble.data(config.data, world, validation=config.validation)
     binarization = assemble.binarization(config)
     check_dataset(
@@ -70,10 +73,10 @@ def train(asked: Asked) -> int:
         likelihood=config.likelihood,
         binarization=binarization,
         batch=config.batch_size,
-        size=world.size,
+        size=replicas.size,
     )
     model = assemble.model(config, dataset.shape, world.device)
-    trained, optimizer = _distribute(config, world, model, dataset)
+    trained, optimizer = _distribute(config, world, groups, model, dataset)
     # Last: what cannot be run must not delete the results of an earlier run (--overwrite).
     folder = prepare_folder(config, world)
     resumed = _newest(folder, config, world) if not world.joins else None
@@ -85,7 +88,7 @@ def train(asked: Asked) -> int:
         if resumed is not None:
             # Only now it is known that the checkpoint fits this configuration.
             write_config(config, folder / CONFIG_FILE)
-        _say(_opening(config, trainer, dataset, folder))
+        say(opening(config, trainer, dataset, folder))
     outcome = trainer.fit(config.epochs)
     if world.joins:
         world.close()  # Those who were there from the start evaluate.
@@ -93,7 +96,7 @@ def train(asked: Asked) -> int:
     if outcome.signal:
         if world.is_first:
             name = signal.Signals(outcome.signal).name
-            _say(
+            say(
                 f"{name}: saved at step {outcome.step} in {folder / 'checkpoints'}; "
                 f"continue with --resume --out {folder}"
             )
@@ -104,7 +107,9 @@ def train(asked: Asked) -> int:
     return 0
 
 
-def _distribute(config: TrainConfig, world: World, model: VAE, dataset: Dataset) -> tuple[nn.Module, Strategy]:
+def _distribute(
+    config: TrainConfig, world: World, groups: Groups | None, model: VAE, dataset: Dataset
+) -> tuple[nn.Module, Strategy]:
     """The model as it is trained, and its optimizer over all ranks. Blocks; every rank must call it."""
     if config.likelihood == "bernoulli":
         # All read a share: a source that takes rank 0 minutes would have the others wait to their deadline.
@@ -116,9 +121,11 @@ def _distribute(config: TrainConfig, world: World, model: VAE, dataset: Dataset)
         )
         set_output_bias(model, mean)
     trained: nn.Module = model
+    parts = assemble.split(model, groups)
+    replicas = world if groups is None else groups.replicas
     if config.sync_batch_norm:
-        trained = convert_sync_batch_norm(model, world)
-    optimizer = assemble.distributed(config, trained, world)
+        trained = convert_sync_batch_norm(model, replicas)
+    optimizer = assemble.distributed(config, trained, replicas, parts)
     if config.compile:
         trained.compile()
     return trained, optimizer
@@ -133,12 +140,12 @@ def _trainer(
     folder: Path,
     resumed: Checkpoint | None,
 ) -> tuple[Trainer, Pictures]:
-    world, binarization = optimizer.world, assemble.binarization(config)
+    world, replicas, binarization = optimizer.whole, optimizer.world, assemble.binarization(config)
     loader = Loader(
         dataset.train,
         batch=config.batch_size * config.accumulate,
-        rank=world.rank,
-        size=world.size,
+        rank=replicas.rank,
+        size=replicas.size,
         seed=config.seed,
         likelihood=config.likelihood,
         binarization=binarization,
@@ -157,11 +164,14 @@ def _trainer(
     def validate() -> dict[str, float]:
         samples = assemble.validation_samples(config)
         # Where ranks do not step together, rank 0 evaluates while the others train on.
-        judges = world if optimizer.synchronous else World.alone(device=str(world.device))
+        judges = replicas if optimizer.synchronous else World.alone(device=str(world.device))
         found = assess(model, dataset.validation, judges, binarization=binarization, samples=samples)
         epoch = trainer.position.epoch
-        if world.is_first and config.pictures_every and epoch % config.pictures_every == 0:
-            pictures.to_tensorboard(boards[0], trainer.position.step)
+        # All ranks of the first copy of the model compute, one of them writes.
+        if replicas.is_first and config.pictures_every and epoch % config.pictures_every == 0:
+            pictures.draw()
+            if world.is_first:
+                pictures.to_tensorboard(boards[0], trainer.position.step)
         return validation_numbers(config, found)
 
     trainer = Trainer(
@@ -195,7 +205,7 @@ def _newest(folder: Path, config: TrainConfig, world: World) -> Checkpoint | Non
     if world.is_first:
         found = checkpoints.Folder(folder / "checkpoints", config.keep).newest_good()
         if found is None:
-            _say(f"--resume: no checkpoint in {folder / 'checkpoints'} yet, starting anew")
+            say(f"--resume: no checkpoint in {folder / 'checkpoints'} yet, starting anew")
     return checkpoints.spread(found, world)
 
 
@@ -213,7 +223,7 @@ def _conclude(
     world, samples = trainer.world, assemble.nll_samples(config)
     best = checkpoints.spread(assemble.checkpoint_file(folder, "best") if world.is_first else None, world)
     if best is not None:
-        load_weights(model, best, ema=True)
+        load_weights(model, part_of(trainer, best), ema=True)
     summary = {
         "strategy": config.strategy,
         "engine": trainer.optimizer.engine,
@@ -225,6 +235,7 @@ def _conclude(
         "training_seconds": outcome.seconds,
         "peak_rss_bytes": peak_rss(world),
         **({"died": trainer.died} if trainer.died else {}),
+        **({"mesh": str(parts.groups.mesh)} if (parts := trainer.optimizer.parts) is not None else {}),
         **trainer.optimizer.results(),
     }
     if samples:
@@ -232,7 +243,7 @@ def _conclude(
         found = assess(
             model,
             dataset.test,
-            world,
+            trainer.optimizer.world,
             binarization=binarization,
             samples=samples,
             title=f"test NLL, k={samples}",
@@ -254,13 +265,15 @@ def _conclude(
         "versions": versions(),
         "host": world.host,
     }
+    if trainer.optimizer.world.is_first:
+        pictures.draw()
     if world.is_first:
         written = pictures.to_files(folder)
         board = TensorBoard(folder / "tensorboard")
         pictures.to_tensorboard(board, outcome.step)
         board.close()
         write_json(folder / "summary.json", keep_speed(summary, folder / "summary.json"))
-        _say(_closing(summary, folder, written))
+        say(closing(summary, folder, written))
     world.barrier("rank 0 writes the results")
 
 
@@ -270,40 +283,3 @@ def peak_rss(world: World) -> list[int]:
 
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return [int(value) for value in world.gather_objects(kilobytes * 1024, "gather of peak memory")]
-
-
-def _opening(config: TrainConfig, trainer: Trainer, dataset: Dataset, folder: Path) -> str:
-    world, optimizer = trainer.world, trainer.optimizer
-    ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
-    resumed = f", resumed at step {trainer.position.step}" if trainer.position.step else ""
-    return (
-        f"hvdvae: {dataset.name} {dataset.shape}, {len(dataset.train)} train, {len(dataset.validation)} validation, "
-        f"{len(dataset.test)} test\n"
-        f"hvdvae: {config.model}, {optimizer.flat.parameters.numel():,} parameters, {config.strategy} with engine "
-        f"{optimizer.engine} ({optimizer.engine_reason}), {ranks} x {torch.get_num_threads()} threads on "
-        f"{world.device.type} by {'one process' if world.launcher == 'none' else world.launcher}\n"
-        f"hvdvae: results go to {folder}{resumed}"
-    )
-
-
-def _closing(summary: dict[str, object], folder: Path, pictures: list[Path]) -> str:
-    lines = []
-    if "test_nll" in summary:
-        lines.append(
-            f"test NLL {summary['test_nll']:.2f} nats (importance-weighted, k={summary['nll_samples']}), "
-            f"ELBO {summary['elbo']:.2f} = -(rate {summary['rate']:.2f} + distortion {summary['distortion']:.2f})"
-        )
-    lines += [f"  {path.stem + ':':<16} {path}" for path in pictures]
-    if not pictures:
-        lines.append(f"  {'pictures:':<16} none: the data is no image of 1 or 3 channels, and no square vector")
-    lines += [
-        f"  {'checkpoints:':<16} {folder / 'checkpoints'}",
-        f"  {'curves:':<16} tensorboard --logdir {folder / 'tensorboard'}",
-        f"  {'numbers:':<16} {folder / 'summary.json'}, {folder / 'metrics.jsonl'}",
-    ]
-    return "\n".join(lines)
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()

@@ -1,7 +1,7 @@
 """Ways of parallelizing SGD, each an optimizer: `DistributedOptimizer(optimizer, model, strategy=...)`."""
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -9,9 +9,13 @@ from torch.optim import Optimizer
 from hvdvae.errors import ConfigError
 from hvdvae.ps.plan import Plan
 from hvdvae.strategies.engine import choose_engine
+from hvdvae.strategies.flat_optimizer import is_elementwise
 from hvdvae.strategies.local import Local
 from hvdvae.strategies.strategy import Strategy
 from hvdvae.world import World
+
+if TYPE_CHECKING:
+    from hvdvae.parallel.parts import Parts
 
 STRATEGIES = ("local", "allreduce", "sharded", "local-sgd", "diloco", "ps")
 SYNC_EVERY = {"local-sgd": 16, "diloco": 64}
@@ -41,6 +45,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     process_set: Any = None,
     servers: int | None = None,
     plan: Plan | None = None,
+    parts: "Parts | None" = None,
 ) -> Strategy:
     """Wrap a torch optimizer so that its step is taken together with all ranks.
 
@@ -61,6 +66,8 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     process_set: the horovod ProcessSet that trains this model (engine horovod; default all ranks).
     servers: pieces of the weights, each with a rank that serves it, the last ones (ps; default those of `world`, or 1).
     plan: consistency, rule and periods of the parameter server (ps; default asynchronous).
+    parts: where `model` is this rank's part of one that several ranks hold (hvdvae.parallel), with allreduce and
+        sharded; `world` has the ranks that hold the same part then.
 
     Raises ConfigError for options that do not go together, WorldError where ranks or libraries do not.
     """
@@ -68,6 +75,12 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
         replicas = plan.replicas if plan is not None else 0
         world = World.create(servers=(servers or 1) * (1 + replicas)) if strategy == "ps" else World.create()
     options: dict[str, Any] = {"backward_passes_per_step": backward_passes_per_step, "clip_norm": clip_norm}
+    if parts is not None:
+        _check_parts(optimizer, strategy, compression, reduce_op)
+        if world.size == 1:
+            alone = Local(optimizer, model, world, **options)
+            alone.hold(parts)
+            return alone
     if strategy == "local":
         if world.size > 1:
             raise ConfigError(
@@ -119,7 +132,22 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     else:
         wrapped = _wrap(chosen.name, optimizer, model, world, compression, reduce_op, process_set, options)
     wrapped.engine, wrapped.engine_reason = chosen
+    if parts is not None:
+        wrapped.hold(parts)
     return wrapped
+
+
+def _check_parts(optimizer: Optimizer, strategy: str, compression: str, reduce_op: str) -> None:
+    if strategy not in ("allreduce", "sharded") or compression != "none" or reduce_op != "average":
+        raise ConfigError(
+            f"models that are split over ranks train with --strategy allreduce or sharded, without --compression and "
+            f"--reduce-op, found --strategy {strategy}, --compression {compression}, --reduce-op {reduce_op}"
+        )
+    if not is_elementwise(optimizer):
+        raise ConfigError(
+            f"{type(optimizer).__name__} looks at whole parameters, and this model's are split over ranks: use SGD, "
+            "Adam, AdamW, RMSprop or Adagrad"
+        )
 
 
 def _ps(

@@ -65,8 +65,9 @@ class Sharded(Strategy):
 
     def squared_norm(self, gradient: Tensor) -> float:
         """As Strategy's: a sum over the ranks' slices."""
-        mine = gradient[self.part]
-        return float(self.world.sum_(torch.dot(mine, mine).double().cpu()[None], "norm of the gradient"))
+        places = [_overlap(place, self.part) for place in self.own]
+        squares = sum(float(torch.dot(gradient[place], gradient[place])) for place in places)
+        return float(self.world.sum_(torch.tensor([squares], dtype=torch.float64), "norm of the gradient"))
 
     def update(self) -> None:
         """Step this rank's slice, and get the others'. Blocks; every rank must call it."""

@@ -7,7 +7,7 @@ optimizers (schedules, clipping, AMP, state_dict, zero_grad) works on it as on a
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from hvdvae.strategies.flat_optimizer import (
 from hvdvae.strategies.same_model import check_device, check_same_model
 from hvdvae.world import World
 
+if TYPE_CHECKING:
+    from hvdvae.parallel.parts import Parts
+
 
 class Strategy(Optimizer):
     """An optimizer whose step is taken together with the other ranks. Build with `DistributedOptimizer`."""
@@ -39,6 +42,8 @@ class Strategy(Optimizer):
     """Names in `memory` of what differs from rank to rank while a run goes on."""
     part = slice(None)
     """What this rank steps of the parameter vector."""
+    parts: "Parts | None" = None
+    """Where several ranks hold a model together: this rank's part."""
     recovers = False
     """Whether those that are left can go on when a rank has died (ULFM)."""
     engine = "none"
@@ -74,6 +79,8 @@ class Strategy(Optimizer):
             model, [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
         )
         check_device(self.flat, world)
+        self.own = [slice(0, self.flat.parameters.numel())]
+        """Of the vectors, what this rank answers for in the global norm."""
         self.backward_passes_per_step = backward_passes_per_step
         self.clip_norm = clip_norm
         self.skipped_steps = 0
@@ -198,7 +205,8 @@ class Strategy(Optimizer):
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             gradient.div_(scale)  # GradScaler.step without unscale_ leaves that to the optimizer.
-        self.gradient_norm = self.squared_norm(gradient) ** 0.5
+        squares = self.squared_norm(gradient)
+        self.gradient_norm = (squares if self.parts is None else self.parts.total(squares)) ** 0.5
         self._follow_groups()
         if not _is_finite(self.gradient_norm):
             self.skipped_steps += 1
@@ -207,6 +215,8 @@ class Strategy(Optimizer):
         if self.clip_norm is not None and self.gradient_norm > self.clip_norm:
             self.flat.gradient[self.part].mul_(self.clip_norm / self.gradient_norm)
         self.update()
+        if self.parts is not None:
+            self.parts.level(self.flat)
         # A scheduler that was built on the wrapped optimizer asks it whether it has stepped.
         self._wrapped._opt_called = True  # type: ignore[attr-defined]
         return loss
@@ -214,7 +224,21 @@ class Strategy(Optimizer):
     def squared_norm(self, gradient: Tensor) -> float:
         """Of the mean gradient, which `gradient` (P,) holds after the exchange. The same on all ranks."""
         # One pass of BLAS; a third quicker than vector_norm. Not finite beyond 1e19, where no step is worth taking.
-        return float(torch.dot(gradient, gradient))
+        return sum(float(torch.dot(gradient[place], gradient[place])) for place in self.own)
+
+    def hold(self, parts: "Parts") -> None:
+        """Train this part of a model that several ranks hold: norm and checkpoints are the whole model's. Local."""
+        self.parts, self.own = parts, parts.own(self.flat)
+
+    @property
+    def whole(self) -> World:
+        """All ranks that train, also those that hold other parts of the model; `world` has those that hold this one."""
+        return self.world if self.parts is None else self.parts.groups.whole
+
+    @property
+    def numbered(self) -> dict[int, str]:
+        """Names of the trained parameters, by their number in the optimizer."""
+        return dict(zip(self._numbers, self.flat.names, strict=True))
 
     def update(self) -> None:
         """Step the inner optimizer on the vectors. Local."""

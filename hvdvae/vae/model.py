@@ -76,6 +76,12 @@ class VAE(nn.Module):
         if len(self.latent) != 1 + len(self.upper):
             raise ConfigError(f"latent: found {list(latent)} for a model of {1 + len(self.upper)} stochastic layers")
 
+    @property
+    def chains(self) -> list[str]:
+        """Names of the submodules whose layers run one after the other, each chain by itself."""
+        above = [f"upper.{layer}.{part}" for layer in range(len(self.upper)) for part in ("infer", "generate")]
+        return ["encoder", "decoder", *above]
+
     def forward(
         self,
         x: Tensor,

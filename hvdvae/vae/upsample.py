@@ -7,20 +7,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-class Upsample(nn.Module):
+class Upsample(nn.ConvTranspose2d):
     """The transposed convolution of kernel 4, stride 2, padding 1: (N, inputs, H, W) to (N, outputs, 2H, 2W).
 
     The same function and initialization as nn.ConvTranspose2d.
     """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
-        super().__init__()
-        like = nn.ConvTranspose2d(inputs, outputs, kernel_size=4, stride=2, padding=1, bias=bias)
-        self.weight = like.weight
-        self.bias = like.bias
+        super().__init__(inputs, outputs, kernel_size=4, stride=2, padding=1, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (N, inputs, H, W)."""
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """x: (N, inputs, H, W); output_size: as it is, there is nothing to choose."""
         if x.device.type != "cpu":
             return functional.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
         weight = self.weight

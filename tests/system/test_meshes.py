@@ -1,0 +1,73 @@
+"""hvdvae train --tensor and --mesh, as users start them: a model over several ranks is a run like any other."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import Command, Launch, Start, clean_environment
+
+RUN = ("--hidden", "20", "20", "--latent", "5", "--threads", "1", "--nll-samples", "10")
+
+
+def train(folder: Path, images: Path, ranks: int, *words: str) -> dict[str, object]:
+    launch = ["mpirun", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", str(ranks), sys.executable]
+    command = [*launch, "-m", "hvdvae", "train", "--data", str(images), "--out", "run", *RUN, *words]
+    job = Launch(command, clean_environment(), folder).finish(90)
+    assert job.status == 0, job.output
+    found: dict[str, object] = json.loads((folder / "run" / "summary.json").read_text())
+    return found | {"output": job.output}
+
+
+def test_a_run_goes_on_at_other_meshes_and_is_evaluated_by_one_process(
+    command: Command, images: Path, tmp_path: Path
+) -> None:
+    first = train(tmp_path, images, 4, "--epochs", "2", "--mesh", "dp=2,tp=2", "--engine", "mpi")
+    assert first["mesh"] == "dp=2,tp=2"
+    assert "4 ranks (mesh dp=2,tp=2)" in str(first["output"])
+    for picture in ("samples.png", "reconstructions.png"):
+        assert (tmp_path / "run" / picture).exists()
+    second = train(tmp_path, images, 2, "--resume", "--epochs", "3", "--mesh", "dp=2,tp=1", "--strategy", "sharded")
+    assert "resumed at step" in str(second["output"])
+    assert "mesh" not in second
+    third = train(tmp_path, images, 2, "--resume", "--epochs", "4", "--mesh", "dp=1,tp=2", "--strategy", "allreduce")
+    assert third["epochs"] == 4
+    evaluated = command("evaluate", tmp_path / "run", "--samples", "10")
+    assert evaluated.status == 0, evaluated.output
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found["nll"] == pytest.approx(third["test_nll"], rel=1e-4)
+
+
+def test_horovod_averages_the_copies_of_a_split_model(images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("horovod.torch")
+    words = ("--epochs", "2", "--mesh", "dp=2,tp=2", "--engine")
+    by_horovod = train(tmp_path, images, 4, *words, "horovod")
+    (tmp_path / "mpi").mkdir()
+    by_mpi = train(tmp_path / "mpi", images, 4, *words, "mpi")
+    assert by_horovod["engine"] == "horovod"
+    assert by_horovod["test_nll"] == pytest.approx(by_mpi["test_nll"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tensor", "3"), "--tensor 3 does not divide 2 ranks"),
+        (("--mesh", "dp=2,tp=2"), "--mesh dp=2,tp=2 is of 4 ranks, but 2 train"),
+        (("--mesh", "rows=2"), "--mesh is 'rows=2'"),
+        (("--tensor", "2", "--compile"), "--compile does not go with a model that is split"),
+        (("--tensor", "2", "--strategy", "local-sgd"), "--tensor is for --strategy allreduce or sharded"),
+        (("--tensor", "2", "--hidden", "20"), None),
+        (("--tensor", "2", "--model", "conv", "--hidden", "4", "--batch-norm"), "found no two layers of one kind"),
+    ],
+)
+def test_what_cannot_be_split_is_said_before_training(
+    start: Start, images: Path, words: tuple[str, ...], message: str | None
+) -> None:
+    given = ("--epochs", "1", "--nll-samples", "2", "--threads", "1")
+    job = start(2, "-m", "hvdvae", "train", "--data", str(images), *given, *words).finish(60)
+    if message is None:
+        assert job.status == 0, job.output
+        return
+    assert job.status != 0
+    assert message in job.output

@@ -1,0 +1,85 @@
+"""Which rank stands where, and what a mesh that does not fit is told."""
+
+import pytest
+from torch import nn
+
+from hvdvae.errors import ConfigError
+from hvdvae.parallel.mesh import Mesh, parse
+from hvdvae.parallel.tensor import _pairs
+from hvdvae.vae import build_model
+
+
+def test_every_rank_has_a_place_of_its_own_and_models_stand_side_by_side() -> None:
+    mesh = Mesh(dp=3, tp=2)
+    assert mesh.size == 6
+    assert [mesh.place(rank) for rank in range(6)] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("dp=2,tp=4", {"dp": 2, "tp": 4}), (" tp = 2", {"dp": 1, "tp": 2}), ("dp=3", {"dp": 3, "tp": 1})],
+)
+def test_what_is_left_out_is_one(text: str, expected: dict[str, int]) -> None:
+    assert parse(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "dp", "dp=0", "dp=-1", "xx=2", "dp=2,dp=2", "dp=2;tp=2", "dp=2,", "dp=1.5"])
+def test_what_is_no_mesh_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--mesh is .*expected dp=\.\.,tp=\.\. with counts from 1"):
+        parse(text)
+
+
+def test_a_mesh_is_read_back_from_its_text() -> None:
+    assert Mesh.of(8, mesh=str(Mesh(2, 4))) == Mesh(2, 4)
+
+
+def test_tensor_alone_leaves_the_rest_to_copies() -> None:
+    assert Mesh.of(8, tensor=2) == Mesh(dp=4, tp=2)
+    assert Mesh.of(3) == Mesh(dp=3, tp=1)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "message"),
+    [
+        (6, {"tensor": 4}, r"--tensor 4 does not divide 6 ranks: use 1 or 2 or 3 or 6, or start 4 or 8 ranks"),
+        (2, {"tensor": 4}, r"--tensor 4 does not divide 2 ranks: use 1 or 2, or start 4 ranks"),
+        (
+            6,
+            {"mesh": "dp=2,tp=2"},
+            r"--mesh dp=2,tp=2 is of 4 ranks, but 6 train: use dp=6,tp=1 or dp=3,tp=2, or start 4",
+        ),
+        (4, {"mesh": "dp=2,tp=2", "tensor": 4}, r"--tensor 4 and --mesh dp=2,tp=2 say different things"),
+    ],
+)
+def test_a_wrong_product_names_what_fits(size: int, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Mesh.of(size, **options)  # type: ignore[arg-type]
+
+
+def pairs(model: nn.Module, chain: str = "", count: int = 2) -> list[tuple[str, str]]:
+    return list(_pairs(model, chain, count))
+
+
+def test_pairs_hold_as_many_weights_as_can_be() -> None:
+    model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 90))
+    assert pairs(model) == [("2", "4")], "not the first two, which hold less"
+    four = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 9))
+    assert pairs(four) == [("0", "1"), ("2", "3")]
+
+
+def test_only_layers_of_one_kind_with_nothing_but_elementwise_between_are_paired() -> None:
+    assert pairs(nn.Sequential(nn.Linear(4, 4), nn.Softmax(1), nn.Linear(4, 4))) == []
+    assert pairs(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 4))) == []
+    assert pairs(nn.Sequential(nn.Conv2d(1, 4, 3), nn.GELU(), nn.Conv2d(4, 1, 3))) == [("0", "2")]
+    assert pairs(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3))) == []
+    assert pairs(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)), count=4) == [], "fewer neurons than ranks"
+
+
+def test_the_models_of_the_package_have_pairs() -> None:
+    mlp = build_model("mlp", (1, 4, 4), hidden=[8, 8], latent=[3])
+    assert pairs(mlp, "encoder") == [("encoder.network.0", "encoder.network.2")]
+    assert pairs(mlp, "decoder") == [("decoder.network.2", "decoder.output")]
+    conv = build_model("conv", (1, 8, 8), channels=[8, 8], latent=[3])
+    assert pairs(conv, "encoder") == [("encoder.network.0", "encoder.network.2")]
+    assert pairs(conv, "decoder") == [("decoder.network.1", "decoder.output")]
+    assert [pairs(mlp, chain) for chain in mlp.chains] == [pairs(mlp, "encoder"), pairs(mlp, "decoder")]
