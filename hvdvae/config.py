@@ -135,8 +135,21 @@ class StrategyOptions:
     """Nesterov momentum of diloco's outer optimizer [0.9]."""
     tensor: int = 1
     """Ranks that share each layer, by its neurons or channels; the others train copies (allreduce, sharded)."""
+    pipeline: int = 1
+    """Ranks that share the model layer by layer, as stages of a pipeline; the others train copies (allreduce,
+    sharded)."""
+    micro_batches: int | None = None
+    """Parts of a rank's batch that flow through the stages of --pipeline one after the other [4]."""
+    pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """Order of a stage's work: backward as soon as it can be, or after all forward."""
+    recompute: bool = False
+    """Compute activations of a stage once more in backward instead of keeping them."""
+    cuts: str = "auto"
+    """Where stages begin: auto (encoder and decoder; more stages: measured), measured (balanced by the time that layers
+    take), or steps to cut at, as 3,5."""
     mesh: str | None = None
-    """dp=D,tp=T: D copies of the model, each over T ranks, as --tensor T [one rank a copy]."""
+    """dp=D,pp=S,tp=T: D copies of the model, each over S stages of T ranks, as --pipeline S --tensor T [one rank a
+    copy]."""
     reduce_op: Literal["average", "adasum"] = "average"
     """How gradients are combined; adasum needs engine horovod and a power of two of ranks."""
     sync_batch_norm: bool = False

@@ -31,7 +31,7 @@ class Heartbeat(Protocol):
 def pulse_of(optimizer: Strategy) -> Heartbeat:
     """The heartbeat that goes with a strategy: a meeting where ranks step together, else what the servers tell."""
     if optimizer.synchronous:
-        speaks = optimizer.parts is None or optimizer.parts.is_first
+        speaks = optimizer.parts is None or optimizer.parts.speaks
         return Pulse(optimizer.whole, speaks=speaks)
     # Imported here: they need MPI.
     from hvdvae.pulse_served import ServedPulse

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hvdvae.checkpoint import Checkpoint
 from hvdvae.errors import CheckpointError
+from hvdvae.parallel.whole_checkpoint import cut, merge
 
 if TYPE_CHECKING:
     from hvdvae.trainer import Trainer
@@ -85,7 +86,7 @@ def snapshot(trainer: "Trainer", rows: Tensor, config: Mapping[str, Any]) -> Che
         "config": dict(config),
     }
     if optimizer.parts is not None:
-        tensors = optimizer.parts.merge(tensors, optimizer.numbered)
+        tensors, record = merge(optimizer.parts, tensors, record, optimizer.numbered, trainer.model)
     return Checkpoint(tensors, record)
 
 
@@ -141,7 +142,8 @@ def part_of(trainer: "Trainer", checkpoint: Checkpoint) -> Checkpoint:
     optimizer = trainer.optimizer
     if optimizer.parts is None:
         return checkpoint
-    return checkpoint._replace(tensors=optimizer.parts.cut(checkpoint.tensors, optimizer.numbered, trainer.model))
+    tensors, record = cut(optimizer.parts, checkpoint.tensors, checkpoint.record, optimizer.numbered, trainer.model)
+    return Checkpoint(tensors, record, checkpoint.name)
 
 
 FIXED = ("seed", "binarization", "likelihood")

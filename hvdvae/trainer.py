@@ -11,10 +11,10 @@ fractional count of epochs done.
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,12 @@ from hvdvae.seeding import seed_everything
 from hvdvae.signals import caught
 from hvdvae.strategies import Strategy
 
+if TYPE_CHECKING:
+    from hvdvae.parallel.pipeline import Pipeline
+
 HOSTS_CHANGED = 1000
 """Beyond all signals: some rank has heard that there are other hosts."""
+TERMS = ("loss", "rate", "distortion")
 Loss = Callable[[nn.Module, Any, float], Tensor | Mapping[str, Tensor]]
 
 
@@ -108,6 +112,7 @@ class Trainer:
         validate: Callable[[], dict[str, float]] | None = None,
         validate_every: int = 1,
         config: Mapping[str, Any] | None = None,
+        pipeline: "Pipeline | None" = None,
     ) -> None:
         """Build only. Every rank builds the same.
 
@@ -115,7 +120,8 @@ class Trainer:
         has died. `lr_scaling`: what the learning rates were multiplied by (schedule.world_scale); where ranks die they
         are scaled anew.
         `validate`: called by every rank after an epoch, returns numbers that are equal on all, `loss` (lower is better)
-        among them. `config`: saved in checkpoints. Periods are in epochs.
+        among them. `config`: saved in checkpoints. Periods are in epochs. `pipeline`: this rank's stage, where the
+        model is split into stages; its chain has the loss then.
         """
         keep_freed_memory()
         self.model, self.optimizer, self.batches = model, optimizer, batches
@@ -123,7 +129,7 @@ class Trainer:
         self.position = Position()
         self.ema = MovingAverage(optimizer.flat.parameters, ema_decay) if ema_decay else None
         self.best: float | None = None
-        self._loss, self._seed, self._schedule = loss, seed, schedule
+        self._loss, self._seed, self._schedule, self.pipeline = loss, seed, schedule, pipeline
         self._base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self._autocast, self.scaler = _mixed_precision(precision, self.world.device)
         self._skip_limit = skip_limit
@@ -281,22 +287,31 @@ class Trainer:
         seed_everything(self.world.device, self._seed, optimizer.world.rank, position.step)
         optimizer.zero_grad()
         passes = optimizer.backward_passes_per_step
-        for micro in chunks(batch, passes):
-            with self._autocast:
-                result = self._loss(self.model, micro, epoch)
-            values = result if isinstance(result, Mapping) else {"loss": result}
-            loss = values["loss"]
-            micro_examples = examples if passes == 1 else examples_of(micro)
-            # The strategy averages over passes; unequal micro-batches count by their examples.
-            scaled = loss * (micro_examples / examples * passes) if passes > 1 else loss
-            (self.scaler.scale(scaled) if self.scaler else scaled).backward()  # type: ignore[no-untyped-call]
-            optimizer.watch(loss)
-            rate, distortion = (values.get(name, self._nothing).detach() for name in ("rate", "distortion"))
-            self._pulse.count(loss.detach(), rate, distortion, micro_examples)
+        if self.pipeline is not None:
+            done: Iterable[tuple[Mapping[str, Tensor], int]] = self.pipeline.run(batch, epoch, passes, self._autocast)
+        else:
+            done = self._backward(batch, epoch, passes)
+        for values, micro_examples in done:
+            optimizer.watch(values["loss"])
+            loss, rate, distortion = (values.get(name, self._nothing).detach() for name in TERMS)
+            self._pulse.count(loss, rate, distortion, micro_examples)
         self._update()
         position.advance(examples * self._share[1])
         optimizer.tell_progress(self._epochs_done)
         self._pulse.count_step(examples, data_seconds)
+
+    def _backward(self, batch: Batch, epoch: float, passes: int) -> Iterator[tuple[Mapping[str, Tensor], int]]:
+        """Forward and backward, micro-batch by micro-batch; after each its losses and its number of examples."""
+        examples = examples_of(batch)
+        for micro in chunks(batch, passes):
+            with self._autocast:
+                result = self._loss(self.model, micro, epoch)
+            values = result if isinstance(result, Mapping) else {"loss": result}
+            micro_examples = examples if passes == 1 else examples_of(micro)
+            # The strategy averages over passes; unequal micro-batches count by their examples.
+            scaled = values["loss"] * (micro_examples / examples * passes) if passes > 1 else values["loss"]
+            (self.scaler.scale(scaled) if self.scaler else scaled).backward()  # type: ignore[no-untyped-call]
+            yield values, micro_examples
 
     def _update(self) -> None:
         optimizer = self.optimizer

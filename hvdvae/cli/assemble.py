@@ -1,24 +1,32 @@
 """From a configuration to the objects of a run."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from hvdvae.cli.agreement import check_same_data
-from hvdvae.config import TrainConfig
+from hvdvae.config import TrainConfig, flag
 from hvdvae.data import Dataset, open_dataset
 from hvdvae.errors import ConfigError
 from hvdvae.parallel.mesh import Groups, Mesh, groups_of
-from hvdvae.parallel.parts import Parts
+from hvdvae.parallel.parts import Parts, Whole
+from hvdvae.parallel.stages import choose_cuts, keep_stage
 from hvdvae.parallel.tensor import split_layers
 from hvdvae.ps.plan import Plan
 from hvdvae.schedule import Schedule, learning_rate, world_scale
 from hvdvae.seeding import seed_everything
 from hvdvae.strategies import DistributedOptimizer, Strategy
 from hvdvae.vae import VAE, Elbo, FreeBits, Iwae, Objective, build_model
+from hvdvae.vae.chain import VaeChain
 from hvdvae.world import World
+
+if TYPE_CHECKING:
+    from hvdvae.parallel.pipeline import Pipeline
+
+MICRO_BATCHES = 4
 
 
 def binarization(config: TrainConfig) -> str:
@@ -102,8 +110,12 @@ def mesh(config: TrainConfig, world: World) -> Groups | None:
 
     Raises ConfigError where the mesh is of another number of ranks, or where something does not go with it.
     """
-    found = Mesh.of(world.size, mesh=config.mesh, tensor=config.tensor)
-    if found.tp == 1:
+    found = Mesh.of(world.size, mesh=config.mesh, pipeline=config.pipeline, tensor=config.tensor)
+    defaults = TrainConfig.__dataclass_fields__
+    for key in ("micro_batches", "pipeline_schedule", "recompute", "cuts"):
+        if found.pp == 1 and getattr(config, key) != defaults[key].default:
+            raise ConfigError(f"{flag(key)} is for models in stages: give --pipeline or a --mesh with pp, or drop it")
+    if found.pp * found.tp == 1:
         return None
     refused = {
         "--compile": config.compile,
@@ -111,16 +123,34 @@ def mesh(config: TrainConfig, world: World) -> Groups | None:
         "--compression": config.compression != "none",
         "--reduce-op adasum": config.reduce_op == "adasum",
         "--replace-workers": config.replace_workers,
+        "--sync-batch-norm": config.sync_batch_norm and found.pp > 1,
     }
-    for flag, is_set in refused.items():
+    for name, is_set in refused.items():
         if is_set:
-            raise ConfigError(f"{flag} does not go with a model that is split (--tensor, --mesh): drop one of them")
+            raise ConfigError(f"{name} does not go with a model that is split (--tensor, --pipeline): drop one of them")
     return groups_of(found, world)
 
 
-def split(model: VAE, groups: Groups | None) -> Parts | None:
-    """Keep this rank's part of a model. Local; every rank does it. Mutates the model."""
-    return Parts(groups, split_layers(model, model.chains, groups.model)) if groups is not None else None
+def split(config: TrainConfig, model: VAE, groups: Groups) -> tuple[Parts, "Pipeline | None"]:
+    """Keep this rank's part of a model. Blocks; every rank must call it. Mutates the model. Raises ConfigError."""
+    whole, stages = Whole.of(model), groups.mesh.pp
+    chain = VaeChain(model, objective(config), config.samples)
+    micros = config.micro_batches or MICRO_BATCHES
+    cuts = [0]
+    if stages > 1:
+        like = torch.zeros(max(1, config.batch_size // micros), *model.shape, device=groups.whole.device)
+        cuts = choose_cuts(config.cuts, model, chain, stages, like, groups.whole)
+    cut = split_layers(model, model.chains, groups.layers) if groups.mesh.tp > 1 else {}
+    parts = Parts(groups, whole, cut)
+    if stages == 1:
+        return parts, None
+    # Imported here: it needs MPI.
+    from hvdvae.parallel.pipeline import Pipeline
+
+    mine = keep_stage(model, chain, cuts, groups)
+    return parts, Pipeline(
+        chain, mine, groups, micros=micros, schedule=config.pipeline_schedule, recompute=config.recompute
+    )
 
 
 def distributed(config: TrainConfig, trained: nn.Module, world: World, parts: Parts | None = None) -> Strategy:

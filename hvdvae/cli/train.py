@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -35,6 +36,9 @@ from hvdvae.strategies.sync_batch_norm import convert_sync_batch_norm
 from hvdvae.trainer import Outcome, Trainer, exit_status
 from hvdvae.vae import VAE, set_output_bias
 from hvdvae.world import World
+
+if TYPE_CHECKING:
+    from hvdvae.parallel.pipeline import Pipeline
 
 
 def train(asked: Asked) -> int:
@@ -76,14 +80,14 @@ def train(asked: Asked) -> int:
         size=replicas.size,
     )
     model = assemble.model(config, dataset.shape, world.device)
-    trained, optimizer = _distribute(config, world, groups, model, dataset)
+    trained, optimizer, pipeline = _distribute(config, world, groups, model, dataset)
     # Last: what cannot be run must not delete the results of an earlier run (--overwrite).
     folder = prepare_folder(config, world)
     resumed = _newest(folder, config, world) if not world.joins else None
     if world.is_first and resumed is None:
         # At once: it also tells --overwrite that what follows is ours.
         write_config(config, folder / CONFIG_FILE)
-    trainer, pictures = _trainer(config, model, trained, optimizer, dataset, folder, resumed)
+    trainer, pictures = _trainer(config, model, trained, optimizer, pipeline, dataset, folder, resumed)
     if world.is_first:
         if resumed is not None:
             # Only now it is known that the checkpoint fits this configuration.
@@ -109,7 +113,7 @@ def train(asked: Asked) -> int:
 
 def _distribute(
     config: TrainConfig, world: World, groups: Groups | None, model: VAE, dataset: Dataset
-) -> tuple[nn.Module, Strategy]:
+) -> tuple[nn.Module, Strategy, "Pipeline | None"]:
     """The model as it is trained, and its optimizer over all ranks. Blocks; every rank must call it."""
     if config.likelihood == "bernoulli":
         # All read a share: a source that takes rank 0 minutes would have the others wait to their deadline.
@@ -121,14 +125,14 @@ def _distribute(
         )
         set_output_bias(model, mean)
     trained: nn.Module = model
-    parts = assemble.split(model, groups)
+    parts, pipeline = assemble.split(config, model, groups) if groups is not None else (None, None)
     replicas = world if groups is None else groups.replicas
     if config.sync_batch_norm:
         trained = convert_sync_batch_norm(model, replicas)
     optimizer = assemble.distributed(config, trained, replicas, parts)
     if config.compile:
         trained.compile()
-    return trained, optimizer
+    return trained, optimizer, pipeline
 
 
 def _trainer(
@@ -136,6 +140,7 @@ def _trainer(
     model: VAE,
     trained: nn.Module,
     optimizer: Strategy,
+    pipeline: "Pipeline | None",
     dataset: Dataset,
     folder: Path,
     resumed: Checkpoint | None,
@@ -191,6 +196,7 @@ def _trainer(
         validate=validate,
         validate_every=config.validate_every,
         config={name: getattr(config, name) for name in TrainConfig.__dataclass_fields__},
+        pipeline=pipeline,
     )
     if resumed is not None:
         trainer.resume(resumed)
@@ -236,6 +242,7 @@ def _conclude(
         "peak_rss_bytes": peak_rss(world),
         **({"died": trainer.died} if trainer.died else {}),
         **({"mesh": str(parts.groups.mesh)} if (parts := trainer.optimizer.parts) is not None else {}),
+        **({"pipeline": trainer.pipeline.results()} if trainer.pipeline is not None else {}),
         **trainer.optimizer.results(),
     }
     if samples:

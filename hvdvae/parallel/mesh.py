@@ -1,10 +1,13 @@
 """Ranks as a grid: which hold the same part of the model and average it, which compute one model together.
 
-    rank = d * tp + t          dp = 2, tp = 2:     ranks 0 1   compute one model together (the same d)
-                                                         2 3
-                                                   ranks 0 2 hold the same part (the same t), as do 1 3
+    rank = (d * pp + p) * tp + t
 
-t counts fastest: what meets twice a layer stands side by side, on one host where the launcher fills hosts in turn.
+    dp = 2, pp = 2, tp = 2:       stage 0   stage 1
+        copy 0 of the model         0 1       2 3       0 1 share layers; 0 2, and 1 3, are pipelines
+        copy 1                      4 5       6 7       0 4 hold the same part and average it, as do 1 5, 2 6, 3 7
+
+t counts fastest: what meets twice a layer stands side by side, on one host where the launcher fills hosts in turn. d
+counts slowest: copies meet once a step.
 """
 
 import re
@@ -14,8 +17,8 @@ from typing import Self
 from hvdvae.errors import ConfigError
 from hvdvae.world import World
 
-AXES = ("dp", "tp")
-"""Data-parallel copies, and slices of each layer."""
+AXES = ("dp", "pp", "tp")
+"""Data-parallel copies of the model, stages of a pipeline, and slices of each layer."""
 
 
 @dataclass(frozen=True)
@@ -23,53 +26,66 @@ class Mesh:
     """How many of each."""
 
     dp: int
+    pp: int = 1
     tp: int = 1
 
     @classmethod
-    def of(cls, size: int, *, mesh: str | None = None, tensor: int = 1) -> Self:
-        """What `--mesh` or `--tensor` stand for with so many ranks. Pure.
+    def of(cls, size: int, *, mesh: str | None = None, pipeline: int = 1, tensor: int = 1) -> Self:
+        """What `--mesh`, or `--pipeline` and `--tensor`, stand for with so many ranks. Pure.
 
         Raises ConfigError naming the flag, with the nearest that fit where the product is another.
         """
         if mesh is None:
-            if size % tensor:
+            each = pipeline * tensor
+            if size % each:
+                asked = [f"--pipeline {pipeline}"] * (pipeline > 1) + [f"--tensor {tensor}"] * (tensor > 1)
                 raise ConfigError(
-                    f"--tensor {tensor} does not divide {size} ranks: use {_or(_divisors(size))}, or start "
-                    f"{_or(_multiples(tensor, size))} ranks"
+                    f"{' '.join(asked)}: a model takes {each} ranks then, and {size} are no multiple of it; use "
+                    f"{_or(_divisors(size))} ranks a model, or start {_or(_multiples(each, size))}"
                 )
-            return cls(size // tensor, tensor)
+            return cls(size // each, pipeline, tensor)
         found = cls(**parse(mesh))
-        if tensor not in (1, found.tp):
-            raise ConfigError(f"--tensor {tensor} and --mesh {mesh} say different things: drop one")
+        for flag, given, said in (("--pipeline", pipeline, found.pp), ("--tensor", tensor, found.tp)):
+            if given not in (1, said):
+                raise ConfigError(f"{flag} {given} and --mesh {mesh} say different things: drop one")
         if found.size != size:
-            fitting = [str(cls(size // tp, tp)) for tp in _nearest(_divisors(size), found.tp)]
             raise ConfigError(
-                f"--mesh {mesh} is of {found.size} ranks, but {size} train: use {_or(fitting)}, or start {found.size}"
+                f"--mesh {mesh} is of {found.size} ranks, but {size} train: use {_or(found.nearest(size))}, or start "
+                f"{found.size}"
             )
         return found
+
+    def nearest(self, size: int) -> list[str]:
+        """Two meshes of so many ranks that differ least from this one. Pure."""
+        every = [Mesh(size // (pp * tp), pp, tp) for pp in _divisors(size) for tp in _divisors(size // pp)]
+        far = [abs(mesh.dp - self.dp) + 2 * abs(mesh.pp - self.pp) + 2 * abs(mesh.tp - self.tp) for mesh in every]
+        return [str(mesh) for _, mesh in sorted(zip(far, every, strict=True), key=lambda pair: pair[0])[:2]]
 
     @property
     def size(self) -> int:
         """Ranks in all."""
-        return self.dp * self.tp
+        return self.dp * self.pp * self.tp
 
-    def place(self, rank: int) -> tuple[int, int]:
-        """(d, t) of a rank."""
-        return divmod(rank, self.tp)
+    def place(self, rank: int) -> tuple[int, int, int]:
+        """(d, p, t) of a rank."""
+        copy, piece = divmod(rank, self.pp * self.tp)
+        return (copy, *divmod(piece, self.tp))
 
     def __str__(self) -> str:
         """As `--mesh` takes it."""
-        return f"dp={self.dp},tp={self.tp}"
+        return f"dp={self.dp},pp={self.pp},tp={self.tp}"
 
 
 def parse(text: str) -> dict[str, int]:
-    """dp=2,tp=2 -> {"dp": 2, "tp": 2}; what is left out is 1. Pure. Raises ConfigError."""
+    """dp=2,tp=2 -> {"dp": 2, "pp": 1, "tp": 2}; what is left out is 1. Pure. Raises ConfigError."""
     found = dict.fromkeys(AXES, 1)
     named = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9]\d*)\s*", part)
         if match is None or match[1] not in AXES or match[1] in named:
-            raise ConfigError(f"--mesh is {text!r}, found {part!r} in it, expected dp=..,tp=.. with counts from 1")
+            raise ConfigError(
+                f"--mesh is {text!r}, found {part!r} in it, expected dp=..,pp=..,tp=.. with counts from 1"
+            )
         named.append(match[1])
         found[match[1]] = int(match[2])
     return found
@@ -85,21 +101,28 @@ class Groups:
     replicas: World
     """Those that hold the same part of the model."""
     model: World
-    """Those that compute one model together."""
+    """Those that compute one model together, stage by stage."""
+    stages: World
+    """Those of a pipeline: a rank's number is its stage."""
+    layers: World
+    """Those that share layers."""
 
 
 def groups_of(mesh: Mesh, world: World) -> Groups:
     """Blocks; every rank of `world` must call it. Raises WorldError without MPI."""
-    copy, piece = mesh.place(world.rank)
-    return Groups(mesh, world, world.part(piece), world.part(copy))
+    copy, stage, piece = mesh.place(world.rank)
+    return Groups(
+        mesh,
+        whole=world,
+        replicas=world.part(stage * mesh.tp + piece),
+        model=world.part(copy),
+        stages=world.part(copy * mesh.tp + piece),
+        layers=world.part(copy * mesh.pp + stage),
+    )
 
 
 def _divisors(size: int) -> list[int]:
     return [number for number in range(1, size + 1) if size % number == 0]
-
-
-def _nearest(choices: list[int], wanted: int) -> list[int]:
-    return sorted(sorted(choices, key=lambda choice: abs(choice - wanted))[:2])
 
 
 def _multiples(number: int, near: int) -> list[int]:

@@ -228,6 +228,9 @@ class Strategy(Optimizer):
 
     def hold(self, parts: "Parts") -> None:
         """Train this part of a model that several ranks hold: norm and checkpoints are the whole model's. Local."""
+        parts.check(self.param_groups)
+        # Who dies takes a part of the model along.
+        self.recovers = False
         self.parts, self.own = parts, parts.own(self.flat)
 
     @property

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hvdvae.errors import ConfigError
 from hvdvae.vae.activations import build_activation
 from hvdvae.vae.mlp import init_glorot
+from hvdvae.vae.pieces import Piece, before, pieces_of
 from hvdvae.vae.upsample import Upsample
 
 
@@ -50,6 +51,14 @@ class ConvEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W), in any memory format."""
         h = self.network(_channels_last(x))
+        return self._out(h)
+
+    def pieces(self) -> list[Piece]:
+        """The same in pieces."""
+        first, *rest = pieces_of(self.network, "network")
+        return [before(_channels_last, first), *rest, Piece(("output",), self._out)]
+
+    def _out(self, h: Tensor) -> Tensor:
         out: Tensor = self.output(h.permute(0, 2, 3, 1).flatten(1))
         return out
 
@@ -93,9 +102,19 @@ class ConvDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z: (N, latent)."""
-        h = self.input(z).view(-1, *self.grid).permute(0, 3, 1, 2)
-        params: Tensor = self.output(self.network(h))
+        params: Tensor = self.output(self.network(self._in(z)))
         return params
+
+    def pieces(self) -> list[Piece]:
+        """The same in pieces."""
+        # The network begins with an activation, which has no parameters: a piece of its own, put to the input's.
+        start, *rest = pieces_of(self.network, "network")
+        first = Piece(("input", *start.modules), lambda z: start.run(self._in(z)))
+        return [first, *rest, Piece(("output",), lambda h: self.output(h))]
+
+    def _in(self, z: Tensor) -> Tensor:
+        h: Tensor = self.input(z).view(-1, *self.grid).permute(0, 3, 1, 2)
+        return h
 
     def set_location_bias(self, location: Tensor) -> None:
         """Writes the output bias of the location parameters, (C, H, W), in place.

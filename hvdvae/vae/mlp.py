@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdvae.vae.activations import build_activation
+from hvdvae.vae.pieces import Piece, before, pieces_of
 
 
 def init_glorot(linear: nn.Linear, parts: int = 1) -> nn.Linear:
@@ -49,6 +50,11 @@ class MLPEncoder(nn.Module):
         out: Tensor = self.network(x.flatten(1))
         return out
 
+    def pieces(self) -> list[Piece]:
+        """The same in pieces."""
+        first, *rest = pieces_of(self.network, "network")
+        return [before(lambda x: x.flatten(1), first), *rest]
+
 
 class MLPDecoder(nn.Module):
     """z (N, latent) to the likelihood's parameters (N, parameters * shape[0], *shape[1:])."""
@@ -66,6 +72,11 @@ class MLPDecoder(nn.Module):
         """z: (N, latent)."""
         params: Tensor = self.output(self.network(z))
         return params.view(-1, *self.wide)
+
+    def pieces(self) -> list[Piece]:
+        """The same in pieces."""
+        last = Piece(("output",), lambda h: self.output(h).view(-1, *self.wide))
+        return [*pieces_of(self.network, "network"), last]
 
     def set_location_bias(self, location: Tensor) -> None:
         """Writes the output bias of the location parameters, (*shape), in place."""

@@ -14,8 +14,9 @@ from hvdvae.cli.assessment import assess
 from hvdvae.data import ArraySource
 from hvdvae.errors import CheckpointError, ConfigError
 from hvdvae.parallel.mesh import Groups, Mesh, groups_of
-from hvdvae.parallel.parts import Parts
+from hvdvae.parallel.parts import Parts, Whole
 from hvdvae.parallel.tensor import split_layers
+from hvdvae.parallel.whole_checkpoint import merge
 from hvdvae.resume import load_weights
 from hvdvae.strategies import DistributedOptimizer, Strategy
 from hvdvae.trainer import Trainer
@@ -36,7 +37,7 @@ def meshes(world: World) -> Iterator[Mesh]:
     """All of this many ranks."""
     for tp in (1, 2, 4):
         if world.size % tp == 0:
-            yield Mesh(world.size // tp, tp)
+            yield Mesh(world.size // tp, tp=tp)
 
 
 @pytest.fixture(params=["tp=1", "tp=2", "tp=4"])
@@ -47,27 +48,29 @@ def groups(request: pytest.FixtureRequest, world: World) -> Groups:
         pytest.skip(f"{world.size} ranks")
     if world.launcher == "horovodrun-gloo":
         pytest.skip("horovodrun --gloo has no MPI")
-    return groups_of(Mesh(world.size // tp, tp), world)
+    return groups_of(Mesh(world.size // tp, tp=tp), world)
 
 
 def wrapped(groups: Groups, model: nn.Module, optimizer: Callable[..., Optimizer], **options: Any) -> Strategy:
     """The model split, and its optimizer."""
     chains = model.chains if isinstance(model, VAE) else [""]
-    parts = Parts(groups, split_layers(model, chains, groups.model))
+    parts = Parts(groups, Whole.of(model), split_layers(model, chains, groups.layers))
     chosen = {"strategy": "allreduce", "engine": "mpi", **options}
     return DistributedOptimizer(optimizer(model.parameters()), model, world=groups.replicas, parts=parts, **chosen)
 
 
 def whole(model: nn.Module, optimizer: Strategy) -> dict[str, Tensor]:
     """All parameters of all parts, by name, on all ranks."""
-    named = {f"model/{name}": parameter.detach().clone() for name, parameter in model.named_parameters()}
     assert optimizer.parts is not None
-    cuts, found = optimizer.parts, {}
-    for key, tensor in named.items():
-        merged = cuts.merge({key: tensor}, optimizer.numbered)
-        shape = optimizer.parts.groups.model.gather_objects(list(merged[key].shape) if merged else None)[0]
-        found[key] = cuts.groups.model.broadcast_(merged[key].clone() if merged else torch.empty(shape))
-    return found
+    parts, found = optimizer.parts, {}
+    record = {"names": optimizer.flat.names, "optimizer_groups": [{}], "optimizer_scalars": {}}
+    tensors = {f"model/{name}": parameter.detach().clone() for name, parameter in model.named_parameters()}
+    merged, _ = merge(parts, {**tensors, "buffers": torch.zeros(1, 0)}, record, optimizer.numbered, model)
+    merged.pop("buffers")
+    group = parts.groups.model
+    for key, shape in group.gather_objects({key: list(tensor.shape) for key, tensor in merged.items()})[0].items():
+        found[key] = group.broadcast_(merged[key].clone() if merged else torch.empty(shape))
+    return {f"model/{name}": found[f"model/{name}"] for name in parts.whole.parameters}
 
 
 @pytest.mark.parametrize("strategy", ["allreduce", "sharded"])

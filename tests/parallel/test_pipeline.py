@@ -1,0 +1,296 @@
+"""Law 4: a model in stages is the whole one: loss, gradients, noise, checkpoints; and what stages say of themselves."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hvdvae.batch import Batch
+from hvdvae.checkpoint import Folder, load
+from hvdvae.cli.assessment import assess
+from hvdvae.data import ArraySource
+from hvdvae.errors import ConfigError
+from hvdvae.parallel.mesh import Groups, Mesh, groups_of
+from hvdvae.parallel.micro_batches import SCHEDULES, bubble
+from hvdvae.parallel.parts import Parts, Whole
+from hvdvae.parallel.pipeline import Pipeline
+from hvdvae.parallel.sequential import SequentialChain
+from hvdvae.parallel.stages import choose_cuts, keep_stage
+from hvdvae.parallel.tensor import split_layers
+from hvdvae.resume import load_weights
+from hvdvae.strategies import DistributedOptimizer, Strategy
+from hvdvae.trainer import Trainer
+from hvdvae.vae import VAE, Elbo, FreeBits, Iwae, build_model
+from hvdvae.vae.chain import VaeChain
+from hvdvae.vae.objectives import Objective
+from hvdvae.world import World
+from tests.parallel.regression import OPTIMIZERS, examples, share
+from tests.parallel.test_tensor import MODELS, adam, whole
+from tests.parallel.test_trainer_laws import IMAGES, SHAPE, Epochs, loader
+
+MESHES = [Mesh(dp, pp, tp) for dp, pp, tp in itertools.product((1, 2, 4), repeat=3) if dp * pp * tp <= 4]
+
+
+@pytest.fixture(params=MESHES, ids=str)
+def groups(request: pytest.FixtureRequest, world: World) -> Groups:
+    """Every mesh of this many ranks."""
+    if request.param.size != world.size:
+        pytest.skip(f"{world.size} ranks")
+    if world.launcher == "horovodrun-gloo":
+        pytest.skip("horovodrun --gloo has no MPI")
+    return groups_of(request.param, world)
+
+
+def vae(name: str, **options: Any) -> VAE:
+    torch.manual_seed(8)
+    return build_model(name, SHAPE, **MODELS[name] | options)
+
+
+def staged(
+    groups: Groups,
+    model: VAE,
+    objective: Objective,
+    samples: int = 1,
+    *,
+    micros: int = 2,
+    cuts: str = "auto",
+    strategy: str = "allreduce",
+    **options: Any,
+) -> tuple[Strategy, Pipeline | None]:
+    """The model in its parts, and what trains them."""
+    remembered, stages = Whole.of(model), groups.mesh.pp
+    chain = VaeChain(model, objective, samples)
+    places = choose_cuts(cuts, model, chain, stages, torch.rand(2, *SHAPE), groups.whole)
+    split = split_layers(model, model.chains, groups.layers) if groups.mesh.tp > 1 else {}
+    parts = Parts(groups, remembered, split)
+    pipeline = None
+    if stages > 1:
+        pipeline = Pipeline(chain, keep_stage(model, chain, places, groups), groups, micros=micros, **options)
+    optimizer = DistributedOptimizer(
+        adam(model.parameters()), model, world=groups.replicas, parts=parts, strategy=strategy, engine="mpi"
+    )
+    return optimizer, pipeline
+
+
+def trainer(
+    world: World,
+    model: VAE,
+    optimizer: Strategy,
+    objective: Objective,
+    pipeline: Pipeline | None = None,
+    **options: Any,
+) -> Trainer:
+    return Trainer(model, optimizer, objective, loader(world), seed=3, pipeline=pipeline, **options)
+
+
+def unsplit(groups: Groups, model: VAE, objective: Objective) -> list[dict[str, float]]:
+    """The same run with whole models on the ranks that hold the same part; its epochs."""
+    told = Epochs()
+    kind = {"strategy": "local"} if groups.replicas.size == 1 else {"engine": "mpi"}
+    optimizer = DistributedOptimizer(adam(model.parameters()), model, world=groups.replicas, **kind)
+    trainer(groups.replicas, model, optimizer, objective, monitors=[told]).fit(2)
+    return told.metrics
+
+
+def assert_same(groups: Groups, model: VAE, optimizer: Strategy, expected: VAE) -> None:
+    found = whole(model, optimizer)
+    for key, parameter in expected.named_parameters():
+        torch.testing.assert_close(found[f"model/{key}"], parameter.detach(), atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_stages_learn_what_the_whole_model_does(groups: Groups, name: str, schedule: str) -> None:
+    told, model, expected = Epochs(), vae(name), vae(name)
+    optimizer, pipeline = staged(groups, model, Elbo(), schedule=schedule)
+    trainer(groups.replicas, model, optimizer, Elbo(), pipeline, monitors=[told]).fit(2)
+    metrics = unsplit(groups, expected, Elbo())
+    assert_same(groups, model, optimizer, expected)
+    if groups.whole.is_first:
+        for mine, other in zip(told.metrics, metrics, strict=True):
+            for key in ("loss", "rate", "distortion", "gradient_norm"):
+                assert mine[key] == pytest.approx(other[key], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("objective", "samples"), [(Iwae(samples=3), 3), (Elbo(beta=0.5, warmup_epochs=1, samples=2), 2)], ids=str
+)
+def test_what_the_loss_needs_crosses_the_cut(groups: Groups, objective: Objective, samples: int) -> None:
+    for name in ("mlp", "mlp2"):
+        model, expected = vae(name), vae(name)
+        optimizer, pipeline = staged(groups, model, objective, samples, micros=3)
+        trainer(groups.replicas, model, optimizer, objective, pipeline).fit(2)
+        unsplit(groups, expected, objective)
+        assert_same(groups, model, optimizer, expected)
+
+
+def test_free_bits_with_one_micro_batch(groups: Groups) -> None:
+    model, expected, objective = vae("mlp"), vae("mlp"), FreeBits(nats=0.2)
+    optimizer, pipeline = staged(groups, model, objective, micros=1)
+    trainer(groups.replicas, model, optimizer, objective, pipeline).fit(2)
+    unsplit(groups, expected, objective)
+    assert_same(groups, model, optimizer, expected)
+
+
+@pytest.mark.parametrize("cuts", ["measured", "1", "2", "4"])
+def test_wherever_it_is_cut_and_with_what_is_computed_again(groups: Groups, cuts: str) -> None:
+    if groups.mesh.pp == 4 and cuts != "measured":
+        cuts = {"1": "1,2,3", "2": "1,3,4", "4": "2,3,5"}[cuts]
+    if groups.mesh.pp == 1 and cuts != "measured":
+        pytest.skip("nothing is cut")
+    model, expected = vae("mlp"), vae("mlp")
+    optimizer, pipeline = staged(groups, model, Elbo(), cuts=cuts, recompute=True, strategy="sharded")
+    trainer(groups.replicas, model, optimizer, Elbo(), pipeline).fit(2)
+    unsplit(groups, expected, Elbo())
+    assert_same(groups, model, optimizer, expected)
+
+
+def test_accumulated_batches_are_the_big_batch(groups: Groups) -> None:
+    if groups.mesh.pp == 1:
+        pytest.skip("a model that is not in stages draws noise of its own for each part of a batch")
+    model, expected = vae("mlp"), vae("mlp")
+    optimizer, pipeline = staged(groups, model, Elbo())
+    optimizer.backward_passes_per_step = 2
+    trainer(groups.replicas, model, optimizer, Elbo(), pipeline).fit(2)
+    unsplit(groups, expected, Elbo())
+    assert_same(groups, model, optimizer, expected)
+
+
+@pytest.mark.parametrize("name", ["mlp2", "conv"])
+def test_evaluation_on_stages_is_that_of_the_checkpoint_on_one_rank(
+    groups: Groups, shared_path: Path, name: str
+) -> None:
+    options = {"batch_norm": name == "conv" and groups.mesh.tp == 1}
+    if groups.mesh.pp == 1:
+        pytest.skip("no stages")
+    model = vae(name, **options)
+    optimizer, pipeline = staged(groups, model, Elbo())
+    kept = Folder(shared_path, 5)
+    trainer(groups.replicas, model, optimizer, Elbo(), pipeline, checkpoints=kept, ema_decay=0.5).fit(1)
+    source = ArraySource(IMAGES, "images")
+    with optimizer.fetched():
+        together = assess(model, source, groups.replicas, binarization="dynamic", samples=3)
+    groups.whole.barrier()
+    saved = load(kept.steps()[0])
+    single = vae(name, **options)
+    load_weights(single, saved)
+    alone = assess(single, source, World.alone(device="cpu"), binarization="dynamic", samples=3)
+    assert together.nll == pytest.approx(alone.nll, rel=1e-5)
+    assert together.elbo == pytest.approx(alone.elbo, rel=1e-5)
+    # Everything is in it, as one process would have saved it.
+    whole_one = vae(name, **options)
+    local = DistributedOptimizer(adam(whole_one.parameters()), whole_one, world=World.alone(), strategy="local")
+    resumed = trainer(World.alone(), whole_one, local, Elbo(), ema_decay=0.5)
+    resumed.resume(saved)
+    assert set(local.state_dict()["state"]) == set(range(len(list(whole_one.parameters()))))
+
+
+def test_checkpoints_go_on_at_any_other_mesh(world: World, shared_path: Path) -> None:
+    if world.launcher == "horovodrun-gloo":
+        pytest.skip("horovodrun --gloo has no MPI")
+    every = [mesh for mesh in MESHES if mesh.size == world.size]
+    final: dict[int, dict[str, Tensor]] = {}
+    for mesh in every:
+        groups, model = groups_of(mesh, world), vae("mlp")
+        optimizer, pipeline = staged(groups, model, Elbo())
+        kept = Folder(shared_path / str(mesh), 5)
+        trainer(groups.replicas, model, optimizer, Elbo(), pipeline, checkpoints=kept, ema_decay=0.9).fit(2)
+        final[mesh.dp] = whole(model, optimizer)
+    world.barrier()
+    # Another number of copies would draw other noise; the batch of all is the same.
+    for saved, mesh in itertools.product(every, every):
+        if mesh.dp != saved.dp:
+            continue
+        groups, model = groups_of(mesh, world), vae("mlp")
+        optimizer, pipeline = staged(groups, model, Elbo(), strategy="sharded")
+        resumed = trainer(groups.replicas, model, optimizer, Elbo(), pipeline, ema_decay=0.9)
+        resumed.resume(load(Folder(shared_path / str(saved), 5).steps()[-1]))
+        assert resumed.position.epoch == 1
+        resumed.fit(2)
+        for key, tensor in whole(model, optimizer).items():
+            torch.testing.assert_close(tensor, final[mesh.dp][key], atol=2e-4, rtol=2e-3)
+
+
+def test_any_sequential_trains_in_stages(groups: Groups) -> None:
+    if groups.mesh.tp > 1:
+        pytest.skip("layers are split")
+
+    def network() -> nn.Sequential:
+        torch.manual_seed(2)
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 4), nn.Linear(4, 3))
+
+    def loss(output: Tensor, batch: Batch, epoch: float) -> Tensor:
+        return (output - batch[1]).square().mean()  # type: ignore[index]
+
+    x, y = examples()
+    single = network()
+    alone = OPTIMIZERS["adam"](single.parameters())
+    model = network()
+    chain = SequentialChain(model, loss)
+    remembered = Whole.of(model)
+    cuts = choose_cuts("measured", model, chain, groups.mesh.pp, [x[:4], y[:4]], groups.whole)
+    parts = Parts(groups, remembered, {})
+    pipeline = Pipeline(chain, keep_stage(model, chain, cuts, groups), groups, micros=2)
+    optimizer = DistributedOptimizer(
+        OPTIMIZERS["adam"](model.parameters()), model, world=groups.replicas, parts=parts, engine="mpi"
+    )
+    mine = share(groups.replicas)
+    for _ in range(4):
+        alone.zero_grad()
+        loss(single(x), [x, y], 0.0).backward()
+        alone.step()
+        optimizer.zero_grad()
+        pipeline.run([x[mine], y[mine]], 0.0, 1, torch.autocast("cpu", enabled=False))
+        optimizer.step()
+    found = whole(model, optimizer)
+    for key, parameter in single.named_parameters():
+        torch.testing.assert_close(found[f"model/{key}"], parameter.detach(), atol=2e-5, rtol=2e-4)
+
+
+def test_stages_tell_how_long_they_worked_and_idled(groups: Groups) -> None:
+    model = vae("mlp")
+    optimizer, pipeline = staged(groups, model, Elbo(), micros=2)
+    if pipeline is None:
+        pytest.skip("no stages")
+    trainer(groups.replicas, model, optimizer, Elbo(), pipeline).fit(1)
+    found = pipeline.results()
+    assert len(found["stage_seconds"]) == groups.mesh.pp
+    assert min(found["stage_seconds"]) > 0
+    assert found["bubble"] == bubble(groups.mesh.pp, 2)
+    assert 0 < found["idle"] < 1
+    assert 1 <= found["imbalance"] <= groups.mesh.pp
+
+
+def test_a_micro_batch_that_is_not_finite_keeps_all_stages_from_stepping(groups: Groups) -> None:
+    model = vae("mlp")
+    optimizer, pipeline = staged(groups, model, Elbo())
+    if pipeline is None:
+        pytest.skip("no stages")
+    before = whole(model, optimizer)
+    batch = torch.zeros(4, *SHAPE)
+    batch[3] = torch.nan
+    for values, _ in pipeline.run(batch, 0.0, 1, torch.autocast("cpu", enabled=False)):
+        optimizer.watch(values["loss"])
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    for key, tensor in whole(model, optimizer).items():
+        assert torch.equal(tensor, before[key])
+
+
+@pytest.mark.parametrize(
+    ("cuts", "stages", "message"),
+    [
+        ("1,2,3,4,5,6,7", 8, r"--pipeline 8: this model has 6 steps to cut between; use at most 6 stages"),
+        ("x", 2, r"--cuts is 'x', expected auto, measured, or 1 rising numbers from 1 to 5"),
+        ("3,3", 3, r"--cuts is '3,3'"),
+        ("6", 2, r"--cuts is '6'"),
+        ("1,2", 2, r"--cuts is '1,2'"),
+    ],
+)
+def test_cuts_that_cannot_be_are_refused(world: World, cuts: str, stages: int, message: str) -> None:
+    model = vae("mlp")
+    with pytest.raises(ConfigError, match=message):
+        choose_cuts(cuts, model, VaeChain(model, Elbo(), 1), stages, torch.rand(2, *SHAPE), world)
