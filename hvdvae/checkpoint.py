@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -37,14 +37,13 @@ class Checkpoint(NamedTuple):
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Write atomically. Local; call it on one rank. Raises CheckpointError naming the file, with nothing changed."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
-    # Views of one vector share storage, which the format refuses: serialization below copies each.
     record = json.dumps(checkpoint.record)
     header = {"format": FORMAT, "record": record, "digest": _digest(tensors, record)}
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(safetensors.torch.save(_unshared(tensors), header))
+            _write(file, tensors, header)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -187,8 +186,33 @@ def _digest(tensors: dict[str, Tensor], record: str) -> str:
     return digest.hexdigest()
 
 
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+def _write(file: BinaryIO, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """The safetensors format, tensor by tensor: the library's own writer holds all of it in memory twice."""
+    entries: dict[str, Any] = {"__metadata__": header}
+    start = 0
+    for name, tensor in tensors.items():
+        stop = start + tensor.nbytes
+        entries[name] = {"dtype": _FORMAT[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        start = stop
+    head = json.dumps(entries, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    file.write(len(head).to_bytes(8, "little") + head)
+    for tensor in tensors.values():
+        file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+_FORMAT = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def _flush_folder(folder: Path) -> None:

@@ -51,6 +51,8 @@ def recover(trainer: "Trainer", lost: RankLost, *, new: bool = False) -> None:
     Mutates the trainer where others were further. Raises `lost` where the strategy cannot go on, or nobody is missing.
     """
     if not trainer.optimizer.recovers:
+        if missing := trainer.world.missing():
+            raise RankLost(f"{', '.join(missing)} has died: {lost}") from lost
         raise lost
     world, began, before = trainer.world, time.perf_counter(), trainer.world.size
     died, added = list[str](), list[str]()

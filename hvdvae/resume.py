@@ -81,8 +81,8 @@ def snapshot(trainer: "Trainer", rows: Tensor, config: Mapping[str, Any]) -> Che
         "optimizer_groups": state["param_groups"],
         "optimizer_scalars": scalars,
         "skipped_steps": optimizer.skipped_steps,
-        "overflows": trainer.overflows,
-        "scaler": trainer.scaler.state_dict() if trainer.scaler is not None else None,
+        "overflows": trainer.stepper.overflows,
+        "scaler": trainer.stepper.scaler.state_dict() if trainer.stepper.scaler is not None else None,
         "config": dict(config),
     }
     if optimizer.parts is not None:
@@ -127,12 +127,12 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
     if trainer.ema is not None:
         for name, average in optimizer.flat.views(trainer.ema.average).items():
             average.copy_(tensors.get(f"ema/{name}", tensors[f"model/{name}"]))
-    if trainer.scaler is not None and record["scaler"] is not None:
-        trainer.scaler.load_state_dict(record["scaler"])
+    if trainer.stepper.scaler is not None and record["scaler"] is not None:
+        trainer.stepper.scaler.load_state_dict(record["scaler"])
     for group, mine in zip(optimizer.param_groups, options, strict=True):
         # The options of this run rule: whoever resumes with another rate or decay wants it.
         group.update(mine)
-    optimizer.skipped_steps, trainer.overflows = record["skipped_steps"], record["overflows"]
+    optimizer.skipped_steps, trainer.stepper.overflows = record["skipped_steps"], record["overflows"]
     trainer.position = Position(**record["position"])
     trainer.best = record["best"]
 

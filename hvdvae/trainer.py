@@ -11,27 +11,27 @@ fractional count of epochs done.
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hvdvae.allocator import keep_freed_memory
-from hvdvae.batch import Batch, chunks, examples_of
+from hvdvae.batch import Batch, examples_of
 from hvdvae.checkpoint import Checkpoint, Folder
 from hvdvae.ema import MovingAverage
-from hvdvae.errors import HostsChanged, NonFiniteError, RankLost
+from hvdvae.errors import HostsChanged, RankLost
 from hvdvae.heartbeat import pulse_of
 from hvdvae.monitor import Monitor
 from hvdvae.pulse import Beat
 from hvdvae.recovery import enter, recover
 from hvdvae.resume import Position, restore, snapshot
 from hvdvae.schedule import Schedule, world_scale
-from hvdvae.seeding import seed_everything
 from hvdvae.signals import caught
+from hvdvae.stepper import Loss, Stepper
 from hvdvae.strategies import Strategy
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 HOSTS_CHANGED = 1000
 """Beyond all signals: some rank has heard that there are other hosts."""
-TERMS = ("loss", "rate", "distortion")
-Loss = Callable[[nn.Module, Any, float], Tensor | Mapping[str, Tensor]]
 
 
 class Batches(Protocol):
@@ -127,14 +125,12 @@ class Trainer:
         self.model, self.optimizer, self.batches = model, optimizer, batches
         self.world = optimizer.whole
         self.position = Position()
-        self.ema = MovingAverage(optimizer.flat.parameters, ema_decay) if ema_decay else None
+        ema = MovingAverage(optimizer.flat.parameters, ema_decay) if ema_decay else None
+        self.ema = ema
         self.best: float | None = None
-        self._loss, self._seed, self._schedule, self.pipeline = loss, seed, schedule, pipeline
-        self._base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
-        self._autocast, self.scaler = _mixed_precision(precision, self.world.device)
-        self._skip_limit = skip_limit
-        self.overflows = 0
-        """Skipped steps in which fp16 was looking for its scale: they do not count towards the limit."""
+        self.pipeline = pipeline
+        options: dict[str, Any] = {"precision": precision, "skip_limit": skip_limit, "pipeline": pipeline}
+        self.stepper = Stepper(model, optimizer, loss, seed=seed, schedule=schedule, ema=ema, **options)
         self._lr_scaling = lr_scaling
         self._make_monitors = monitors
         self._monitors = self._monitors_here()
@@ -151,7 +147,6 @@ class Trainer:
         """As the batches are cut; where the strategy says another, they are cut anew."""
         if optimizer.joined_at is not None:
             self.position = Position.at(optimizer.joined_at, batches.examples, batches.steps(0))
-        self._nothing = torch.zeros((), device=self.world.device)
 
     def _monitors_here(self) -> list[Monitor]:
         if not self.world.is_first:
@@ -264,9 +259,7 @@ class Trainer:
         """Go on at the place that this rank has in a World that was larger or smaller. Local."""
         world = self.world
         factor = world_scale(self._lr_scaling, world.size) / world_scale(self._lr_scaling, size_before)
-        self._base_lrs = [lr * factor for lr in self._base_lrs]
-        for group, lr in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = lr
+        self.stepper.scale_learning_rates(factor)
         self._pulse = pulse_of(self.optimizer)
         self._share = (world.rank, world.size)
         self.batches.reshare(*self._share)
@@ -278,69 +271,13 @@ class Trainer:
         return int(self.world.max_(torch.tensor([signal_number]), "agreement on a signal"))
 
     def _step(self, batch: Batch, data_seconds: float) -> None:
-        position, optimizer = self.position, self.optimizer
-        examples = examples_of(batch)
+        position, examples = self.position, examples_of(batch)
         self.world.watchdog.step = position.step
         epoch = position.epoch + (position.examples + 0.5 * examples * self._share[1]) / self.batches.examples
-        self._set_learning_rate(epoch)
-        # Ranks that compute one model together draw the same.
-        seed_everything(self.world.device, self._seed, optimizer.world.rank, position.step)
-        optimizer.zero_grad()
-        passes = optimizer.backward_passes_per_step
-        if self.pipeline is not None:
-            done: Iterable[tuple[Mapping[str, Tensor], int]] = self.pipeline.run(batch, epoch, passes, self._autocast)
-        else:
-            done = self._backward(batch, epoch, passes)
-        for values, micro_examples in done:
-            optimizer.watch(values["loss"])
-            loss, rate, distortion = (values.get(name, self._nothing).detach() for name in TERMS)
-            self._pulse.count(loss, rate, distortion, micro_examples)
-        self._update()
+        self.stepper.step(batch, position.step, epoch, self._pulse)
         position.advance(examples * self._share[1])
-        optimizer.tell_progress(self._epochs_done)
+        self.optimizer.tell_progress(self._epochs_done)
         self._pulse.count_step(examples, data_seconds)
-
-    def _backward(self, batch: Batch, epoch: float, passes: int) -> Iterator[tuple[Mapping[str, Tensor], int]]:
-        """Forward and backward, micro-batch by micro-batch; after each its losses and its number of examples."""
-        examples = examples_of(batch)
-        for micro in chunks(batch, passes):
-            with self._autocast:
-                result = self._loss(self.model, micro, epoch)
-            values = result if isinstance(result, Mapping) else {"loss": result}
-            micro_examples = examples if passes == 1 else examples_of(micro)
-            # The strategy averages over passes; unequal micro-batches count by their examples.
-            scaled = values["loss"] * (micro_examples / examples * passes) if passes > 1 else values["loss"]
-            (self.scaler.scale(scaled) if self.scaler else scaled).backward()  # type: ignore[no-untyped-call]
-            yield values, micro_examples
-
-    def _update(self) -> None:
-        optimizer = self.optimizer
-        if self.scaler is not None:
-            optimizer.synchronize()
-            self.scaler.unscale_(optimizer)
-            scale = self.scaler.get_scale()
-        skipped = optimizer.skipped_steps
-        optimizer.step()
-        if self.scaler is not None:
-            self.scaler.update()
-            # An overflow at a large scale is how the scale is found; the next, lower one may do.
-            self.overflows += int(optimizer.skipped_steps > skipped and scale > 1.0)
-        if optimizer.skipped_steps == skipped:
-            if self.ema is not None:
-                self.ema.update()
-        elif optimizer.skipped_steps - self.overflows > self._skip_limit:
-            raise NonFiniteError(
-                f"skipped {optimizer.skipped_steps} steps because a loss or gradient was not finite on some rank "
-                f"(--skip-limit {self._skip_limit}), the last at step {self.position.step}: lower --lr, set "
-                "--clip-norm, or look for bad values in the data"
-            )
-
-    def _set_learning_rate(self, epoch: float) -> None:
-        if self._schedule is None:
-            return
-        factor = self._schedule(epoch)
-        for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = base * factor
 
     def _report(self, beat: Beat) -> None:
         if beat.finite_examples:
@@ -408,16 +345,6 @@ class Trainer:
         if self.optimizer.synchronous:
             # Nobody goes on as if it were there before it is.
             self.world.barrier("rank 0 saves", patient=True)
-
-
-def _mixed_precision(
-    precision: str, device: torch.device
-) -> tuple[AbstractContextManager[None], torch.amp.GradScaler | None]:
-    if precision == "fp32":
-        return nullcontext(), None
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
-    return torch.autocast(device.type, dtype=dtype), scaler
 
 
 def exit_status(outcome: Outcome) -> int:

@@ -148,11 +148,27 @@ class SlurmOptions(Checked):
     """What starts the ranks in the job."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions(Checked):
+    """What a run needs on each rank, predicted: hvdvae memory --ranks 4 -- --model mlp --hidden 8000 8000 --pipeline 2
+
+    For --strategy local, allreduce and sharded, before anything is started.
+    """
+
+    train: list[str]
+    """Options of hvdvae train, behind `--`."""
+    ranks: int = 1
+    """Ranks that would train."""
+    shape: list[int] | None = None
+    """Of an example, as 1 28 28 [that of --data]."""
+
+
 SUBCOMMANDS: dict[str, tuple[type, str]] = {
     "evaluate": (EvaluateOptions, "test NLL, rate, distortion, active units of a trained model"),
     "sample": (SampleOptions, "images from the prior"),
     "reconstruct": (ReconstructOptions, "test images beside their reconstructions"),
     "supervise": (SuperviseOptions, "start a job again where it fails"),
     "slurm": (SlurmOptions, "print a batch script for Slurm"),
+    "memory": (MemoryOptions, "predict what a run needs on each rank"),
     "doctor": (DoctorOptions, "check MPI, Horovod, GPU and cores"),
 }

@@ -123,6 +123,10 @@ class Pipeline:
         self._total += time.perf_counter() - begin
         return found
 
+    def forget(self) -> None:
+        """Begin to measure anew. Local."""
+        self._busy = self._total = 0.0
+
     def results(self) -> dict[str, Any]:
         """What stages did, and how long they had nothing to do. Blocks; every rank of the model must call it."""
         found = self._groups.model.gather_objects([self._busy, self._total], "times of the stages")

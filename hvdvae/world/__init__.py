@@ -298,6 +298,14 @@ class World:
             self.carrier.shrink()
         self.take(self.carrier)
 
+    def missing(self) -> list[str]:
+        """Ranks that this one knows to have died, by their names when they started (ULFM). Local."""
+        if self.comm is None or not survives_deaths(os.environ):
+            return []
+        from hvdvae.world.mpi import dead_ranks
+
+        return [self.members.names[rank] for rank in sorted(dead_ranks(self.comm))]
+
     def recover(self, *, trains: bool = True) -> Change:
         """After RankLost, or `hosts_changed`: go on with those that live, and with those that were added.
 

@@ -38,8 +38,8 @@ class Members:
         """Whether `recover` starts new ranks in the place of the dead."""
         self.changes: HostChanges | None = None
         """What an elastic horovodrun tells of its hosts."""
-        self._names: list[str] = []
-        """Of all that live."""
+        self.names: list[str] = []
+        """Of all that live, by rank."""
         self._started = 0
         """Ranks that were started so far."""
         self._waiting: Collectives | None = None
@@ -77,7 +77,7 @@ class Members:
         """
         mine = [self.name, trains, world.host, world.local_rank, self._started]
         found = world.gather_objects(mine, "names of those that take part")
-        self._names = [name for name, *_ in found]
+        self.names = [name for name, *_ in found]
         # Whether once more a rank is to be started is decided by all alike, also by those that were.
         self._started = max(started for *_, started in found)
         here = [(rank, already, place) for rank, (_, already, host, place, _) in enumerate(found) if host == world.host]
@@ -91,14 +91,14 @@ class Members:
         """Shrink the World to those that live, and let new ranks in. Blocks; every living rank must call it."""
         if self.changes is not None:
             self.changes.heard = False
-        before, size = self._names, world.size
+        before, size = self.names, world.size
         world.shrink()
         if self.replaces and world.comm is not None and world.size < size and self._started < MOST_STARTED:
             self._start(world, size - world.size)
         world.everyone = world.comm
         self.meet(world, trains=trains)
-        died = [name for name in before if name not in self._names]
-        return Change(died, [name for name in self._names if name not in before])
+        died = [name for name in before if name not in self.names]
+        return Change(died, [name for name in self.names if name not in before])
 
     def _start(self, world: "World", count: int) -> None:
         from hvdvae.world.mpi import MpiCollectives

@@ -107,6 +107,11 @@ def acknowledged_deaths(comm: Any, error: MPI.Exception) -> set[int]:
     """Ranks of `comm` that have died, where that is what an error says (ULFM); any other error is raised again."""
     if error.Get_error_class() not in (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING):
         raise error
+    return dead_ranks(comm)
+
+
+def dead_ranks(comm: Any) -> set[int]:
+    """Ranks of `comm` that this one knows to have died; from now on it is not told of them again (ULFM)."""
     comm.Ack_failed()
     failed = comm.Get_failed()
     return set(failed.Translate_ranks(list(range(failed.size)), comm.Get_group()))

@@ -127,6 +127,18 @@ def test_what_the_loss_needs_crosses_the_cut(groups: Groups, objective: Objectiv
         assert_same(groups, model, optimizer, expected)
 
 
+def test_layers_in_bfloat16_are_as_near_as_those_of_the_whole_model(groups: Groups) -> None:
+    told, expected = Epochs(), Epochs()
+    model, other = vae("mlp"), vae("mlp")
+    optimizer, pipeline = staged(groups, model, Elbo())
+    trainer(groups.replicas, model, optimizer, Elbo(), pipeline, monitors=[told], precision="bf16").fit(1)
+    kind = {"strategy": "local"} if groups.replicas.size == 1 else {"engine": "mpi"}
+    plain = DistributedOptimizer(adam(other.parameters()), other, world=groups.replicas, **kind)
+    trainer(groups.replicas, other, plain, Elbo(), monitors=[expected], precision="bf16").fit(1)
+    if groups.whole.is_first:
+        assert told.metrics[0]["loss"] == pytest.approx(expected.metrics[0]["loss"], rel=0.01)
+
+
 def test_free_bits_with_one_micro_batch(groups: Groups) -> None:
     model, expected, objective = vae("mlp"), vae("mlp"), FreeBits(nats=0.2)
     optimizer, pipeline = staged(groups, model, objective, micros=1)

@@ -21,8 +21,9 @@ from hvdvae.cli.assessment import assess
 from hvdvae.data import ArraySource, Loader, open_dataset
 from hvdvae.resume import Position
 from hvdvae.schedule import learning_rate
+from hvdvae.stepper import Loss
 from hvdvae.strategies import DistributedOptimizer
-from hvdvae.trainer import Batches, Loss, Trainer
+from hvdvae.trainer import Batches, Trainer
 from hvdvae.vae import VAE, Elbo, build_model
 from hvdvae.world import World
 from tests.rows import Rows

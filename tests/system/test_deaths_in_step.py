@@ -109,7 +109,16 @@ def test_a_job_that_cannot_go_on_tells_so(tmp_path: Path, ranks: int) -> None:
     assert ended.status == 75, ended.output
 
 
-@pytest.mark.parametrize("plan", ["--strategy local-sgd", "--strategy diloco --optimizer adamw"])
+ENDED_BY_A_DEATH = (
+    "--strategy local-sgd",
+    "--strategy diloco --optimizer adamw",
+    "--strategy sharded --engine mpi",
+    "--pipeline 2",
+    "--tensor 2",
+)
+
+
+@pytest.mark.parametrize("plan", ENDED_BY_A_DEATH)
 def test_a_strategy_that_cannot_go_on_says_who_is_missing(tmp_path: Path, plan: str) -> None:
     if not has_ulfm():
         pytest.skip("this MPI has no ULFM")
@@ -121,7 +130,7 @@ def test_a_strategy_that_cannot_go_on_says_who_is_missing(tmp_path: Path, plan: 
     process.send_signal(signal.SIGKILL)
     ended = job.finish(60)
     assert ended.status == 75, ended.output
-    assert "a rank died during" in ended.output
+    assert f"rank 1 ({os.uname().nodename}) has died: a rank died during" in ended.output
     assert "--resume" in ended.output
 
 

@@ -24,15 +24,16 @@ def test_a_run_goes_on_at_other_meshes_and_is_evaluated_by_one_process(
     command: Command, images: Path, tmp_path: Path
 ) -> None:
     first = train(tmp_path, images, 4, "--epochs", "2", "--mesh", "dp=2,tp=2", "--engine", "mpi")
-    assert first["mesh"] == "dp=2,tp=2"
-    assert "4 ranks (mesh dp=2,tp=2)" in str(first["output"])
+    assert first["mesh"] == "dp=2,pp=1,tp=2"
+    assert "4 ranks (mesh dp=2,pp=1,tp=2)" in str(first["output"])
     for picture in ("samples.png", "reconstructions.png"):
         assert (tmp_path / "run" / picture).exists()
     second = train(tmp_path, images, 2, "--resume", "--epochs", "3", "--mesh", "dp=2,tp=1", "--strategy", "sharded")
     assert "resumed at step" in str(second["output"])
     assert "mesh" not in second
-    third = train(tmp_path, images, 2, "--resume", "--epochs", "4", "--mesh", "dp=1,tp=2", "--strategy", "allreduce")
+    third = train(tmp_path, images, 2, "--resume", "--epochs", "4", "--mesh", "pp=2", "--strategy", "allreduce")
     assert third["epochs"] == 4
+    assert third["pipeline"]["stages"] == 2  # type: ignore[index]
     evaluated = command("evaluate", tmp_path / "run", "--samples", "10")
     assert evaluated.status == 0, evaluated.output
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
@@ -52,7 +53,7 @@ def test_horovod_averages_the_copies_of_a_split_model(images: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--tensor", "3"), "--tensor 3 does not divide 2 ranks"),
+        (("--tensor", "3"), "--tensor 3: a model takes 3 ranks then, and 2 are no multiple"),
         (("--mesh", "dp=2,tp=2"), "--mesh dp=2,tp=2 is of 4 ranks, but 2 train"),
         (("--mesh", "rows=2"), "--mesh is 'rows=2'"),
         (("--tensor", "2", "--compile"), "--compile does not go with a model that is split"),

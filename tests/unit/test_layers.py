@@ -23,7 +23,7 @@ LAYERS = {
     "domain": ("data vae", 1),
     "server and compression": ("compression ps", 2),
     "strategies": ("parallel strategies", 3),
-    "run": ("checkpoint heartbeat monitor pulse pulse_served recovery resume trainer", 4),
+    "run": ("checkpoint heartbeat monitor pulse pulse_served recovery resume stepper trainer", 4),
     "command": ("__main__ cli", 5),
 }
 LAYER = {part: layer for parts, layer in LAYERS.values() for part in parts.split()}
@@ -42,6 +42,7 @@ STRANGERS = {
     "resume": {"vae", "data"},
     "pulse": {"vae", "data"},
     "monitor": {"vae", "data"},
+    "stepper": {"vae", "data"},
     "trainer": {"vae", "data"},
 }
 

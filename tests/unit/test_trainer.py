@@ -17,8 +17,9 @@ from hvdvae.errors import CheckpointError, NonFiniteError
 from hvdvae.pulse import Beat
 from hvdvae.schedule import learning_rate
 from hvdvae.seeding import seed_everything
+from hvdvae.stepper import Loss
 from hvdvae.strategies import DistributedOptimizer
-from hvdvae.trainer import Loss, Outcome, Trainer, exit_status
+from hvdvae.trainer import Outcome, Trainer, exit_status
 from hvdvae.world import World
 from tests.rows import Rows
 
@@ -203,8 +204,8 @@ def test_overflows_while_fp16_finds_its_scale_do_not_count_as_failures() -> None
     trainer = trainer_of(model, loss, precision="fp16", skip_limit=0)
     outcome = trainer.fit(3)
     assert 0 < outcome.skipped_steps < outcome.step, "the first scale must overflow, a later one fit"
-    assert trainer.scaler is not None
-    assert trainer.scaler.get_scale() < 65536
+    assert trainer.stepper.scaler is not None
+    assert trainer.stepper.scaler.get_scale() < 65536
     assert not torch.equal(weights(model), start)
 
 
@@ -465,9 +466,9 @@ def test_a_resumed_fp16_run_keeps_its_scale_and_its_pardoned_overflows(tmp_path:
     assert newest is not None
     second = trainer_of(plain_network(7), loss, precision="fp16", skip_limit=1)
     second.resume(load(newest))
-    assert second.scaler is not None
-    assert first.scaler is not None
-    assert second.scaler.get_scale() == first.scaler.get_scale()
+    assert second.stepper.scaler is not None
+    assert first.stepper.scaler is not None
+    assert second.stepper.scaler.get_scale() == first.stepper.scaler.get_scale()
     second.fit(4)
     assert second.optimizer.skipped_steps == first.optimizer.skipped_steps + 1
 

@@ -1,0 +1,87 @@
+"""One side of parallelism.py on one rank: trains on synthetic images for some seconds, and prints what it did (rank 0).
+
+mpirun -n 2 python benchmarks/parallelism_rank.py '{"hidden": [2000, 2000], "batch": 64, ...}'
+"""
+
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+if (
+    __name__ == "__main__"
+):  # A script's own folder is on the path; the modules beside it are a package of the one above.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from hvdvae.cli import assemble
+from hvdvae.config import TrainConfig
+from hvdvae.world import World
+
+SHAPE = (1, 28, 28)
+WARM_UP = 5
+
+
+def main(order: dict[str, Any]) -> None:
+    """Train, and print."""
+    torch.set_num_threads(1)
+    world = World.create(device="cpu", deadline=120)
+    independent = order.pop("independent", False)
+    seconds = order.pop("seconds")
+    config = TrainConfig(model="mlp", latent=[20], activation="relu", engine="mpi", nll_samples=0, **order)
+    mine = World.alone(device="cpu") if independent else world
+    groups = assemble.mesh(config, mine)
+    model = assemble.model(config, SHAPE, torch.device("cpu"))
+    parts, pipeline = assemble.split(config, model, groups) if groups is not None else (None, None)
+    replicas = mine if groups is None else groups.replicas
+    optimizer = assemble.distributed(config, model, replicas, parts)
+    objective = assemble.objective(config)
+    batch = torch.rand(config.batch_size * config.accumulate, *SHAPE)
+    plain = torch.autocast("cpu", enabled=False)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        if pipeline is not None:
+            pipeline.run(batch, 0.0, config.accumulate, plain)
+        else:
+            for micro in batch.chunk(config.accumulate):
+                objective(model, micro, 0.0)["loss"].backward()
+        optimizer.step()
+
+    for _ in range(WARM_UP):
+        step()
+    if pipeline is not None:
+        pipeline.forget()
+    world.barrier()
+    before, begin = world.watchdog.waited, time.perf_counter()
+    steps = 0
+    for steps in itertools.count(1):
+        step()
+        # Rank 0's clock is everybody's: all take as many steps.
+        over = torch.tensor([float(time.perf_counter() - begin > seconds)])
+        if steps % 5 == 0 and float((world.broadcast_(over) if not independent else over)[0]):
+            break
+    took = time.perf_counter() - begin
+    state = sum(value.nbytes for entries in optimizer.inner.state.values() for value in entries.values() if value.dim())
+    found = {
+        "rate": steps * len(batch) / took,
+        "waited": (world.watchdog.waited - before) / took,
+        "parameters": optimizer.flat.parameters.nbytes,
+        "state": state,
+    }
+    rows = world.gather_objects(found)
+    staged = pipeline.results() if pipeline is not None else None
+    if world.is_first:
+        copies = world.size if independent else replicas.size
+        total = sum(row["rate"] for row in rows) / len(rows) * copies
+        most = {key: max(row[key] for row in rows) for key in ("parameters", "state")}
+        waited = sum(row["waited"] for row in rows) / len(rows)
+        print(json.dumps({**most, "rate": total, "waited": waited, "pipeline": staged}))
+    world.close()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,168 @@
+"""What a rank of a run keeps in memory: predicted from the model without its numbers.
+
+The model is built on torch's meta device, split as it would be, and run once to see what autograd keeps for backward.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from hvdvae.cli import assemble
+from hvdvae.config import TrainConfig
+from hvdvae.errors import ConfigError
+from hvdvae.parallel.mesh import Groups, Mesh
+from hvdvae.parallel.micro_batches import cut_points, order_of
+from hvdvae.parallel.stages import keep_stage
+from hvdvae.parallel.tensor import split_layers
+from hvdvae.vae.chain import Tensors, VaeChain
+
+ENTRIES = {"adam": 2, "adamw": 2, "rmsprop": 1, "adagrad": 1, "sgd": 0}
+"""Numbers of an optimizer's state for each parameter, without momentum of sgd and rmsprop."""
+FLOAT = 4
+"""Bytes: weights, gradients and state are float32 whatever --precision says."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one rank."""
+
+    parameters: int
+    gradients: int
+    """autograd's own, which a backward pass writes, and the vector that is exchanged; where passes add up, also the
+    largest of one pass."""
+    optimizer: int
+    average: int
+    """--ema."""
+    activations: int
+    """Kept for backward at most, of all micro-batches that are under way."""
+    mapped: int
+    """Of other ranks' vectors that this rank reads and writes in shared memory."""
+
+    @property
+    def total(self) -> int:
+        """Of its own."""
+        return self.parameters + self.gradients + self.optimizer + self.average + self.activations
+
+
+class Imagined(NamedTuple):
+    """In the place of a World: a rank among so many, of which there is none."""
+
+    rank: int
+    size: int
+
+    def sum_(self, tensor: Tensor, what: str = "") -> Tensor:
+        """As World's, on a tensor without numbers."""
+        return tensor
+
+
+def footprints(config: TrainConfig, shape: Sequence[int], mesh: Mesh) -> list[Footprint]:
+    """Of the first rank of each stage, which has the most of what is not even. Raises ConfigError."""
+    if config.strategy not in ("local", "allreduce", "sharded"):
+        raise ConfigError(
+            f"hvdvae memory knows --strategy local, allreduce and sharded, found {config.strategy}: ask for one of them"
+        )
+    found = []
+    for stage in range(mesh.pp):
+        model = _built(config, shape)
+        chain = VaeChain(model, assemble.objective(config), config.samples)
+        if mesh.tp > 1:
+            split_layers(model, model.chains, Imagined(0, mesh.tp))  # type: ignore[arg-type]
+        cuts = _cuts(config, model, chain, mesh.pp)
+        kept = _activations(config, chain, model, mesh, stage, cuts, shape)
+        if mesh.pp > 1:
+            imagined: Any = Imagined(stage, mesh.pp)
+            keep_stage(model, chain, cuts, Groups(mesh, imagined, imagined, imagined, imagined, imagined))
+        found.append(_footprint(config, model, mesh, kept))
+    return found
+
+
+def _built(config: TrainConfig, shape: Sequence[int]) -> Any:
+    with torch.device("meta"):
+        return assemble.model(config, tuple(shape), torch.device("meta"))
+
+
+def _footprint(config: TrainConfig, model: nn.Module, mesh: Mesh, activations: int) -> Footprint:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    entries = ENTRIES[config.optimizer] + (config.optimizer in ("sgd", "rmsprop") and config.momentum > 0)
+    owners = mesh.dp if config.strategy == "sharded" else 1
+    others = FLOAT * count * (mesh.dp - 1) // mesh.dp
+    vectors = {"local": 0, "allreduce": 1, "sharded": 2}[config.strategy] if config.engine != "horovod" else 0
+    adds_up = mesh.pp > 1 or config.accumulate > 1
+    largest = max(parameter.numel() for parameter in model.parameters()) if adds_up else 0
+    return Footprint(
+        parameters=FLOAT * count,
+        gradients=FLOAT * (2 * count + largest),
+        optimizer=FLOAT * entries * count // owners,
+        average=FLOAT * count if config.ema else 0,
+        activations=activations,
+        mapped=vectors * others,
+    )
+
+
+def _cuts(config: TrainConfig, model: nn.Module, chain: VaeChain, stages: int) -> list[int]:
+    if stages == 1:
+        return [0]
+    if config.cuts == "auto" and stages == len(chain.default_cuts):
+        return list(chain.default_cuts)
+    if config.cuts in ("auto", "measured"):
+        # Time cannot be told from here; that of a layer follows its weights.
+        sizes = [
+            sum(p.numel() for name in step.modules for p in model.get_submodule(name).parameters())
+            for step in chain.steps
+        ]
+        return cut_points([float(size) for size in sizes], stages)
+    return [0, *map(int, config.cuts.split(","))]
+
+
+def _activations(
+    config: TrainConfig,
+    chain: VaeChain,
+    model: nn.Module,
+    mesh: Mesh,
+    stage: int,
+    cuts: list[int],
+    shape: Sequence[int],
+) -> int:
+    micros = (config.micro_batches or assemble.MICRO_BATCHES) if mesh.pp > 1 else 1
+    batch = torch.empty(max(1, config.batch_size // micros), *shape, device="meta")
+    chain.begin(batch)
+    payload: Tensors = chain.inputs(batch)
+    ends = [*cuts[1:], len(chain.steps)]
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    total = received = 0
+    for number, step in enumerate(chain.steps):
+        inputs = payload
+        if number == cuts[stage]:
+            received = sum(tensor.nbytes for tensor in inputs) if stage else 0
+
+        def run(step: Any = step, inputs: Tensors = inputs, is_last: bool = number + 1 == len(chain.steps)) -> Any:
+            outputs = step.run(inputs, slice(0, len(batch)))
+            # The loss belongs to the last step.
+            return outputs, chain.loss(outputs, batch, 0.0) if is_last else None
+
+        saved, (payload, _) = _saved(run, parameters)
+        total += saved if cuts[stage] <= number < ends[stage] else 0
+    order = order_of(config.pipeline_schedule, stage, mesh.pp, micros)
+    under_way = max(sum(1 if kind == "forward" else -1 for kind, _ in order[: turn + 1]) for turn in range(len(order)))
+    if config.recompute and mesh.pp > 1:
+        return received * under_way + total
+    return (received + total) * under_way
+
+
+def _saved(run: Callable[[], Any], parameters: set[int]) -> tuple[int, Any]:
+    """Bytes that autograd keeps for backward, each storage once, and what `run` returns."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            seen[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    return sum(seen.values()), result

@@ -1,0 +1,39 @@
+"""`hvdvae memory`: whether a model fits, before a cluster is asked for."""
+
+import sys
+
+from hvdvae.cli.footprint import Footprint, footprints
+from hvdvae.cli.options import MemoryOptions
+from hvdvae.config import TrainConfig
+from hvdvae.data import open_dataset
+from hvdvae.errors import ConfigError
+from hvdvae.parallel.mesh import Mesh
+
+COLUMNS = ("parameters", "gradients", "optimizer", "average", "activations", "total", "mapped")
+
+
+def memory(options: MemoryOptions) -> int:
+    """Print a row for each kind of rank. Returns the exit status; raises ConfigError."""
+    from hvdvae.cli.parser import parse
+
+    _, asked = parse(["train", *options.train])
+    config = TrainConfig(**asked.values)
+    if options.ranks < 1:
+        raise ConfigError(f"--ranks is {options.ranks}, expected at least 1")
+    shape = tuple(options.shape) if options.shape else open_dataset(config.data, validation=config.validation).shape
+    mesh = Mesh.of(options.ranks, mesh=config.mesh, pipeline=config.pipeline, tensor=config.tensor)
+    sys.stdout.write(table(footprints(config, shape, mesh), mesh))
+    return 0
+
+
+def table(found: list[Footprint], mesh: Mesh) -> str:
+    """Of all stages, in MB. Pure."""
+    lines = [f"mesh {mesh}: {mesh.dp} x {mesh.pp * mesh.tp} ranks, MB (10^6 bytes) a rank"]
+    lines.append(f"{'stage':<7}" + "".join(f"{column:>13}" for column in COLUMNS))
+    for stage, one in enumerate(found):
+        lines.append(f"{stage:<7}" + "".join(f"{getattr(one, column) / 1e6:>13,.1f}" for column in COLUMNS))
+    lines += [
+        "total: besides Python and its libraries (about 400 MB), the data, and what backward needs for a moment",
+        "mapped: of other ranks' vectors, where ranks share a host; counted as resident, but memory of theirs",
+    ]
+    return "\n".join(lines) + "\n"

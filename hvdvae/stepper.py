@@ -1,0 +1,130 @@
+"""One step: learning rate, noise, forward and backward, exchange, update; and what it does where numbers overflow."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hvdvae.batch import Batch, chunks, examples_of
+from hvdvae.ema import MovingAverage
+from hvdvae.errors import NonFiniteError
+from hvdvae.heartbeat import Heartbeat
+from hvdvae.schedule import Schedule
+from hvdvae.seeding import seed_everything
+from hvdvae.strategies import Strategy
+
+if TYPE_CHECKING:
+    from hvdvae.parallel.pipeline import Pipeline
+
+TERMS = ("loss", "rate", "distortion")
+Loss = Callable[[nn.Module, Any, float], Tensor | Mapping[str, Tensor]]
+"""(model, batch, epoch) to a scalar, or a mapping with `loss` in it; means over the batch."""
+
+
+class Stepper:
+    """Takes the steps of a run."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Strategy,
+        loss: Loss,
+        *,
+        seed: int,
+        schedule: Schedule | None,
+        ema: MovingAverage | None,
+        precision: str,
+        skip_limit: int,
+        pipeline: "Pipeline | None",
+    ) -> None:
+        """As the trainer has them. Local."""
+        self._model, self._optimizer, self._loss, self._seed = model, optimizer, loss, seed
+        self._schedule, self._ema, self._pipeline = schedule, ema, pipeline
+        self._base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self._device = optimizer.world.device
+        self._autocast, self.scaler = _mixed_precision(precision, self._device)
+        self._skip_limit = skip_limit
+        self.overflows = 0
+        """Skipped steps in which fp16 was looking for its scale: they do not count towards the limit."""
+        self._nothing = torch.zeros((), device=self._device)
+
+    def step(self, batch: Batch, number: int, epoch: float, pulse: Heartbeat) -> None:
+        """Take step `number` of the run, at so many epochs. Blocks; every rank must call it. Mutates the model.
+
+        Tells `pulse` of every pass. Raises NonFiniteError on all ranks once too many steps were skipped.
+        """
+        optimizer = self._optimizer
+        self._set_learning_rates(epoch)
+        # Ranks that compute one model together draw the same.
+        seed_everything(self._device, self._seed, optimizer.world.rank, number)
+        optimizer.zero_grad()
+        passes = optimizer.backward_passes_per_step
+        if self._pipeline is not None:
+            done: Iterable[tuple[Mapping[str, Tensor], int]] = self._pipeline.run(batch, epoch, passes, self._autocast)
+        else:
+            done = self._backward(batch, epoch, passes)
+        for values, examples in done:
+            optimizer.watch(values["loss"])
+            loss, rate, distortion = (values.get(name, self._nothing).detach() for name in TERMS)
+            pulse.count(loss, rate, distortion, examples)
+        self._update(number)
+
+    def scale_learning_rates(self, factor: float) -> None:
+        """Multiply them, now and as they will be. Local."""
+        self._base_lrs = [lr * factor for lr in self._base_lrs]
+        for group, lr in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = lr
+
+    def _backward(self, batch: Batch, epoch: float, passes: int) -> Iterator[tuple[Mapping[str, Tensor], int]]:
+        """Forward and backward, micro-batch by micro-batch; after each its losses and its number of examples."""
+        examples = examples_of(batch)
+        for micro in chunks(batch, passes):
+            with self._autocast:
+                result = self._loss(self._model, micro, epoch)
+            values = result if isinstance(result, Mapping) else {"loss": result}
+            micro_examples = examples if passes == 1 else examples_of(micro)
+            # The strategy averages over passes; unequal micro-batches count by their examples.
+            scaled = values["loss"] * (micro_examples / examples * passes) if passes > 1 else values["loss"]
+            (self.scaler.scale(scaled) if self.scaler else scaled).backward()  # type: ignore[no-untyped-call]
+            yield values, micro_examples
+
+    def _update(self, number: int) -> None:
+        optimizer = self._optimizer
+        if self.scaler is not None:
+            optimizer.synchronize()
+            self.scaler.unscale_(optimizer)
+            scale = self.scaler.get_scale()
+        skipped = optimizer.skipped_steps
+        optimizer.step()
+        if self.scaler is not None:
+            self.scaler.update()
+            # An overflow at a large scale is how the scale is found; the next, lower one may do.
+            self.overflows += int(optimizer.skipped_steps > skipped and scale > 1.0)
+        if optimizer.skipped_steps == skipped:
+            if self._ema is not None:
+                self._ema.update()
+        elif optimizer.skipped_steps - self.overflows > self._skip_limit:
+            raise NonFiniteError(
+                f"skipped {optimizer.skipped_steps} steps because a loss or gradient was not finite on some rank "
+                f"(--skip-limit {self._skip_limit}), the last at step {number}: lower --lr, set "
+                "--clip-norm, or look for bad values in the data"
+            )
+
+    def _set_learning_rates(self, epoch: float) -> None:
+        if self._schedule is None:
+            return
+        factor = self._schedule(epoch)
+        for group, base in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = base * factor
+
+
+def _mixed_precision(
+    precision: str, device: torch.device
+) -> tuple[AbstractContextManager[None], torch.amp.GradScaler | None]:
+    if precision == "fp32":
+        return nullcontext(), None
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
+    return torch.autocast(device.type, dtype=dtype), scaler

@@ -1,0 +1,73 @@
+"""A few steps of a model, and what they took: python memory_job.py LIMIT OPTIONS OF TRAIN...
+
+LIMIT: bytes of data that this process may have beyond what it has before the model is built; 0: as many as there are.
+Every rank prints a line: what was predicted for it, and by how much its resident memory grew at most.
+"""
+
+import json
+import resource
+import sys
+
+import psutil
+import torch
+
+from hvdvae.cli import assemble
+from hvdvae.cli.footprint import footprints
+from hvdvae.cli.parser import parse
+from hvdvae.config import TrainConfig
+from hvdvae.parallel.mesh import Mesh
+from hvdvae.trainer import Trainer
+from hvdvae.world import World
+
+SHAPE, STEPS = (1, 28, 28), 3
+
+
+class Noise:
+    """Batches of random images."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._batch = config.batch_size * config.accumulate
+        self.examples = STEPS * self._batch
+
+    def steps(self, start: int = 0) -> int:
+        return STEPS
+
+    def epoch(self, epoch: int, start: int = 0):  # type: ignore[no-untyped-def]
+        for _ in range(STEPS):
+            yield torch.rand(self._batch, *SHAPE)
+
+    def reshare(self, rank: int, size: int) -> None:
+        """Nobody dies."""
+
+
+def main(limit: int, words: list[str]) -> None:
+    """Train, and print."""
+    torch.set_num_threads(1)
+    _, asked = parse(["train", *words])
+    config = TrainConfig(**asked.values)
+    world = World.create(device="cpu", deadline=60)
+    # What the first steps of any model load.
+    warm = torch.nn.Linear(4, 4)
+    warm(torch.rand(2, 4)).sum().backward()
+    torch.optim.Adam(warm.parameters(), fused=True).step()
+    me = psutil.Process()
+    before = me.memory_info()
+    if limit:
+        resource.setrlimit(resource.RLIMIT_DATA, (before.data + limit,) * 2)
+    groups = assemble.mesh(config, world)
+    model = assemble.model(config, SHAPE, world.device)
+    parts, pipeline = assemble.split(config, model, groups) if groups is not None else (None, None)
+    optimizer = assemble.distributed(config, model, world if groups is None else groups.replicas, parts)
+    Trainer(model, optimizer, assemble.objective(config), Noise(config), pipeline=pipeline, ema_decay=config.ema).fit(1)
+    mesh = Mesh.of(world.size, mesh=config.mesh, pipeline=config.pipeline, tensor=config.tensor)
+    predicted = footprints(config, SHAPE, mesh)[mesh.place(world.rank)[1]]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found = {"predicted": predicted.total + predicted.mapped, "grew": peak - before.rss}
+    rows = world.gather_objects(found)
+    if world.is_first:
+        sys.stdout.write("\n" + json.dumps(rows) + "\n")
+    world.close()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])
