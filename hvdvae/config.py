@@ -133,6 +133,8 @@ class StrategyOptions:
     """Learning rate of diloco's outer optimizer [0.7]."""
     outer_momentum: float | None = None
     """Nesterov momentum of diloco's outer optimizer [0.9]."""
+    zero_stage: Literal[1, 2] = 1
+    """What ranks share with sharded: 1, the optimizer's state; 2, gradients too, which are sent during backward."""
     tensor: int = 1
     """Ranks that share each layer, by its neurons or channels; the others train copies (allreduce, sharded)."""
     pipeline: int = 1

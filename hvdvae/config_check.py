@@ -55,6 +55,7 @@ BELONGS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("reduce_op", "strategy", ("allreduce",)),
     ("sync_batch_norm", "strategy", ("allreduce", "sharded")),
     ("replace_workers", "strategy", ("allreduce", "ps")),
+    ("zero_stage", "strategy", ("sharded",)),
     ("tensor", "strategy", ("allreduce", "sharded")),
     ("pipeline", "strategy", ("allreduce", "sharded")),
     ("mesh", "strategy", ("allreduce", "sharded")),
@@ -129,6 +130,8 @@ def _check_parallelism(config: "TrainConfig") -> None:
         raise ConfigError(
             "--compression-momentum takes the place of the optimizer's: use --optimizer sgd without --momentum"
         )
+    if config.zero_stage == 2 and config.precision == "fp16":
+        raise ConfigError("--precision fp16 needs whole gradients, which --zero-stage 2 does not keep: use bf16")
     if config.strategy in AVERAGING and config.ema:
         raise ConfigError(f"--ema does not go with --strategy {config.strategy}: ranks have weights of their own")
     if config.strategy == "ps" and config.engine == "mpi":

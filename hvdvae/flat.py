@@ -60,6 +60,11 @@ class FlatModel:
         self.gradient = vector
         self._gradient_views = list(self.views(vector).values())
 
+    def keep_gradient(self, vector: Tensor) -> None:
+        """Let `vector`, of any length, be all that is kept of gradients: they are gathered by somebody else. Local."""
+        self.gradient = vector
+        self._gradient_views = []
+
     def move_parameters(self, vector: Tensor) -> None:
         """Let `vector` (P,) hold the parameters from now on. Copies them; optimizers over `parameters` must follow."""
         vector.copy_(self.parameters)
@@ -101,6 +106,10 @@ class FlatModel:
             found[name] = slice(start, start + parameter.numel())
             start += parameter.numel()
         return found
+
+    def view(self, piece: Tensor, number: int) -> Tensor:
+        """A piece of a vector, that of parameter `number`, in its shape."""
+        return _view_as(piece, 0, self.tensors[number])
 
     def split(self, vector: Tensor, group: int) -> list[Tensor]:
         """Views of a vector that is aligned with one group's slice, one a parameter, in the parameters' shapes."""

@@ -123,6 +123,7 @@ def mesh(config: TrainConfig, world: World) -> Groups | None:
         "--compression": config.compression != "none",
         "--reduce-op adasum": config.reduce_op == "adasum",
         "--replace-workers": config.replace_workers,
+        "--zero-stage 2": config.zero_stage == 2 and found.pp > 1,
         "--sync-batch-norm": config.sync_batch_norm and found.pp > 1,
     }
     for name, is_set in refused.items():
@@ -173,6 +174,7 @@ def distributed(config: TrainConfig, trained: nn.Module, world: World, parts: Pa
         outer_momentum=config.outer_momentum,
         group_size=config.group_size,
         reduce_op=config.reduce_op,
+        zero_stage=config.zero_stage,
         plan=plan(config),
         parts=parts,
     )

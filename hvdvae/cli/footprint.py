@@ -93,9 +93,14 @@ def _footprint(config: TrainConfig, model: nn.Module, mesh: Mesh, activations: i
     vectors = {"local": 0, "allreduce": 1, "sharded": 2}[config.strategy] if config.engine != "horovod" else 0
     adds_up = mesh.pp > 1 or config.accumulate > 1
     largest = max(parameter.numel() for parameter in model.parameters()) if adds_up else 0
+    gradients = FLOAT * (2 * count + largest)
+    if config.zero_stage == 2:
+        # A slice, and what is on its way.
+        gradients = FLOAT * (count // mesh.dp + max(parameter.numel() for parameter in model.parameters()))
+        vectors = 0
     return Footprint(
         parameters=FLOAT * count,
-        gradients=FLOAT * (2 * count + largest),
+        gradients=gradients,
         optimizer=FLOAT * entries * count // owners,
         average=FLOAT * count if config.ema else 0,
         activations=activations,

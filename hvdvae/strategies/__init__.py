@@ -44,6 +44,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     reduce_op: str = "average",
     process_set: Any = None,
     servers: int | None = None,
+    zero_stage: int = 1,
     plan: Plan | None = None,
     parts: "Parts | None" = None,
 ) -> Strategy:
@@ -65,6 +66,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     reduce_op: average, or adasum (engine horovod; Maleki et al. 2021).
     process_set: the horovod ProcessSet that trains this model (engine horovod; default all ranks).
     servers: pieces of the weights, each with a rank that serves it, the last ones (ps; default those of `world`, or 1).
+    zero_stage: what ranks share (sharded): 1, the optimizer's state; 2, gradients too.
     plan: consistency, rule and periods of the parameter server (ps; default asynchronous).
     parts: where `model` is this rank's part of one that several ranks hold (hvdvae.parallel), with allreduce and
         sharded; `world` has the ranks that hold the same part then.
@@ -121,10 +123,14 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
             "and process_set, or use --strategy allreduce"
         )
     chosen = choose_engine(engine, world, compression=compression, reduce_op=reduce_op, process_set=process_set)
-    if strategy == "sharded":
+    if strategy == "sharded" and zero_stage == 2:
+        from hvdvae.strategies.sharded_gradients import ShardedGradients
+
+        wrapped: Strategy = ShardedGradients(optimizer, model, world, engine=chosen.name, **options)
+    elif strategy == "sharded":
         from hvdvae.strategies.sharded import Sharded
 
-        wrapped: Strategy = Sharded(optimizer, model, world, engine=chosen.name, **options)
+        wrapped = Sharded(optimizer, model, world, engine=chosen.name, **options)
     elif chosen.name == "mpi" and compression != "none":
         from hvdvae.strategies.allreduce_compressed import CompressedAllreduce
 

@@ -42,10 +42,10 @@ class Sharded(Strategy):
         self.part = slice_of(flat.parameters.numel(), world.rank, world.size)
         self._whole = self.inner
         """Over all parameters; has a state only while that is saved or loaded."""
-        self._slices: Slices = slices_of(flat, world, engine)
+        self._slices: Slices = self._carrier(engine)
         self.follow_gradient()
         self.follow_parameters()
-        self._places = [_overlap(group, self.part) for group in flat.group_slices]
+        self._places = [overlap(group, self.part) for group in flat.group_slices]
         """What my slice has of each group, in the whole vector."""
         self.inner = flat_optimizer(optimizer, flat, self._places)
         self._take_state()
@@ -65,7 +65,7 @@ class Sharded(Strategy):
 
     def squared_norm(self, gradient: Tensor) -> float:
         """As Strategy's: a sum over the ranks' slices."""
-        places = [_overlap(place, self.part) for place in self.own]
+        places = [overlap(place, self.part) for place in self.own]
         squares = sum(float(torch.dot(gradient[place], gradient[place])) for place in places)
         return float(self.world.sum_(torch.tensor([squares], dtype=torch.float64), "norm of the gradient"))
 
@@ -113,6 +113,9 @@ class Sharded(Strategy):
         nbytes = sum(value.nbytes for value in tensors if isinstance(value, Tensor))
         return {**super().results(), "optimizer_state_bytes": nbytes}
 
+    def _carrier(self, engine: str) -> Slices:
+        return slices_of(self.flat, self.world, engine)
+
     def _count(self, nbytes: int) -> None:
         # A reduce-scatter is the first half of a ring, an allgather the second.
         self._traffic.ring(nbytes // 2, self.world.size)
@@ -144,7 +147,7 @@ class Sharded(Strategy):
                     self._whole.state[whole][key] = entry
 
 
-def _overlap(group: slice, part: slice) -> slice:
+def overlap(group: slice, part: slice) -> slice:
     """What lies in both; may be empty."""
     start = min(max(group.start, part.start), group.stop)
     return slice(start, max(start, min(group.stop, part.stop)))

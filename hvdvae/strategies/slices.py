@@ -87,10 +87,12 @@ class MessageSlices:
 
     def gather_(self, vector: Tensor) -> None:
         """As Slices'."""
-        counts, mine = self._counts(vector), self._mine(vector)
+        from mpi4py import MPI
+
+        counts = self._counts(vector)
         host = vector.detach().cpu()
         with self._world.waiting("allgather of slices"):
-            self._world.comm.Allgatherv(host[mine].clone().numpy(), [host.numpy(), counts])
+            self._world.comm.Allgatherv(MPI.IN_PLACE, [host.numpy(), counts])
         if host.data_ptr() != vector.data_ptr():
             vector.detach().copy_(host)
 

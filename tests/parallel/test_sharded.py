@@ -28,6 +28,13 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, worl
     return "mpi"
 
 
+@pytest.fixture(params=[1, 2])
+def stage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """What is split; buckets so small that there are several."""
+    monkeypatch.setattr("hvdvae.strategies.sharded_gradients.BUCKET_BYTES", 80)
+    return int(request.param)
+
+
 def sharded(world: World, engine: str, kind: str = "adam", **options: object) -> tuple[nn.Module, Sharded]:
     model = network(seed=100 + world.rank)
     optimizer = DistributedOptimizer(
@@ -45,18 +52,20 @@ def step(world: World, model: nn.Module, optimizer: Sharded) -> None:
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_equals_one_process_with_the_whole_batch(world: World, engine: str, kind: str) -> None:
-    found = parallel(world, engine, OPTIMIZERS[kind], strategy="sharded")
+def test_equals_one_process_with_the_whole_batch(world: World, engine: str, stage: int, kind: str) -> None:
+    found = parallel(world, engine, OPTIMIZERS[kind], strategy="sharded", zero_stage=stage)
     torch.testing.assert_close(found, plain(OPTIMIZERS[kind]), atol=2e-6, rtol=2e-5)
     assert len(set(world.gather_bytes(found.numpy().tobytes()))) == 1, "the same bits on all ranks"
 
 
-def test_two_groups_of_which_a_rank_may_have_none(world: World, engine: str) -> None:
+def test_two_groups_of_which_a_rank_may_have_none(world: World, engine: str, stage: int) -> None:
     def build(parameters: object) -> torch.optim.Optimizer:
         first, *rest = list(parameters)  # type: ignore[call-overload]
         return torch.optim.AdamW([{"params": [first], "lr": 0.2, "weight_decay": 0.3}, {"params": rest}], 0.05)
 
-    torch.testing.assert_close(parallel(world, engine, build, strategy="sharded"), plain(build), atol=2e-6, rtol=2e-5)
+    torch.testing.assert_close(
+        parallel(world, engine, build, strategy="sharded", zero_stage=stage), plain(build), atol=2e-6, rtol=2e-5
+    )
 
 
 def test_clipping_is_of_the_whole_mean_gradient(world: World, engine: str) -> None:
@@ -69,14 +78,15 @@ def test_clipping_is_of_the_whole_mean_gradient(world: World, engine: str) -> No
 
     build = OPTIMIZERS["momentum"]
     expected = plain(build, clip_plain)
-    by_option = parallel(world, engine, build, strategy="sharded", clip_norm=0.05)
-    torch.testing.assert_close(by_option, expected, atol=2e-6, rtol=2e-4)
+    for stage in (1, 2):
+        by_option = parallel(world, engine, build, strategy="sharded", clip_norm=0.05, zero_stage=stage)
+        torch.testing.assert_close(by_option, expected, atol=2e-6, rtol=2e-4)
     by_hand = parallel(world, engine, build, clip_synchronized, strategy="sharded")
     torch.testing.assert_close(by_hand, expected, atol=2e-6, rtol=2e-4)
 
 
-def test_accumulated_gradients_are_the_big_batch(world: World, engine: str) -> None:
-    model, optimizer = sharded(world, engine, backward_passes_per_step=2)
+def test_accumulated_gradients_are_the_big_batch(world: World, engine: str, stage: int) -> None:
+    model, optimizer = sharded(world, engine, zero_stage=stage, backward_passes_per_step=2)
     x, y = (tensor[share(world)] for tensor in examples())
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -86,8 +96,8 @@ def test_accumulated_gradients_are_the_big_batch(world: World, engine: str) -> N
     torch.testing.assert_close(weights(model), plain(OPTIMIZERS["adam"]), atol=2e-6, rtol=2e-5)
 
 
-def test_each_rank_keeps_its_share_of_the_state(world: World, engine: str) -> None:
-    model, optimizer = sharded(world, engine)
+def test_each_rank_keeps_its_share_of_the_state(world: World, engine: str, stage: int) -> None:
+    model, optimizer = sharded(world, engine, zero_stage=stage)
     step(world, model, optimizer)
     length = sum(parameter.numel() for parameter in model.parameters())
     mine = optimizer.results()["optimizer_state_bytes"]
@@ -99,8 +109,8 @@ def test_each_rank_keeps_its_share_of_the_state(world: World, engine: str) -> No
     assert sum(vector.untyped_storage().nbytes() for vector in vectors) == mine - counters, "and no more behind it"
 
 
-def test_a_checkpoint_is_the_plain_optimizers_and_loads_into_any(world: World, engine: str) -> None:
-    model, optimizer = sharded(world, engine)
+def test_a_checkpoint_is_the_plain_optimizers_and_loads_into_any(world: World, engine: str, stage: int) -> None:
+    model, optimizer = sharded(world, engine, zero_stage=stage)
     for _ in range(3):
         step(world, model, optimizer)
     with optimizer.fetched(state=True):
@@ -119,7 +129,7 @@ def test_a_checkpoint_is_the_plain_optimizers_and_loads_into_any(world: World, e
             for key, value in entries.items():
                 torch.testing.assert_close(saved["state"][number][key], value, atol=2e-6, rtol=2e-5)
     # Into a new one, from the plain optimizer's: every rank takes its slice.
-    other, resumed = sharded(world, engine)
+    other, resumed = sharded(world, engine, zero_stage=stage)
     with torch.no_grad():
         for mine, theirs in zip(other.parameters(), single.parameters(), strict=True):
             mine.copy_(theirs)
@@ -129,21 +139,21 @@ def test_a_checkpoint_is_the_plain_optimizers_and_loads_into_any(world: World, e
     torch.testing.assert_close(weights(other), weights(model), atol=2e-6, rtol=2e-5)
 
 
-def test_state_that_was_there_before_wrapping_is_kept(world: World, engine: str) -> None:
+def test_state_that_was_there_before_wrapping_is_kept(world: World, engine: str, stage: int) -> None:
     model = network(seed=100)
     optimizer = OPTIMIZERS["adam"](model.parameters())
     x, y = examples()
     loss_of(model, x, y).backward()
     optimizer.step()
-    wrapped = DistributedOptimizer(optimizer, model, world=world, engine=engine, strategy="sharded")
+    wrapped = DistributedOptimizer(optimizer, model, world=world, engine=engine, strategy="sharded", zero_stage=stage)
     assert isinstance(wrapped, Sharded)
     for _ in range(STEPS - 1):
         step(world, model, wrapped)
     torch.testing.assert_close(weights(model), plain(OPTIMIZERS["adam"]), atol=2e-6, rtol=2e-5)
 
 
-def test_a_rank_that_is_not_finite_skips_the_step_on_all(world: World, engine: str) -> None:
-    model, optimizer = sharded(world, engine)
+def test_a_rank_that_is_not_finite_skips_the_step_on_all(world: World, engine: str, stage: int) -> None:
+    model, optimizer = sharded(world, engine, zero_stage=stage)
     start = weights(model)
     optimizer.zero_grad()
     x, y = (tensor[share(world)] for tensor in examples())

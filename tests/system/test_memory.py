@@ -42,6 +42,7 @@ def test_the_model_is_large() -> None:
         (1, ("--strategy", "local", "--optimizer", "sgd", "--ema", "0.99")),
         (2, ()),
         (2, ("--strategy", "sharded")),
+        (2, ("--strategy", "sharded", "--zero-stage", "2")),
         (2, ("--pipeline", "2")),
         (2, ("--tensor", "2")),
     ],
