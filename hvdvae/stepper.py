@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hvdvae.batch import Batch, chunks, examples_of
 from hvdvae.ema import MovingAverage
-from hvdvae.errors import NonFiniteError
+from hvdvae.errors import ConfigError, NonFiniteError
 from hvdvae.heartbeat import Heartbeat
 from hvdvae.schedule import Schedule
 from hvdvae.seeding import seed_everything
@@ -30,7 +30,7 @@ class Stepper:
         self,
         model: nn.Module,
         optimizer: Strategy,
-        loss: Loss,
+        loss: Loss | None,
         *,
         seed: int,
         schedule: Schedule | None,
@@ -39,7 +39,9 @@ class Stepper:
         skip_limit: int,
         pipeline: "Pipeline | None",
     ) -> None:
-        """As the trainer has them. Local."""
+        """As the trainer has them. Local. Raises ConfigError where nobody has a loss."""
+        if loss is None and pipeline is None:
+            raise ConfigError("the trainer got loss None, expected a function (model, batch, epoch), or a pipeline")
         self._model, self._optimizer, self._loss, self._seed = model, optimizer, loss, seed
         self._schedule, self._ema, self._pipeline = schedule, ema, pipeline
         self._base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
@@ -79,6 +81,7 @@ class Stepper:
 
     def _backward(self, batch: Batch, epoch: float, passes: int) -> Iterator[tuple[Mapping[str, Tensor], int]]:
         """Forward and backward, micro-batch by micro-batch; after each its losses and its number of examples."""
+        assert self._loss is not None
         examples = examples_of(batch)
         for micro in chunks(batch, passes):
             with self._autocast:

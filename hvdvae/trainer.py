@@ -95,7 +95,7 @@ class Trainer:
         self,
         model: nn.Module,
         optimizer: Strategy,
-        loss: Loss,
+        loss: Loss | None,
         batches: Batches,
         *,
         seed: int = 0,
@@ -119,7 +119,7 @@ class Trainer:
         are scaled anew.
         `validate`: called by every rank after an epoch, returns numbers that are equal on all, `loss` (lower is better)
         among them. `config`: saved in checkpoints. Periods are in epochs. `pipeline`: this rank's stage, where the
-        model is split into stages; its chain has the loss then.
+        model is split into stages; its chain has the loss then, and `loss` may be None.
         """
         keep_freed_memory()
         self.model, self.optimizer, self.batches = model, optimizer, batches

@@ -2,7 +2,7 @@
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ from hvdvae.errors import ConfigError
 from hvdvae.parallel.mesh import Groups, Mesh, groups_of
 from hvdvae.parallel.micro_batches import SCHEDULES, bubble
 from hvdvae.parallel.parts import Parts, Whole
-from hvdvae.parallel.pipeline import Pipeline
 from hvdvae.parallel.sequential import SequentialChain
 from hvdvae.parallel.stages import choose_cuts, keep_stage
 from hvdvae.parallel.tensor import split_layers
@@ -30,6 +29,9 @@ from hvdvae.world import World
 from tests.parallel.regression import OPTIMIZERS, examples, share
 from tests.parallel.test_tensor import MODELS, adam, whole
 from tests.parallel.test_trainer_laws import IMAGES, SHAPE, Epochs, loader
+
+if TYPE_CHECKING:
+    from hvdvae.parallel.pipeline import Pipeline
 
 MESHES = [Mesh(dp, pp, tp) for dp, pp, tp in itertools.product((1, 2, 4), repeat=3) if dp * pp * tp <= 4]
 
@@ -59,7 +61,7 @@ def staged(
     cuts: str = "auto",
     strategy: str = "allreduce",
     **options: Any,
-) -> tuple[Strategy, Pipeline | None]:
+) -> tuple[Strategy, "Pipeline | None"]:
     """The model in its parts, and what trains them."""
     remembered, stages = Whole.of(model), groups.mesh.pp
     chain = VaeChain(model, objective, samples)
@@ -68,6 +70,8 @@ def staged(
     parts = Parts(groups, remembered, split)
     pipeline = None
     if stages > 1:
+        from hvdvae.parallel.pipeline import Pipeline
+
         pipeline = Pipeline(chain, keep_stage(model, chain, places, groups), groups, micros=micros, **options)
     optimizer = DistributedOptimizer(
         adam(model.parameters()), model, world=groups.replicas, parts=parts, strategy=strategy, engine="mpi"
@@ -80,7 +84,7 @@ def trainer(
     model: VAE,
     optimizer: Strategy,
     objective: Objective,
-    pipeline: Pipeline | None = None,
+    pipeline: "Pipeline | None" = None,
     **options: Any,
 ) -> Trainer:
     return Trainer(model, optimizer, objective, loader(world), seed=3, pipeline=pipeline, **options)
@@ -229,6 +233,8 @@ def test_checkpoints_go_on_at_any_other_mesh(world: World, shared_path: Path) ->
 def test_any_sequential_trains_in_stages(groups: Groups) -> None:
     if groups.mesh.tp > 1:
         pytest.skip("layers are split")
+    pytest.importorskip("mpi4py")
+    from hvdvae.parallel.pipeline import Pipeline
 
     def network() -> nn.Sequential:
         torch.manual_seed(2)
@@ -260,6 +266,27 @@ def test_any_sequential_trains_in_stages(groups: Groups) -> None:
     found = whole(model, optimizer)
     for key, parameter in single.named_parameters():
         torch.testing.assert_close(found[f"model/{key}"], parameter.detach(), atol=2e-5, rtol=2e-4)
+
+
+def test_the_trainer_of_a_sequential_needs_no_loss_besides_its_chains(groups: Groups) -> None:
+    if groups.mesh.pp == 1 or groups.mesh.tp > 1:
+        pytest.skip("stages alone")
+    from hvdvae.parallel.pipeline import Pipeline
+
+    torch.manual_seed(2)
+    model = nn.Sequential(*(layer for width in (5, 5, 5) for layer in (nn.LazyLinear(width), nn.Tanh())))
+    model = nn.Sequential(nn.Flatten(), *model, nn.Linear(5, 16))
+    model(torch.zeros(1, *SHAPE))
+    whole_model = Whole.of(model)
+    chain = SequentialChain(model, lambda output, batch, epoch: (output - batch.flatten(1)).square().mean())  # type: ignore[union-attr]
+    cuts = choose_cuts("measured", model, chain, groups.mesh.pp, torch.rand(2, *SHAPE), groups.whole)
+    pipeline = Pipeline(chain, keep_stage(model, chain, cuts, groups), groups, micros=2)
+    parts = Parts(groups, whole_model, {})
+    optimizer = DistributedOptimizer(adam(model.parameters()), model, world=groups.replicas, parts=parts, engine="mpi")
+    told = Epochs()
+    Trainer(model, optimizer, None, loader(groups.replicas), monitors=[told], pipeline=pipeline).fit(6)
+    if groups.whole.is_first:
+        assert told.metrics[-1]["loss"] < 0.8 * told.metrics[0]["loss"]
 
 
 def test_stages_tell_how_long_they_worked_and_idled(groups: Groups) -> None:
