@@ -9,10 +9,12 @@ from hvdvae.world import World
 from tests.parallel.regression import examples, loss_of, network, share, weights
 
 
+@pytest.mark.parametrize("strategy", ["allreduce", "sharded"])
 @pytest.mark.parametrize("unscale", [True, False])
-def test_an_overflow_on_one_rank_is_skipped_on_all(world: World, engine: str, unscale: bool) -> None:
+def test_an_overflow_on_one_rank_is_skipped_on_all(world: World, engine: str, unscale: bool, strategy: str) -> None:
     model, plain = network(seed=100), network(seed=100)
-    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, world=world, engine=engine)
+    inner = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = DistributedOptimizer(inner, model, world=world, engine=engine, strategy=strategy)
     reference = torch.optim.SGD(plain.parameters(), 0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
     everything = examples()

@@ -139,6 +139,26 @@ def test_a_checkpoint_is_the_plain_optimizers_and_loads_into_any(world: World, e
     torch.testing.assert_close(weights(other), weights(model), atol=2e-6, rtol=2e-5)
 
 
+def test_layers_in_bfloat16_train_float32_weights_on_a_schedule(world: World, engine: str, stage: int) -> None:
+    found = []
+    for options in ({"strategy": "allreduce"}, {"strategy": "sharded", "zero_stage": stage}):
+        model = network(seed=100)
+        inner = OPTIMIZERS["adamw"](model.parameters())
+        optimizer = DistributedOptimizer(inner, model, world=world, engine=engine, **options)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        x, y = (tensor[share(world)] for tensor in examples())
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = loss_of(model, x, y)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        assert weights(model).dtype == torch.float32
+        found.append(weights(model))
+    torch.testing.assert_close(found[1], found[0], atol=2e-5, rtol=2e-4)
+
+
 def test_state_that_was_there_before_wrapping_is_kept(world: World, engine: str, stage: int) -> None:
     model = network(seed=100)
     optimizer = OPTIMIZERS["adam"](model.parameters())
