@@ -17,6 +17,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -54,6 +55,8 @@ os.environ.setdefault("OMPI_MCA_osc", "^ucx")
 if survives_deaths(os.environ):
     os.environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
 
+DETECTION_SECONDS = 3.0
+"""Within which MPI tells who has died, once a message to them has failed."""
 DEFAULT_DEADLINE = 300.0
 """Seconds that a rank waits for others before it ends the job."""
 
@@ -299,12 +302,15 @@ class World:
         self.take(self.carrier)
 
     def missing(self) -> list[str]:
-        """Ranks that this one knows to have died, by their names when they started (ULFM). Local."""
+        """Ranks that have died, by their names when they started (ULFM). Blocks for some seconds until it is told."""
         if self.comm is None or not survives_deaths(os.environ):
             return []
         from hvdvae.world.mpi import dead_ranks
 
-        return [self.members.names[rank] for rank in sorted(dead_ranks(self.comm))]
+        give_up = time.monotonic() + DETECTION_SECONDS
+        while not (dead := dead_ranks(self.comm)) and time.monotonic() < give_up:
+            time.sleep(0.01)
+        return [self.members.names[rank] for rank in sorted(dead)]
 
     def recover(self, *, trains: bool = True) -> Change:
         """After RankLost, or `hosts_changed`: go on with those that live, and with those that were added.

@@ -98,8 +98,11 @@ def gather_json(comm: Any, record: Any) -> list[Any]:
 
 
 def tells_of_a_death(error: Exception) -> bool:
-    """Whether this is how MPI says that a rank has died (ULFM)."""
-    deaths = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
+    """Whether this is how MPI says that a rank has died (ULFM).
+
+    Now and then Open MPI 5 gives ERR_OTHER where the connection to a dead rank breaks before its death is known.
+    """
+    deaths = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED, MPI.ERR_OTHER)
     return isinstance(error, MPI.Exception) and error.Get_error_class() in deaths
 
 
