@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from hvdvae.dtypes import DTYPES
 from hvdvae.errors import CheckpointError
 from hvdvae.world import World
 
@@ -111,16 +112,12 @@ def shared(checkpoint: Checkpoint | None, root: int, world: World) -> Checkpoint
     forms, record = json.loads(world.gather_bytes(mine, "form of a rank's state")[root])
     tensors = {}
     for name, shape, dtype in forms:
-        own = checkpoint.tensors[name] if checkpoint is not None else torch.empty(shape, dtype=_DTYPES[dtype])
+        own = checkpoint.tensors[name] if checkpoint is not None else torch.empty(shape, dtype=DTYPES[dtype])
         data = own.detach().cpu().contiguous()
         # As bytes: whatever the dtype.
         world.broadcast_(data.reshape(-1).view(torch.uint8), root, "broadcast of a rank's state")
         tensors[name] = data
     return Checkpoint(tensors, record, f"the state of rank {root}")
-
-
-_DTYPES = {str(kind): kind for kind in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
-_DTYPES |= {str(kind): kind for kind in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}
 
 
 class Folder:

@@ -16,7 +16,7 @@ from hvdvae.config import TrainConfig
 from hvdvae.errors import ConfigError
 from hvdvae.parallel.mesh import Groups, Mesh
 from hvdvae.parallel.micro_batches import cut_points, order_of
-from hvdvae.parallel.stages import keep_stage
+from hvdvae.parallel.stages import given_cuts, keep_stage
 from hvdvae.parallel.tensor import split_layers
 from hvdvae.vae.chain import Tensors, VaeChain
 
@@ -111,16 +111,14 @@ def _footprint(config: TrainConfig, model: nn.Module, mesh: Mesh, activations: i
 def _cuts(config: TrainConfig, model: nn.Module, chain: VaeChain, stages: int) -> list[int]:
     if stages == 1:
         return [0]
-    if config.cuts == "auto" and stages == len(chain.default_cuts):
-        return list(chain.default_cuts)
-    if config.cuts in ("auto", "measured"):
-        # Time cannot be told from here; that of a layer follows its weights.
-        sizes = [
-            sum(p.numel() for name in step.modules for p in model.get_submodule(name).parameters())
-            for step in chain.steps
-        ]
-        return cut_points([float(size) for size in sizes], stages)
-    return [0, *map(int, config.cuts.split(","))]
+    given = given_cuts(config.cuts, chain, stages)
+    if given is not None:
+        return given
+    # Time cannot be told from here; that of a layer follows its weights.
+    sizes = [
+        sum(p.numel() for name in step.modules for p in model.get_submodule(name).parameters()) for step in chain.steps
+    ]
+    return cut_points([float(size) for size in sizes], stages)
 
 
 def _activations(

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hvdvae.batch import Batch, chunks, examples_of
+from hvdvae.dtypes import DTYPES
 from hvdvae.parallel.mesh import Groups
 from hvdvae.parallel.micro_batches import bubble, order_of
 from hvdvae.parallel.stages import Chain, Payload
@@ -226,7 +227,7 @@ class _Incoming:
 
 def _nbytes(form: tuple[list[int], str, bool]) -> int:
     """With what fills it up to eight, so that the next tensor begins where any dtype may."""
-    nbytes = int(np.prod(form[0], dtype=np.int64)) * _DTYPES[form[1]].itemsize
+    nbytes = int(np.prod(form[0], dtype=np.int64)) * DTYPES[form[1]].itemsize
     return -(-nbytes // 8) * 8
 
 
@@ -234,14 +235,11 @@ def _views(message: Tensor, form: Form) -> list[Tensor]:
     """The tensors of a message, in place."""
     found, start = [], 0
     for one in form:
-        count = int(np.prod(one[0], dtype=np.int64)) * _DTYPES[one[1]].itemsize
-        found.append(message[start : start + count].view(_DTYPES[one[1]]).view(one[0]))
+        count = int(np.prod(one[0], dtype=np.int64)) * DTYPES[one[1]].itemsize
+        found.append(message[start : start + count].view(DTYPES[one[1]]).view(one[0]))
         start += _nbytes(one)
     return found
 
 
 def _gradient(tensor: Tensor) -> Tensor:
     return tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)
-
-
-_DTYPES = {str(kind): kind for kind in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdvae.batch import Batch, examples_of
+from hvdvae.dtypes import DTYPES
 from hvdvae.errors import ConfigError
 from hvdvae.parallel.mesh import Groups
 from hvdvae.parallel.micro_batches import cut_points
@@ -95,6 +96,16 @@ def choose_cuts(text: str, model: nn.Module, chain: Chain, stages: int, batch: B
     can be, by the time that rank 0's steps take on a micro-batch like `batch`), or steps at which to cut, as 3,5.
     Raises ConfigError.
     """
+    given = given_cuts(text, chain, stages)
+    if given is not None:
+        return given
+    costs = costs_of(model, chain, batch) if world.is_first else []
+    found: list[int] = world.gather_objects(cut_points(costs, stages) if costs else [], "cuts of the model")[0]
+    return found
+
+
+def given_cuts(text: str, chain: Chain, stages: int) -> list[int] | None:
+    """The same where nothing is to be measured; else None. Pure. Raises ConfigError."""
     count = len(chain.steps)
     if stages > count:
         raise ConfigError(
@@ -103,9 +114,7 @@ def choose_cuts(text: str, model: nn.Module, chain: Chain, stages: int, batch: B
     if text == "auto" and len(chain.default_cuts) == stages:
         return list(chain.default_cuts)
     if text in ("auto", "measured"):
-        costs = costs_of(model, chain, batch) if world.is_first else []
-        found: list[int] = world.gather_objects(cut_points(costs, stages) if costs else [], "cuts of the model")[0]
-        return found
+        return None
     try:
         cuts = [0, *map(int, text.split(","))]
     except ValueError:
@@ -159,9 +168,7 @@ def _told(mine: Tensor | None, owner: int, stages: World, like: Tensor) -> Tenso
     """The owner's tensor, on all stages. Blocks; every stage must call it."""
     form = stages.gather_objects(None if mine is None else [list(mine.shape), str(mine.dtype)], "form of a result")
     shape, dtype = form[owner]
-    data = (
-        torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch."))) if mine is None else mine.detach().cpu()
-    )
+    data = torch.empty(shape, dtype=DTYPES[dtype]) if mine is None else mine.detach().cpu()
     data = data.contiguous()
     stages.broadcast_(data.reshape(-1).view(torch.uint8), owner, "result of another stage")
     return data.to(like.device) if mine is None else mine

@@ -40,7 +40,7 @@ def split_layers(model: nn.Module, chains: Sequence[str], group: World) -> dict[
     """
     cuts: dict[str, Cut] = {}
     for chain in chains:
-        for first, second in _pairs(model, chain, group.size):
+        for first, second in pairs_of(model, chain, group.size):
             for name, kind, dim in ((first, Outputs, 0), (second, Inputs, 1)):
                 layer: Any = model.get_submodule(name)
                 along = _dims(layer)[dim]
@@ -129,7 +129,7 @@ def _summed(x: Tensor, group: World, what: str) -> Tensor:
     return group.sum_(wide.contiguous(), what).to(x.dtype)
 
 
-def _pairs(model: nn.Module, chain: str, count: int) -> Iterator[tuple[str, str]]:
+def pairs_of(model: nn.Module, chain: str, count: int) -> Iterator[tuple[str, str]]:
     """Neighbours that split most weights, none of them twice, by name."""
     layers: list[tuple[str, Any]] = [
         (".".join(filter(None, (chain, name))), module)
@@ -172,6 +172,3 @@ def _empty(layer: Any) -> None:
     layer.weight = nn.Parameter(nothing, requires_grad=False)
     if layer.bias is not None:
         layer.bias = nn.Parameter(nothing, requires_grad=False)
-
-
-__all__ = ["Inputs", "Outputs", "split_layers"]

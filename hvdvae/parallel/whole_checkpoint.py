@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hvdvae.dtypes import DTYPES
 from hvdvae.errors import CheckpointError
 from hvdvae.parallel.parts import Cut, Parts
 from hvdvae.world.collectives import slice_of
@@ -59,7 +60,7 @@ def merge(
     for key in sorted({key for forms, *_ in everyone for key in forms}):
         holders = [rank for rank, (forms, *_) in enumerate(everyone) if key in forms]
         shape, dtype, dim = everyone[holders[0]][0][key]
-        whole = _gathered(parts, here.get(key), holders[0], shape, _DTYPES[dtype], dim)
+        whole = _gathered(parts, here.get(key), holders[0], shape, DTYPES[dtype], dim)
         if group.is_first:
             merged[key] = whole
     merged["buffers"] = _merged_buffers(parts, tensors["buffers"], model)
@@ -152,7 +153,3 @@ def _merged_buffers(parts: Parts, rows: Tensor, model: nn.Module) -> Tensor:
     if parts.groups.layers.is_first:
         whole[:, parts.columns(name for name, _ in model.named_buffers())] = rows.cpu()
     return parts.groups.model.sum_(whole, "gather of buffers")
-
-
-_DTYPES = {str(kind): kind for kind in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
-_DTYPES |= {str(kind): kind for kind in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}

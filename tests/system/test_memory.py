@@ -85,6 +85,8 @@ def test_the_command_shows_every_stage(command: Command) -> None:
         (("--ranks", "3", "--", "--tensor", "2"), "--tensor 2: a model takes 2 ranks then"),
         (("--ranks", "3", "--", "--strategy", "ps"), "hvdvae memory knows --strategy local, allreduce and sharded"),
         (("--ranks", "2", "--", "--hidden", "0"), "--hidden is [0]"),
+        (("--ranks", "2", "--", "--pipeline", "2", "--cuts", "x"), "--cuts is 'x', expected auto, measured"),
+        (("--ranks", "9", "--", "--pipeline", "9"), "--pipeline 9: this model has 6 steps"),
     ],
 )
 def test_what_cannot_be_predicted_is_said(command: Command, words: tuple[str, ...], message: str) -> None:

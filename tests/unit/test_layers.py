@@ -16,7 +16,7 @@ PACKAGE = ROOT / "hvdvae"
 # Layer of each part: a file of the package's top folder, or a folder.
 LAYERS = {
     "core": (
-        "abort allocator batch config config_check cores deadline disturbance ema errors flat launcher schedule "
+        "abort allocator batch config config_check cores deadline disturbance dtypes ema errors flat launcher schedule "
         "seeding signals supervisor version world",
         0,
     ),

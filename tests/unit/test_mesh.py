@@ -7,7 +7,7 @@ from torch import nn
 
 from hvdvae.errors import ConfigError
 from hvdvae.parallel.mesh import Mesh, parse
-from hvdvae.parallel.tensor import _pairs
+from hvdvae.parallel.tensor import pairs_of
 from hvdvae.vae import build_model
 
 
@@ -63,7 +63,7 @@ def test_a_wrong_product_names_what_fits(size: int, options: dict[str, object], 
 
 
 def pairs(model: nn.Module, chain: str = "", count: int = 2) -> list[tuple[str, str]]:
-    return list(_pairs(model, chain, count))
+    return list(pairs_of(model, chain, count))
 
 
 def test_pairs_hold_as_many_weights_as_can_be() -> None:
