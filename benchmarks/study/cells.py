@@ -47,9 +47,10 @@ def cells(study: Study) -> list[Cell]:
     process alone is measured once a scenario, whatever the world sizes.
     """
     found = []
-    contenders = list(study.contenders.values())
     for turn, seed in enumerate(study.seeds):
         for scenario in study.scenarios.values():
+            chosen = scenario.contenders
+            contenders = [one for one in study.contenders.values() if chosen is None or one.name in chosen]
             alone = [one for one in contenders if one.alone]
             found += [Cell(one, 1, scenario, seed, study.strong_scaling) for one in alone]
             for place, size in enumerate(study.world_sizes):

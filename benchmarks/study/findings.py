@@ -96,7 +96,7 @@ def _times(cells: Cells, target: float | None, key: str, bound: str) -> Rounds:
 def target_of(study: Study, cells: Cells, scenario: str, size: int) -> float | None:
     """What everybody is to reach: as the study says, or the median over seeds of what its contender reached.
 
-    Of this scenario; where that contender failed in it, of the first scenario in which it did not.
+    Of this scenario; where that contender did not get so far in it, of the first scenario in which it did.
     """
     target = study.target
     if target.nats is not None:

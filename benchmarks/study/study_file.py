@@ -1,10 +1,10 @@
 """What a study asks, read from a YAML file; every mistake is named with its line, before anything runs. Pure."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from benchmarks.study.located import Located, StudyError, read, shown
 from hvdvae.cli.values import checked, expected
@@ -59,6 +59,8 @@ class Scenario:
     """Rate of the link of each rank, which is then a host of its own (a network namespace)."""
     shares: tuple[float, ...] | None = None
     """Parts of the training data that each rank holds; None: all ranks share all of it."""
+    contenders: tuple[str, ...] | None = None
+    """Those that are measured in it, which the target's own need not be; None: all."""
 
     @property
     def kills(self) -> bool:
@@ -100,6 +102,7 @@ class Study:
     scenarios: dict[str, Scenario]
 
 
+_Value = TypeVar("_Value")
 _KEYS = (*(field.name for field in fields(Study)), "train", "budget")
 
 
@@ -126,7 +129,7 @@ def parse(text: str, name: str) -> Study:
     }
     budget = parts["budget"].mapping(("epochs", "seconds"), ("epochs", "seconds"))
     sizes = tuple(item.whole(1) for item in parts["world_sizes"].items())
-    scenarios = {key: _scenario(key, part, sizes) for key, part in _named(parts["scenarios"]).items()}
+    scenarios = {key: _scenario(key, part, sizes, contenders) for key, part in _named(parts["scenarios"]).items()}
     return Study(
         title=parts["title"].text(),
         data=parts["data"].text() if "data" in parts else "digits",
@@ -153,7 +156,7 @@ def _named(part: Located) -> dict[str, Located]:
     return found
 
 
-def _once(part: Located, values: tuple[int, ...]) -> tuple[int, ...]:
+def _once(part: Located, values: tuple[_Value, ...]) -> tuple[_Value, ...]:
     if len(set(values)) < len(values):
         raise part.error(f"found {list(values)}, expected each once")
     return values
@@ -210,10 +213,10 @@ def _culprit(message: str, *parts: Located) -> Located:
     return parts[0]
 
 
-def _scenario(name: str, part: Located, sizes: tuple[int, ...]) -> Scenario:
+def _scenario(name: str, part: Located, sizes: tuple[int, ...], contenders: Collection[str]) -> Scenario:
     if part.value is None:
         return Scenario(name)
-    parts = part.mapping([*TROUBLES, "link_mbit", "shares"])
+    parts = part.mapping([*TROUBLES, "link_mbit", "shares", "contenders"])
     troubles = tuple(_trouble(parts[key], TROUBLES[key]) for key in parts if key in TROUBLES)
     for key, item in parts.items():
         rank = item.value.get("rank") if isinstance(item.value, dict) else None
@@ -223,7 +226,15 @@ def _scenario(name: str, part: Located, sizes: tuple[int, ...]) -> Scenario:
     if shares is not None and {len(shares)} != set(sizes):
         raise parts["shares"].error(f"found {len(shares)} shares for world sizes {list(sizes)}, expected one a rank")
     link = parts["link_mbit"].positive() if "link_mbit" in parts else None
-    return Scenario(name, troubles, link, shares)
+    chosen = _chosen(parts["contenders"], contenders) if "contenders" in parts else None
+    return Scenario(name, troubles, link, shares, chosen)
+
+
+def _chosen(part: Located, contenders: Collection[str]) -> tuple[str, ...]:
+    for item in part.items():
+        if item.text() not in contenders:
+            raise item.error(f"found {item.text()!r}, expected one of {', '.join(contenders)}")
+    return _once(part, tuple(item.text() for item in part.items()))
 
 
 def _trouble(part: Located, kind: type) -> Trouble:

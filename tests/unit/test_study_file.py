@@ -90,6 +90,8 @@ def test_the_studies_that_come_along_are_good(path: Path) -> None:
         ("factor: 3", "by: sleep", 19, "has no 'factor'"),
         ("rank: 1, factor", "rank: 2, factor", 19, "the smallest world has ranks 0 to 1"),
         ("slow: {rank: 1, factor: 3}", "shares: [1, 2]", 19, "expected one a rank"),
+        ("slow: {rank: 1, factor: 3}", "contenders: [ddp, hvd]", 19, "found 'hvd', expected one of single"),
+        ("slow: {rank: 1, factor: 3}", "contenders: [ddp, ddp]", 19, "expected each once"),
         ("slow: {rank: 1, factor: 3}", "link_mbit: 0", 19, "expected a number above 0"),
         ("slow: {rank: 1, factor: 3}", "slwo: {rank: 1, factor: 3}", 19, "did you mean slow?"),
         ("{model: mlp, batch", "{model: mlp batch", 3, "no YAML"),
@@ -121,6 +123,14 @@ def test_cells_are_every_combination_once_and_one_process_once_a_scenario() -> N
     # Four contenders at two sizes and one alone, in two scenarios with three seeds.
     assert len(found) == (4 * 2 + 1) * 2 * 3
     assert {cell.size for cell in found if cell.contender.name == "single"} == {1}
+
+
+def test_a_scenario_may_name_its_contenders() -> None:
+    found = cells(study(GOOD + "  few: {link_mbit: 10, contenders: [single, ddp]}\n"))
+    few = [cell for cell in found if cell.scenario.name == "few"]
+    assert {cell.contender.name for cell in few} == {"single", "ddp"}
+    assert len(few) == (1 + 2) * 3
+    assert len(found) - len(few) == len(cells(study())), "the others have all"
 
 
 def test_the_order_turns_and_nobody_is_always_first() -> None:
