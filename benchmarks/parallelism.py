@@ -9,7 +9,8 @@ state on the fullest rank. Then, against what theory allows:
 
     pipeline   independent processes, one a core, on micro-batches of the same size: what the cores give; times
                (1 - bubble) / imbalance, which GPipe's formula and the measured times of the stages say
-    tensor     the same, and what part of the time its sums took
+    tensor     the same on whole batches, and after each step the sums of its activations as they take alone, which is
+               what their bytes cost; and what part of the time it really waited in them
 """
 
 import argparse
@@ -71,9 +72,16 @@ def main() -> None:
                 f"{shown(spread([one['pipeline']['imbalance'] for one in found]), 2)}"
             )
         if name.startswith("tensor"):
-            ratio = spread(paired_ratios(rates[name], rates["independent, whole batches"]))
+            alone = [one["sum_seconds"] / asked.batch for one in found]
+            free = [one["rate"] for one in turns["independent, whole batches"]]
+            allowed = [1 / (1 / rate + seconds) for rate, seconds in zip(free, alone, strict=True)]
+            share = spread([seconds * rate for seconds, rate in zip(alone, allowed, strict=True)])
             waited = spread([one["waited"] for one in found])
-            print(f"{name}: {shown(ratio, 2)} of independent processes; {shown(waited, 2)} of the time in its sums")
+            print(
+                f"{name}: {shown(spread(paired_ratios(rates[name], allowed)), 2)} of what is allowed; its sums, of "
+                f"{found[0]['sum_bytes'] / 1e6:.1f} MB a step and rank, would take {shown(share, 2)} of the time, and "
+                f"took {shown(waited, 2)}"
+            )
 
 
 def sides_of(ranks: int, batch: int) -> dict[str, tuple[int, dict[str, Any]]]:

@@ -5,8 +5,10 @@ mpirun -n 2 python benchmarks/parallelism_rank.py '{"hidden": [2000, 2000], "bat
 
 import itertools
 import json
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from hvdvae.config import TrainConfig
 from hvdvae.world import World
 
 SHAPE = (1, 28, 28)
-WARM_UP = 5
+WARM_UP, ROUNDS = 5, 30
 
 
 def main(order: dict[str, Any]) -> None:
@@ -72,15 +74,43 @@ def main(order: dict[str, Any]) -> None:
         "parameters": optimizer.flat.parameters.nbytes,
         "state": state,
     }
+    nbytes, seconds = sums_alone(groups.layers, step) if groups is not None and groups.mesh.tp > 1 else (0, 0.0)
     rows = world.gather_objects(found)
     staged = pipeline.results() if pipeline is not None else None
     if world.is_first:
         copies = world.size if independent else replicas.size
         total = sum(row["rate"] for row in rows) / len(rows) * copies
         most = {key: max(row[key] for row in rows) for key in ("parameters", "state")}
+        sums = {"sum_bytes": nbytes, "sum_seconds": seconds}
         waited = sum(row["waited"] for row in rows) / len(rows)
-        print(json.dumps({**most, "rate": total, "waited": waited, "pipeline": staged}))
+        print(json.dumps({**most, "rate": total, "waited": waited, "pipeline": staged, **sums}))
     world.close()
+
+
+def sums_alone(layers: World, step: Callable[[], None]) -> tuple[int, float]:
+    """Bytes that a step sums over the ranks that share layers, and seconds that this takes when nothing else is done.
+
+    Blocks; every rank must call it.
+    """
+    sizes = []
+    sum_ = layers.sum_
+
+    def noted(tensor: torch.Tensor, what: str = "sum") -> torch.Tensor:
+        sizes.append(tensor.numel())
+        return sum_(tensor, what)
+
+    layers.sum_ = noted  # type: ignore[method-assign]
+    step()
+    layers.sum_ = sum_  # type: ignore[method-assign]
+    vectors = [torch.zeros(size) for size in sizes]
+    times = []
+    for _ in range(ROUNDS):
+        layers.barrier()
+        begin = time.perf_counter()
+        for vector in vectors:
+            layers.sum_(vector)
+        times.append(time.perf_counter() - begin)
+    return sum(vector.nbytes for vector in vectors), statistics.median(times)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,10 @@ class RankLost(HvdvaeError):
     """A rank has died where MPI lets the others go on (ULFM); raised on all of them, whatever they waited in."""
 
 
+class PartLost(RankLost):
+    """Nobody is left who holds some part of a model that ranks hold together; raised on all that live."""
+
+
 class HostsChanged(RankLost):
     """An elastic horovodrun has added hosts, or taken some away; raised on all ranks after the same step."""
 

@@ -5,18 +5,19 @@
 3. some have done what they were in, others not, as the last answer came or did not: the latter take the state of
    the former, and do the same next; so do those that are new
 4. what is left of the epoch is shared anew, the learning rate follows the number of ranks
+
+Ranks that hold a model together take a step all or none of them (parallel/survival.py): in 3 they need no state.
 """
 
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, TypeVar
 
 from hvdvae import checkpoint as checkpoints
-from hvdvae.errors import HostsChanged, RankLost
-from hvdvae.resume import restore, snapshot
+from hvdvae.errors import HostsChanged, PartLost, RankLost
+from hvdvae.resume import Position, restore, snapshot
 
 if TYPE_CHECKING:
     from hvdvae.trainer import Trainer
@@ -54,25 +55,33 @@ def recover(trainer: "Trainer", lost: RankLost, *, new: bool = False) -> None:
         if missing := trainer.world.missing():
             raise RankLost(f"{', '.join(missing)} has died: {lost}") from lost
         raise lost
-    world, began, before = trainer.world, time.perf_counter(), trainer.world.size
+    world, began, before = trainer.world, time.perf_counter(), trainer.optimizer.world.size
+    parts = trainer.optimizer.parts
     died, added = list[str](), list[str]()
     is_done = False
     while not is_done:
-        with suppress(RankLost):  # One more died meanwhile.
+        try:
+            if parts is not None and parts.survival is not None:
+                parts.survival.withdraw()
             change = world.recover(trains=not new)
             died, added = died + change.died, added + change.added
             if died or added or isinstance(lost, HostsChanged):
                 trainer.optimizer.recover()
                 _catch_up(trainer, new=new)
             is_done = True
+        except PartLost as part:
+            raise PartLost(f"{', '.join(died)} has died: {part}") from lost
+        except RankLost:
+            continue  # One more died meanwhile.
     if not (died or added or isinstance(lost, HostsChanged)):
         raise lost  # It was something else, and would come again.
     trainer.died += died
     trainer.take_place(before)
+    mesh = f" (mesh {parts.groups.mesh})" if parts is not None else ""
     if world.is_first:
         news = [f"{name} has died" for name in died] + [f"{name} has come" for name in added]
         sys.stderr.write(
-            f"hvdvae: {', '.join(news) or 'nobody has gone'}; {world.size} ranks go on from step "
+            f"hvdvae: {', '.join(news) or 'nobody has gone'}; {world.size} ranks{mesh} go on from step "
             f"{trainer.position.step}, {time.perf_counter() - began:.2f} s later\n"
         )
 
@@ -84,23 +93,33 @@ def _catch_up(trainer: "Trainer", *, new: bool = False) -> None:
     """
     world, optimizer = trainer.world, trainer.optimizer
     mine = [trainer.stage.number, trainer.position.step]
-    found = world.gather_objects([mine, new, asdict(trainer.stage)], "stages of those that are left")
-    furthest = max(place for place, is_new, _ in found if not is_new)
-    behind = [is_new or place < furthest for place, is_new, _ in found]
+    found = world.gather_objects(
+        [mine, new, asdict(trainer.stage), asdict(trainer.position), trainer.best], "stages of those that are left"
+    )
+    furthest = max(place for place, is_new, *_ in found if not is_new)
+    behind = [is_new or place < furthest for place, is_new, *_ in found]
     if not any(behind):
         return
     leader = behind.index(False)
+    if optimizer.parts is None:
+        _take_state(trainer, leader, is_behind=behind[world.rank], new=new)
+    if behind[world.rank]:
+        _, _, stage, position, trainer.best = found[leader]
+        trainer.stage, trainer.position = type(trainer.stage)(**stage), Position(**position)
+
+
+def _take_state(trainer: "Trainer", leader: int, *, is_behind: bool, new: bool) -> None:
+    world, optimizer = trainer.world, trainer.optimizer
     # Float buffers, and what messages of this rank have left out, are each rank's own.
     own = [] if new else [optimizer.flat.buffers, *(optimizer.memory()[name] for name in optimizer.own_memory)]
     kept = [tensor.clone() for tensor in own]
     rows = optimizer.flat.buffers.clone()[None]
     state = snapshot(trainer, rows, trainer.configuration) if world.rank == leader else None
     told = checkpoints.shared(state, leader, world)
-    if behind[world.rank]:
+    if is_behind:
         restore(trainer, told)
         for tensor, before in zip(own, kept, strict=True):
             tensor.copy_(before)
         if new:
             for name in optimizer.own_memory:
                 optimizer.memory()[name].zero_()
-        trainer.stage = type(trainer.stage)(**found[leader][2])

@@ -256,11 +256,13 @@ class Trainer:
         return signal_given, total, time.perf_counter() - begin
 
     def take_place(self, size_before: int) -> None:
-        """Go on at the place that this rank has in a World that was larger or smaller. Local."""
-        world = self.world
+        """Go on at the place that this rank has among others, where as many as `size_before` averaged. Local."""
+        world = self.optimizer.world
         factor = world_scale(self._lr_scaling, world.size) / world_scale(self._lr_scaling, size_before)
         self.stepper.scale_learning_rates(factor)
         self._pulse = pulse_of(self.optimizer)
+        if self.pipeline is not None:
+            self.pipeline.recover()
         self._share = (world.rank, world.size)
         self.batches.reshare(*self._share)
         self._monitors = self._monitors or self._monitors_here()

@@ -71,6 +71,11 @@ class Mesh:
         copy, piece = divmod(rank, self.pp * self.tp)
         return (copy, *divmod(piece, self.tp))
 
+    def groups(self, rank: int) -> tuple[int, int, int, int]:
+        """Numbers of the part of the model that a rank holds, and of its copy, its pipeline and its layers. Pure."""
+        copy, stage, piece = self.place(rank)
+        return stage * self.tp + piece, copy, copy * self.tp + piece, copy * self.pp + stage
+
     def __str__(self) -> str:
         """As `--mesh` takes it."""
         return f"dp={self.dp},pp={self.pp},tp={self.tp}"
@@ -91,9 +96,9 @@ def parse(text: str) -> dict[str, int]:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class Groups:
-    """The Worlds of one rank of a mesh."""
+    """The Worlds of one rank of a mesh. They stay the same objects where ranks die and others go on (survival.py)."""
 
     mesh: Mesh
     whole: World
@@ -107,18 +112,18 @@ class Groups:
     layers: World
     """Those that share layers."""
 
+    @property
+    def worlds(self) -> tuple[World, ...]:
+        """All of them; after `whole` in the order of Mesh.groups."""
+        return self.whole, self.replicas, self.model, self.stages, self.layers
+
 
 def groups_of(mesh: Mesh, world: World) -> Groups:
     """Blocks; every rank of `world` must call it. Raises WorldError without MPI."""
-    copy, stage, piece = mesh.place(world.rank)
-    return Groups(
-        mesh,
-        whole=world,
-        replicas=world.part(stage * mesh.tp + piece),
-        model=world.part(copy),
-        stages=world.part(copy * mesh.tp + piece),
-        layers=world.part(copy * mesh.pp + stage),
-    )
+    groups = Groups(mesh, world, *[world.part(number) for number in mesh.groups(world.rank)])
+    for one in groups.worlds:
+        one.kin = groups.worlds
+    return groups
 
 
 def _divisors(size: int) -> list[int]:

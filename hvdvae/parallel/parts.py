@@ -1,17 +1,21 @@
 """A model of which each rank holds a part: which one, and what that means for its norm and its bits."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from hvdvae.errors import ConfigError
+from hvdvae.errors import ConfigError, RankLost
 from hvdvae.flat import FlatModel
 from hvdvae.parallel.mesh import Groups
 from hvdvae.world import World
 from hvdvae.world.collectives import slice_of
+
+if TYPE_CHECKING:
+    from hvdvae.parallel.survival import Survival
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Parts:
     def __init__(self, groups: Groups, whole: Whole, cuts: Mapping[str, Cut]) -> None:
         """`cuts`: of the parameters that are smaller here, by name. Those that share layers hold the others alike."""
         self.groups, self.whole, self.cuts = groups, whole, dict(cuts)
+        self.survival: Survival | None = None
+        """Where whole copies of the model go on when a rank has died."""
 
     @property
     def speaks(self) -> bool:
@@ -85,6 +91,14 @@ class Parts:
         """The sum over the ranks of a model. Blocks; every one must call it."""
         return float(self.groups.model.sum_(torch.tensor([value], dtype=torch.float64), "norm of the parts"))
 
+    def commit(self) -> None:
+        """Return on all ranks that live, or raise RankLost on all: no part goes a step further than the others.
+
+        Blocks; every rank must call it.
+        """
+        if self.survival is not None:
+            self.survival.commit("a step")
+
     def level(self, flat: FlatModel) -> None:
         """Give all that share layers the first's parameters where they are whole on each. Blocks; all must call it.
 
@@ -94,9 +108,11 @@ class Parts:
         same = [flat.parameters[place] for name, place in flat.places().items() if name not in self.cuts]
         if self.groups.layers.size == 1 or not same:
             return
-        message = self.groups.layers.broadcast_(torch.cat(same), what="parameters that are not split")
-        for vector, values in zip(same, torch.split(message, [len(vector) for vector in same]), strict=True):
-            vector.copy_(values)
+        # The step is taken already: whoever hears of a death here hears of it again in the next.
+        with suppress(RankLost):
+            message = self.groups.layers.broadcast_(torch.cat(same), what="parameters that are not split")
+            for vector, values in zip(same, torch.split(message, [len(vector) for vector in same]), strict=True):
+                vector.copy_(values)
 
     def numbers(self, numbered: Mapping[int, str]) -> dict[str, int]:
         """Numbers of this rank's parameters in an optimizer of the whole model, by name.

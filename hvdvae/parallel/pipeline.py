@@ -60,7 +60,6 @@ class Pipeline:
         self._chain, self._steps, self._micros = chain, chain.steps[steps], micros
         self._schedule, self._recompute = schedule, recompute
         self._world = groups.stages
-        self._comm: Any = groups.stages.comm
         self._stage, self._stages = groups.stages.rank, groups.stages.size
         self._told: dict[int, Form] = {}
         self._heard: dict[int, Form] = {}
@@ -123,6 +122,15 @@ class Pipeline:
             MPI.Request.Waitall([request for request, _ in sent])
         self._total += time.perf_counter() - begin
         return found
+
+    @property
+    def _comm(self) -> Any:
+        return self._world.comm
+
+    def recover(self) -> None:
+        """Take up the work with other neighbours: what was told is told again. Local."""
+        self._told.clear()
+        self._heard.clear()
 
     def forget(self) -> None:
         """Begin to measure anew. Local."""

@@ -207,6 +207,8 @@ class Strategy(Optimizer):
             gradient.div_(scale)  # GradScaler.step without unscale_ leaves that to the optimizer.
         squares = self.squared_norm(gradient)
         self.gradient_norm = (squares if self.parts is None else self.parts.total(squares)) ** 0.5
+        if self.parts is not None:
+            self.parts.commit()
         self._follow_groups()
         if not _is_finite(self.gradient_norm):
             self.skipped_steps += 1
@@ -229,9 +231,14 @@ class Strategy(Optimizer):
     def hold(self, parts: "Parts") -> None:
         """Train this part of a model that several ranks hold: norm and checkpoints are the whole model's. Local."""
         parts.check(self.param_groups)
-        # Who dies takes a part of the model along.
-        self.recovers = False
         self.parts, self.own = parts, parts.own(self.flat)
+        # Who dies takes a part of the model along: others must hold it, too.
+        self.recovers = self.recovers and parts.groups.whole.survives_deaths
+        if self.recovers:
+            # Imported here: it needs MPI.
+            from hvdvae.parallel.survival import Survival
+
+            parts.survival = Survival(parts.groups)
 
     @property
     def whole(self) -> World:
@@ -262,8 +269,10 @@ class Strategy(Optimizer):
     def recover(self) -> None:
         """Take up the exchange with those that are left, after World.recover; weights and state stay as they are.
 
-        Blocks; every living rank must call it. Only where `recovers`.
+        Blocks; every living rank must call it. Only where `recovers`. Raises PartLost.
         """
+        if self.parts is not None and self.parts.survival is not None:
+            self.parts.survival.regroup()
         self.zero_grad()
 
     @property

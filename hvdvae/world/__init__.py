@@ -97,6 +97,8 @@ class World:
         self._closing: list[Callable[[], None]] = []
         self.carrier = carrier
         self._revocable: list[Any] = []
+        self.kin: tuple[World, ...] = (self,)
+        """Worlds of some of the same ranks: whoever leaves one, since a rank has died, leaves all."""
         self.members = Members(f"rank {carrier.rank} ({self.host})")
         """Who takes part, and who does in the place of those that die."""
         self._launch = launch
@@ -187,7 +189,7 @@ class World:
         from hvdvae.world.mpi import MpiCollectives
 
         with self.watchdog.waiting("split of the ranks"):
-            carrier = MpiCollectives(self.comm.Split(number, self.rank))
+            carrier = MpiCollectives(self.comm.Split(number, self.rank), is_ours=True)
         return World(self._launch, carrier, self.device, self.watchdog, carrier.comm)
 
     @property
@@ -318,18 +320,22 @@ class World:
         Horovod is stopped; `horovod` starts it anew. `trains`: whether this rank has been training. Blocks; every
         living rank must call it.
         """
+        self.stop_horovod()
+        return self.members.recover(self, trains=trains)
+
+    def stop_horovod(self) -> None:
+        """Where one rank does, it fails on all; `horovod` starts it anew. Blocks; every living rank must call it."""
         if self._horovod is not None and self.comm is not None:
             with self.watchdog.waiting("end of Horovod"):
                 self._horovod.shutdown()
         self._horovod = None
-        self._revocable.clear()
-        return self.members.recover(self, trains=trains)
 
     def take(self, carrier: Collectives) -> None:
         """Speak to the ranks of this carrier from now on. Local."""
         self.carrier = carrier
         self.comm = getattr(carrier, "comm", None)
         self.rank, self.size = carrier.rank, carrier.size
+        self._revocable.clear()
 
     def enter(self) -> None:
         """A rank that was started while others train: do from now on what they do. Local."""
@@ -347,14 +353,22 @@ class World:
             except Exception as error:
                 if self.size == 1 or not self.survives_deaths or not _tells_of_a_death(error):
                     raise
-                # Others may wait for this rank in what it has just left.
-                self.carrier.revoke()
-                for comm in self._revocable:
-                    comm.Revoke()
-                raise RankLost(
-                    f"a rank died during {what}, step {self.watchdog.step}: continue from the last checkpoint with "
-                    "--resume"
-                ) from error
+                self.revoke()
+                raise self.lost(what) from error
+
+    def revoke(self) -> None:
+        """Others may wait for this rank in what it leaves, since a rank has died: end their waits."""
+        for world in self.kin:
+            world.carrier.revoke()
+            for comm in world._revocable:
+                comm.Revoke()
+            world.stop_horovod()
+
+    def lost(self, what: str) -> RankLost:
+        """The error of a death during `what`. Local."""
+        return RankLost(
+            f"a rank died during {what}, step {self.watchdog.step}: continue from the last checkpoint with --resume"
+        )
 
     def close(self) -> None:
         """Leave: stops Horovod and the watchdog. Blocks until all ranks have come; every rank must call."""

@@ -29,9 +29,12 @@ MAX_COUNT = 2**30
 class MpiCollectives:
     """The contract of collectives.Collectives over a duplicate of `comm`."""
 
-    def __init__(self, comm: MPI.Comm) -> None:
-        """Duplicate `comm` (collective over it), so that no message of the user's can be mistaken for one of ours."""
-        self.comm = comm.Dup()
+    def __init__(self, comm: MPI.Comm, *, is_ours: bool = False) -> None:
+        """Duplicate `comm` (collective over it), so that no message of the user's can be mistaken for one of ours.
+
+        `is_ours`: nobody else has it.
+        """
+        self.comm = comm if is_ours else comm.Dup()
         self.rank: int = self.comm.rank
         self.size: int = self.comm.size
 
@@ -104,6 +107,19 @@ def tells_of_a_death(error: Exception) -> bool:
     """
     deaths = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED, MPI.ERR_OTHER)
     return isinstance(error, MPI.Exception) and error.Get_error_class() in deaths
+
+
+def agree(comm: Any, ready: bool) -> bool:
+    """Whether no rank has died, and every one has called this as `ready`; the same answer on all that live (ULFM).
+
+    Blocks; every living rank must call it. A communicator that was revoked may still be asked.
+    """
+    try:
+        return bool(comm.Agree(int(ready)))
+    except MPI.Exception as error:
+        if not tells_of_a_death(error):
+            raise
+        return False
 
 
 def acknowledged_deaths(comm: Any, error: MPI.Exception) -> set[int]:

@@ -13,16 +13,28 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from hvdvae.checkpoint import load
 from tests.system.conftest import Launch, clean_environment
 from tests.system.worker_jobs import await_first_epoch, has_ulfm, worker
 
 EPOCHS, EXAMPLES, BATCH = 8, 1457, 10
+SPLIT = (
+    "--engine mpi --mesh dp=2,pp=2",
+    "--engine mpi --mesh dp=2,tp=2",
+    "--engine horovod --mesh dp=2,pp=2 --pipeline-schedule gpipe --ema 0.9",
+)
+"""Models that two ranks hold together, twice."""
 PLANS = ("--engine mpi", "--engine horovod", "--compression int8", "--engine mpi --accumulate 2 --ema 0.9")
 
 
-def kill_one(folder: Path, plan: str, *, ranks: int, victim: int, delay: float) -> None:
-    """Kill a rank so many seconds after the first epoch; check that nothing was lost and nobody hung."""
+def kill_one(folder: Path, plan: str, *, ranks: int, victim: int, delay: float, model: int = 1) -> None:
+    """Kill a rank so many seconds after the first epoch; check that nothing was lost and nobody hung.
+
+    `model`: ranks that hold a copy of it together.
+    """
+    copies, left = ranks // model, ranks // model - 1
     run = f"--batch-size {BATCH} --epochs {EPOCHS} --nll-samples 2 --pictures-every 0 --threads 1 --out run"
     run += " --lr-scaling linear"
     launch = f"mpirun --with-ft ulfm --bind-to none --map-by :OVERSUBSCRIBE -n {ranks} {sys.executable} -m hvdvae train"
@@ -45,19 +57,19 @@ def kill_one(folder: Path, plan: str, *, ranks: int, victim: int, delay: float) 
         assert summary["world_size"] == ranks, "it was killed once training was over"
         return
     assert summary["died"] == [f"rank {victim} ({os.uname().nodename})"]
-    told = re.search(rf"rank {victim} \(.*\) has died; {ranks - 1} ranks go on from step (\d+)", ended.output)
+    told = re.search(rf"rank {victim} \(.*\) has died; {left * model} ranks.* go on from step (\d+)", ended.output)
     assert told
-    assert summary["world_size"] == ranks - 1
+    assert summary["world_size"] == left * model
     assert summary["epochs"] == EPOCHS
-    # Every epoch is covered: steps of all ranks before, of one rank less after, none twice.
+    # Every epoch is covered: steps of all copies before, of one less after, none twice.
     after, batch = int(told[1]), BATCH * (2 if "accumulate" in plan else 1)
-    whole = EXAMPLES // (ranks * batch)
-    left = EXAMPLES - (after % whole) * ranks * batch
-    expected = after + left // ((ranks - 1) * batch)
-    expected += (EPOCHS - 1 - after // whole) * (EXAMPLES // ((ranks - 1) * batch))
+    whole = EXAMPLES // (copies * batch)
+    rest = EXAMPLES - (after % whole) * copies * batch
+    expected = after + rest // (left * batch)
+    expected += (EPOCHS - 1 - after // whole) * (EXAMPLES // (left * batch))
     assert summary["steps"] == expected
-    # Learning rate times ranks, and ranks are fewer.
-    assert epochs[-1]["lr"] == pytest.approx(1e-3 * (ranks - 1))
+    # Learning rate times copies, and copies are fewer.
+    assert epochs[-1]["lr"] == pytest.approx(1e-3 * left)
     assert epochs[-1]["validation_elbo"] > epochs[0]["validation_elbo"]
 
 
@@ -74,6 +86,61 @@ def test_rank_0_may_die_and_one_may_be_left(tmp_path: Path, engine: str) -> None
     if not has_ulfm():
         pytest.skip("this MPI has no ULFM")
     kill_one(tmp_path, f"--engine {engine}", ranks=2, victim=0, delay=0.05)
+
+
+@pytest.mark.parametrize(("plan", "victim"), [*zip(SPLIT, (1, 0, 3), strict=True)], ids=str)
+def test_whole_copies_of_a_split_model_go_on(tmp_path: Path, plan: str, victim: int) -> None:
+    """Of the ranks that are left, those that hold all of it; the checkpoint is whole as ever."""
+    if not has_ulfm():
+        pytest.skip("this MPI has no ULFM")
+    kill_one(tmp_path, plan, ranks=4, victim=victim, delay=0.1, model=2)
+    evaluate = [sys.executable, "-m", "hvdvae", "evaluate", "run", "--samples", "2", "--data", "digits"]
+    assert Launch(evaluate, clean_environment(), tmp_path).finish(60).status == 0
+
+
+@pytest.mark.parametrize(("mesh", "victim"), [("dp=2,pp=2", 1), ("dp=2,pp=2", 2), ("dp=2,tp=2", 0)])
+def test_a_split_model_learns_on_as_the_whole_one_does(tmp_path: Path, mesh: str, victim: int) -> None:
+    """Where a rank dies before the same step, of either."""
+    if not has_ulfm():
+        pytest.skip("this MPI has no ULFM")
+    script = Path(__file__).parent / "dying_rank.py"
+    found = {}
+    for name, ranks, dying, words in (("whole", 2, 1, ""), ("split", 4, victim, f"--mesh {mesh}")):
+        launch = f"mpirun --with-ft ulfm --bind-to none --map-by :OVERSUBSCRIBE -n {ranks} {sys.executable} {script}"
+        options = f"--batch-size 10 --hidden 12 --latent 3 --epochs 3 --engine mpi --ema 0.9 --out {name} {words}"
+        job = Launch(f"{launch} {dying} 4 {options}".split(), clean_environment(), tmp_path).finish(60)
+        assert job.status == 0, job.output
+        assert re.search(rf"rank {dying} \(.*\) has died; .* go on from step 16", job.output), job.output
+        found[name] = load(next((tmp_path / name / "checkpoints").glob("step-*")))
+    # 12 steps of two copies, four more, and 16 and 24 of one.
+    assert found["whole"].record["step"] == found["split"].record["step"] == 12 + 4 + 16 + 24
+    assert found["whole"].tensors.keys() == found["split"].tensors.keys()
+    for name, tensor in found["whole"].tensors.items():
+        torch.testing.assert_close(found["split"].tensors[name], tensor, atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize(("victims", "missing"), [((0, 1), None), ((1, 3), 1), ((0, 2, 3), 0)], ids=str)
+def test_several_may_die_at_once_while_every_part_is_left(
+    tmp_path: Path, victims: tuple[int, ...], missing: int | None
+) -> None:
+    """Else the job ends and says which stage is missing."""
+    if not has_ulfm():
+        pytest.skip("this MPI has no ULFM")
+    run = f"--data digits --epochs 6 --batch-size {BATCH} --pictures-every 0 --nll-samples 2 --threads 1 --out run"
+    launch = f"mpirun --with-ft ulfm --bind-to none --map-by :OVERSUBSCRIBE -n 4 {sys.executable} -m hvdvae train"
+    job = Launch(f"{launch} {run} --engine mpi --mesh dp=2,pp=2".split(), clean_environment(), tmp_path)
+    processes = [worker(job, victim) for victim in victims]
+    await_first_epoch(tmp_path)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    ended = job.finish(60)
+    if missing is None:
+        assert ended.status == 0, ended.output
+        assert "2 ranks (mesh dp=1,pp=2,tp=1) go on" in ended.output
+        return
+    assert ended.status == 75, ended.output
+    assert f"has died: nobody is left who holds slice 0 of stage {missing} of the model" in ended.output
+    assert "--resume" in ended.output
 
 
 @pytest.mark.parametrize("engine", ["mpi", "horovod"])
@@ -138,12 +205,13 @@ def soak(kills: int, folder: Path) -> None:
     """Kill so many ranks, each in a job of its own, at random moments of random plans. Stops at the first failure."""
     choose = random.Random(kills)
     for number in range(kills):
-        plan, ranks, delay = choose.choice(PLANS), choose.choice((2, 3, 4)), choose.uniform(0.0, 1.5)
+        plan, ranks, delay = choose.choice(PLANS + SPLIT), choose.choice((2, 3, 4)), choose.uniform(0.0, 1.5)
+        model, ranks = (2, 4) if plan in SPLIT else (1, ranks)
         victim = choose.randrange(ranks)
         place = folder / str(number)
         place.mkdir(parents=True)
         begin = time.monotonic()
-        kill_one(place, plan, ranks=ranks, victim=victim, delay=delay)
+        kill_one(place, plan, ranks=ranks, victim=victim, delay=delay, model=model)
         print(
             f"{number + 1}/{kills}: {plan}, rank {victim} of {ranks} after {delay:.3f} s: "
             f"{time.monotonic() - begin:.1f} s",

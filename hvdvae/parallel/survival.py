@@ -1,0 +1,85 @@
+"""A model that ranks hold together outlives their deaths, as long as every part of it has one rank left.
+
+    dp = 2, pp = 2:   copy 0   0 1    rank 1 dies:   0 .    0 and 3 are a copy of the model from now on,
+                      copy 1   2 3                   2 3    and 2, which holds what 0 does, leaves
+
+Copies hold the same after each step, so any ranks that hold all parts make a copy. As many go on as the rarest part has
+ranks. That is so only where no part is a step further than the others: ranks that have the mean gradient do not step
+before all that live have theirs (`commit`).
+
+Each rank ends its work among these ranks with an agreement that fails: it fails on all, or on none. Here, too: whoever
+has met one more death while new groups are made has all begin anew.
+"""
+
+import sys
+from typing import Any
+
+from mpi4py import MPI
+
+from hvdvae.errors import PartLost
+from hvdvae.parallel.mesh import Groups, Mesh
+from hvdvae.world.mpi import MpiCollectives, agree
+
+
+class Survival:
+    """This rank's say in whether all go on. ULFM only."""
+
+    def __init__(self, groups: Groups) -> None:
+        """Local."""
+        self._groups = groups
+        self._ended: Any = None
+        """The communicator on which an agreement has failed."""
+
+    def commit(self, what: str) -> None:
+        """Return on all ranks that live, or raise RankLost on all of them. Blocks; every one must call it."""
+        world = self._groups.whole
+        with world.watchdog.waiting(f"agreement on {what}"):
+            agreed = agree(world.comm, True)
+        if not agreed:
+            self._ended = world.comm
+            world.revoke()
+            raise world.lost(what)
+
+    def withdraw(self) -> None:
+        """This rank has met a death: no `commit` of these ranks succeeds any more. Blocks for the others to hear it."""
+        world = self._groups.whole
+        if self._ended is not world.comm:
+            self._ended = world.comm
+            with world.watchdog.waiting("agreement that a rank has died"):
+                agree(world.comm, False)
+
+    def regroup(self) -> None:
+        """Make copies of the model of those that live, after World.recover. Blocks; every one must call it.
+
+        Ends the process of whom no copy needs. Raises PartLost on all where a part is left to nobody.
+        """
+        groups = self._groups
+        whole, old = groups.whole, groups.mesh
+        parts = old.pp * old.tp
+        mine = groups.stages.rank * old.tp + groups.layers.rank
+        held: list[int] = whole.gather_objects(mine, "parts of those that are left")
+        new = Mesh(min(held.count(part) for part in range(parts)), old.pp, old.tp)
+        if new.dp == 0:
+            _, stage, piece = old.place(next(part for part in range(parts) if part not in held))
+            raise PartLost(
+                f"nobody is left who holds slice {piece} of stage {stage} of the model: continue from the last "
+                "checkpoint with --resume"
+            )
+        places = [held[:rank].count(part) * parts + part for rank, part in enumerate(held)]
+        place = places[whole.rank]
+        stays = place < new.size
+        colors = (0, *new.groups(place)) if stays else (MPI.UNDEFINED,) * len(groups.worlds)
+        # Nobody speaks in a new group before all know that all of them are made: who failed to make one would be
+        # waited for there.
+        with whole.waiting("groups of those that go on"):
+            comms = [whole.comm.Split(color, place) for color in colors]
+        self.commit("groups of those that go on")
+        if not stays:
+            whole.watchdog.stop()
+            sys.stderr.write(f"hvdvae: {whole.members.name} leaves: the rest of its copy of the model has died\n")
+            raise SystemExit(0)
+        names = dict(zip(places, whole.members.names, strict=True))
+        whole.members.names = [names[number] for number in range(new.size)]
+        for world, comm in zip(groups.worlds, comms, strict=True):
+            world.take(MpiCollectives(comm, is_ours=True))
+        whole.everyone, groups.mesh = whole.comm, new
