@@ -1,7 +1,8 @@
 """The loop that all contenders share: batch, forward, backward, exchange, update, and now and then a look.
 
 Examples are counted over all ranks. A look keeps the weights with the time and the examples that it took to get them;
-what they are worth is found out after the run, so that judging takes no time from anybody.
+what they are worth is found out after the run, so that judging takes no time from anybody. The clock of those that step
+together stands still while they look; where they do not, the others train on.
 """
 
 import itertools
@@ -81,13 +82,18 @@ def train(
         if examples >= looks * budget.look_every or examples >= budget.examples:
             looks = int(examples // budget.look_every) + 1
             seconds = time.perf_counter() - start
+            over = contender.any(seconds > budget.seconds) or examples >= budget.examples
+            begin = time.perf_counter()
             with contender.look():
                 if contender.rank == 0:
                     track.weights.append(state_of(model))
                     track.examples.append(examples)
                     track.seconds.append(seconds)
-            if contender.any(seconds > budget.seconds) or examples >= budget.examples:
+            if over:
                 break
+            if contender.steps_together:
+                # They have just met, and all wait: a slow link may need longer for the weights than for a step.
+                start += time.perf_counter() - begin
         with watch.on(DATA):
             batch = next(batches)
         with watch.on(TROUBLE):
