@@ -8,7 +8,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +56,9 @@ def main(order: dict[str, Any]) -> None:
         step()
     if pipeline is not None:
         pipeline.forget()
+    sums = Sums(groups.layers if groups is not None and groups.mesh.tp > 1 else mine)
     world.barrier()
-    before, begin = world.watchdog.waited, time.perf_counter()
+    begin = time.perf_counter()
     steps = 0
     for steps in itertools.count(1):
         step()
@@ -70,47 +70,56 @@ def main(order: dict[str, Any]) -> None:
     state = sum(value.nbytes for entries in optimizer.inner.state.values() for value in entries.values() if value.dim())
     found = {
         "rate": steps * len(batch) / took,
-        "waited": (world.watchdog.waited - before) / took,
+        "waited": sums.seconds / took,
         "parameters": optimizer.flat.parameters.nbytes,
         "state": state,
     }
-    nbytes, seconds = sums_alone(groups.layers, step) if groups is not None and groups.mesh.tp > 1 else (0, 0.0)
+    nbytes, alone = sums.of_a_step(steps)
     rows = world.gather_objects(found)
     staged = pipeline.results() if pipeline is not None else None
     if world.is_first:
         copies = world.size if independent else replicas.size
         total = sum(row["rate"] for row in rows) / len(rows) * copies
         most = {key: max(row[key] for row in rows) for key in ("parameters", "state")}
-        sums = {"sum_bytes": nbytes, "sum_seconds": seconds}
+        counted = {"sum_bytes": nbytes, "sum_seconds": alone}
         waited = sum(row["waited"] for row in rows) / len(rows)
-        print(json.dumps({**most, "rate": total, "waited": waited, "pipeline": staged, **sums}))
+        print(json.dumps({**most, "rate": total, "waited": waited, "pipeline": staged, **counted}))
     world.close()
 
 
-def sums_alone(layers: World, step: Callable[[], None]) -> tuple[int, float]:
-    """Bytes that a step sums over the ranks that share layers, and seconds that this takes when nothing else is done.
+class Sums:
+    """Looks on as layers are summed over the ranks that share them."""
 
-    Blocks; every rank must call it.
-    """
-    sizes = []
-    sum_ = layers.sum_
+    def __init__(self, layers: World) -> None:
+        """Mutates `layers`, which tells from now on."""
+        self.seconds = 0.0
+        """In sums so far."""
+        self._sizes: list[int] = []
+        self._world, self._sum = layers, layers.sum_
+        layers.sum_ = self._noted  # type: ignore[method-assign]
 
-    def noted(tensor: torch.Tensor, what: str = "sum") -> torch.Tensor:
-        sizes.append(tensor.numel())
-        return sum_(tensor, what)
-
-    layers.sum_ = noted  # type: ignore[method-assign]
-    step()
-    layers.sum_ = sum_  # type: ignore[method-assign]
-    vectors = [torch.zeros(size) for size in sizes]
-    times = []
-    for _ in range(ROUNDS):
-        layers.barrier()
+    def _noted(self, tensor: torch.Tensor, what: str = "sum") -> torch.Tensor:
         begin = time.perf_counter()
-        for vector in vectors:
-            layers.sum_(vector)
-        times.append(time.perf_counter() - begin)
-    return sum(vector.nbytes for vector in vectors), statistics.median(times)
+        try:
+            return self._sum(tensor, what)
+        finally:
+            self.seconds += time.perf_counter() - begin
+            self._sizes.append(tensor.numel())
+
+    def of_a_step(self, steps: int) -> tuple[int, float]:
+        """Bytes that each of so many steps has summed, and seconds that this takes where nothing else is done.
+
+        Blocks; every rank must call it.
+        """
+        vectors = [torch.zeros(size) for size in self._sizes[: len(self._sizes) // steps]]
+        times = []
+        for _ in range(ROUNDS):
+            self._world.barrier()
+            begin = time.perf_counter()
+            for vector in vectors:
+                self._sum(vector)
+            times.append(time.perf_counter() - begin)
+        return sum(vector.nbytes for vector in vectors), statistics.median(times)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 from hvdvae.launcher import survives_deaths
 
+LEFT: set[int] = set()
+"""Ranks of the launch that have ended well before the others, which had no work for them."""
 _LAUNCHER = os.getppid()
 GRACE_SECONDS, KILL_SECONDS = 2, 8
 """That the launcher has to end the job before it is told by a signal, and before it is ended by one."""
@@ -36,13 +38,15 @@ def abort_job(code: int) -> NoReturn:
 
 
 def _is_last(mpi: Any) -> bool:
-    """Whether all other ranks of the launch have died, as far as is heard in half a second."""
+    """Whether all other ranks of the launch have gone, as far as is heard in half a second."""
     everyone = mpi.COMM_WORLD
     for _ in range(25):
         with suppress(mpi.Exception):  # The probe is for MPI to hear the news.
             everyone.Iprobe(mpi.ANY_SOURCE, mpi.ANY_TAG)
         everyone.Ack_failed()
-        if everyone.size > 1 and everyone.Get_failed().size == everyone.size - 1:
+        failed = everyone.Get_failed()
+        gone = LEFT.union(failed.Translate_ranks(list(range(failed.size)), everyone.Get_group()))
+        if everyone.size > 1 and len(gone) == everyone.size - 1:
             return True
         time.sleep(0.02)
     return False

@@ -55,7 +55,7 @@ class Inquiry(Protocol):
     """How watchdogs of several ranks ask each other (world/mpi.py)."""
 
     lost: set[int]
-    """Ranks that are known to have died, while the job goes on."""
+    """Ranks that are known to have died, or left, while the job goes on."""
 
     def answer(self, state: Callable[[], State]) -> None:
         """Answer all questions that have come in; does not block."""
@@ -96,6 +96,11 @@ class Watchdog:
         """Start the threads."""
         for thread in self._threads:
             thread.start()
+
+    def forget(self, ranks: set[int]) -> None:
+        """Ask no more of these, which have left, though the job goes on. Local."""
+        if self._inquiry is not None:
+            self._inquiry.lost |= ranks
 
     def stop(self) -> None:
         """End the threads; blocks until they have ended (at most one period)."""

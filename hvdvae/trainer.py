@@ -157,7 +157,8 @@ class Trainer:
         """Train until `epochs` are done or a signal comes. Blocks; every rank must call it.
 
         Mutates the model. On SIGINT, SIGTERM or SIGUSR1 of any rank all ranks finish the same step, save, and return.
-        Raises NonFiniteError on all ranks once more than `skip_limit` steps were skipped.
+        Raises NonFiniteError on all ranks once more than `skip_limit` steps were skipped, RankLost where a rank has
+        died and the others cannot go on, SystemExit(0) on a rank that they have no work for (parallel/survival.py).
         """
         self._examples, self._seconds = 0, 0.0
         self.stage = Stage(doing="train" if self.position.epoch < epochs else "leave")
@@ -314,6 +315,7 @@ class Trainer:
         is_best = False
         if self._validate is not None and (epoch % self._validate_every == 0 or last):
             found = self._run_validation(self._validate)
+            self._meet("validation")
             metrics |= {f"validation_{name}": value for name, value in found.items()}
             # A loss that is not finite would stay the best for ever: nothing is less than NaN.
             is_best = math.isfinite(found["loss"]) and (self.best is None or found["loss"] < self.best)
@@ -328,6 +330,8 @@ class Trainer:
             except RankLost:
                 self.best = before
                 raise
+        # Whoever goes on knows that it was told.
+        self._meet("the end of an epoch")
 
     def _run_validation(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
         self.model.eval()
@@ -344,9 +348,13 @@ class Trainer:
                 taken = snapshot(self, rows, self.configuration)
                 if self.world.is_first:
                     self._checkpoints.save(taken, is_best=is_best)
+        # Nobody goes on as if it were there before it is.
+        self._meet("rank 0 saves")
+
+    def _meet(self, what: str) -> None:
+        """Where ranks step together: return once all have come, however long one takes."""
         if self.optimizer.synchronous:
-            # Nobody goes on as if it were there before it is.
-            self.world.barrier("rank 0 saves", patient=True)
+            self.world.barrier(what, patient=True)
 
 
 def exit_status(outcome: Outcome) -> int:

@@ -11,6 +11,8 @@ counts slowest: copies meet once a step.
 """
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -124,6 +126,21 @@ def groups_of(mesh: Mesh, world: World) -> Groups:
     for one in groups.worlds:
         one.kin = groups.worlds
     return groups
+
+
+def places_of(found: Sequence[tuple[int, int]], parts: int) -> list[int]:
+    """New ranks of those that are left, each of which holds (part, of which copy). Pure.
+
+    Whole copies come first and stay together; the others are made of who else is there, in the order of ranks.
+    """
+    counts = Counter(copy for _, copy in found)
+    order = sorted(range(len(found)), key=lambda rank: (counts[found[rank][1]] < parts, found[rank][1]))
+    taken, places = Counter[int](), [0] * len(found)
+    for rank in order:
+        part = found[rank][0]
+        places[rank] = taken[part] * parts + part
+        taken[part] += 1
+    return places
 
 
 def _divisors(size: int) -> list[int]:

@@ -12,7 +12,7 @@ A receive is posted before the work that comes before it: the message finds its 
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -65,6 +65,10 @@ class Pipeline:
         self._heard: dict[int, Form] = {}
         self._busy = self._total = 0.0
         self._groups = groups
+        self._open: list[tuple[MPI.Request, Tensor]] = []
+        """Messages of the step that is taken."""
+        self._abandoned: list[list[tuple[MPI.Request, Tensor]]] = []
+        """Those of steps in which a rank died: MPI may still write there."""
 
     def run(
         self, batch: Batch, epoch: float, passes: int, autocast: AbstractContextManager[None]
@@ -118,8 +122,9 @@ class Pipeline:
                 if self._stage > 0:
                     backward = tuple(_gradient(tensor) for tensor in inputs if tensor.requires_grad)
                     sent.append(self._send(backward, self._stage - 1, BACKWARD))
-        with self._world.waiting("stages that take what was sent to them"):
-            MPI.Request.Waitall([request for request, _ in sent])
+        for request, _ in sent:  # One by one: of several MPI does not tell why it failed.
+            self._wait(request, "a stage that takes what was sent to it")
+        self._open.clear()
         self._total += time.perf_counter() - begin
         return found
 
@@ -129,6 +134,8 @@ class Pipeline:
 
     def recover(self) -> None:
         """Take up the work with other neighbours: what was told is told again. Local."""
+        self._abandoned.append(self._open)
+        self._open = []
         self._told.clear()
         self._heard.clear()
 
@@ -192,23 +199,34 @@ class Pipeline:
             nbytes = sum(_nbytes(one) for one in self._told[length] if one[2])
             source, tag = self._stage + 1, BACKWARD
         room = torch.empty(nbytes, dtype=torch.uint8)
-        return self._comm.Irecv(room.numpy(), source, tag), room
+        return self._begin(self._comm.Irecv, room, source, tag)
 
     def knows(self, kind: str, length: int) -> bool:
         """Whether a message's length is known. Local."""
         return length in (self._heard if kind == "forward" else self._told)
 
-    def wait(self, request: MPI.Request) -> None:
-        """Until a message is there. Blocks."""
-        with self._world.waiting("a neighbouring stage"):
+    def arrived(self, posted: tuple[MPI.Request, Tensor]) -> Tensor:
+        """The message that room was made for. Blocks."""
+        request, room = posted
+        self._wait(request, "a neighbouring stage")
+        return room
+
+    def _wait(self, request: MPI.Request, what: str) -> None:
+        with self._world.waiting(what):
             request.Wait()
+
+    def _begin(self, action: Callable[..., Any], message: Tensor, other: int, tag: int) -> tuple[MPI.Request, Tensor]:
+        with self._world.waiting("a neighbouring stage"):
+            begun = action(message.numpy(), other, tag), message
+        self._open.append(begun)
+        return begun
 
     def _send(self, tensors: Payload, to: int, tag: int) -> tuple[MPI.Request, Tensor]:
         forms: Form = [(list(tensor.shape), str(tensor.dtype), True) for tensor in tensors]
         message = torch.empty(sum(map(_nbytes, forms)), dtype=torch.uint8)
         for place, tensor in zip(_views(message, forms), tensors, strict=True):
             place.copy_(tensor.detach())
-        return self._comm.Isend(message.numpy(), to, tag), message
+        return self._begin(self._comm.Isend, message, to, tag)
 
     def _unpacked(self, message: Tensor, length: int) -> Payload:
         form = self.form(length)
@@ -224,13 +242,12 @@ class _Incoming:
         self._posted: tuple[MPI.Request, Tensor] | None = None
 
     def next(self) -> Tensor:
-        request, room = self._posted or self._pipeline.post(*self._expected.pop())
-        self._pipeline.wait(request)
+        message = self._pipeline.arrived(self._posted or self._pipeline.post(*self._expected.pop()))
         # The form of a gradient is known once its activation was sent, so not always one message ahead.
         self._posted = None
         if self._expected and self._pipeline.knows(*self._expected[-1]):
             self._posted = self._pipeline.post(*self._expected.pop())
-        return room
+        return message
 
 
 def _nbytes(form: tuple[list[int], str, bool]) -> int:

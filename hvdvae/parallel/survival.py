@@ -1,14 +1,16 @@
 """A model that ranks hold together outlives their deaths, as long as every part of it has one rank left.
 
-    dp = 2, pp = 2:   copy 0   0 1    rank 1 dies:   0 .    0 and 3 are a copy of the model from now on,
-                      copy 1   2 3                   2 3    and 2, which holds what 0 does, leaves
+    dp = 2, pp = 2:   copy 0   0 1    1 dies:        0 .    2 and 3 go on, and 0, which no copy needs, leaves
+                      copy 1   2 3                   2 3
+                                      1 and 2 die:   0 .    0 and 3 are a copy from now on
+                                                     . 3
 
 Copies hold the same after each step, so any ranks that hold all parts make a copy. As many go on as the rarest part has
-ranks. That is so only where no part is a step further than the others: ranks that have the mean gradient do not step
-before all that live have theirs (`commit`).
+ranks, whole ones first: their ranks may share a host. That is so only where no part is a step further than the others:
+ranks that have the mean gradient do not step before all that live have theirs (`commit`).
 
-Each rank ends its work among these ranks with an agreement that fails: it fails on all, or on none. Here, too: whoever
-has met one more death while new groups are made has all begin anew.
+On each communicator of all ranks every one takes part in exactly one agreement that fails, its last there; it fails on
+all that live. So they come to the next one together, also where one more dies while new groups are made.
 """
 
 import sys
@@ -16,8 +18,9 @@ from typing import Any
 
 from mpi4py import MPI
 
+from hvdvae.abort import LEFT
 from hvdvae.errors import PartLost
-from hvdvae.parallel.mesh import Groups, Mesh
+from hvdvae.parallel.mesh import Groups, Mesh, places_of
 from hvdvae.world.mpi import MpiCollectives, agree
 
 
@@ -56,8 +59,9 @@ class Survival:
         groups = self._groups
         whole, old = groups.whole, groups.mesh
         parts = old.pp * old.tp
-        mine = groups.stages.rank * old.tp + groups.layers.rank
-        held: list[int] = whole.gather_objects(mine, "parts of those that are left")
+        mine = [groups.stages.rank * old.tp + groups.layers.rank, groups.replicas.rank, MPI.COMM_WORLD.rank]
+        found: list[list[int]] = whole.gather_objects(mine, "parts of those that are left")
+        held = [part for part, *_ in found]
         new = Mesh(min(held.count(part) for part in range(parts)), old.pp, old.tp)
         if new.dp == 0:
             _, stage, piece = old.place(next(part for part in range(parts) if part not in held))
@@ -65,7 +69,7 @@ class Survival:
                 f"nobody is left who holds slice {piece} of stage {stage} of the model: continue from the last "
                 "checkpoint with --resume"
             )
-        places = [held[:rank].count(part) * parts + part for rank, part in enumerate(held)]
+        places = places_of([(part, copy) for part, copy, _ in found], parts)
         place = places[whole.rank]
         stays = place < new.size
         colors = (0, *new.groups(place)) if stays else (MPI.UNDEFINED,) * len(groups.worlds)
@@ -76,8 +80,11 @@ class Survival:
         self.commit("groups of those that go on")
         if not stays:
             whole.watchdog.stop()
-            sys.stderr.write(f"hvdvae: {whole.members.name} leaves: the rest of its copy of the model has died\n")
+            sys.stderr.write(f"hvdvae: {whole.members.name} leaves: no whole copy of the model needs it any more\n")
             raise SystemExit(0)
+        gone = {one for (*_, one), number in zip(found, places, strict=True) if number >= new.size}
+        LEFT.update(gone)
+        whole.watchdog.forget(gone)
         names = dict(zip(places, whole.members.names, strict=True))
         whole.members.names = [names[number] for number in range(new.size)]
         for world, comm in zip(groups.worlds, comms, strict=True):

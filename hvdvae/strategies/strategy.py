@@ -269,7 +269,8 @@ class Strategy(Optimizer):
     def recover(self) -> None:
         """Take up the exchange with those that are left, after World.recover; weights and state stay as they are.
 
-        Blocks; every living rank must call it. Only where `recovers`. Raises PartLost.
+        Blocks; every living rank must call it. Only where `recovers`. Raises PartLost, and
+        SystemExit on a rank that the others have no work for.
         """
         if self.parts is not None and self.parts.survival is not None:
             self.parts.survival.regroup()

@@ -324,7 +324,7 @@ class World:
         return self.members.recover(self, trains=trains)
 
     def stop_horovod(self) -> None:
-        """Where one rank does, it fails on all; `horovod` starts it anew. Blocks; every living rank must call it."""
+        """End Horovod here; what others still do with it fails. `horovod` starts it anew. Blocks until it has ended."""
         if self._horovod is not None and self.comm is not None:
             with self.watchdog.waiting("end of Horovod"):
                 self._horovod.shutdown()
@@ -357,12 +357,14 @@ class World:
                 raise self.lost(what) from error
 
     def revoke(self) -> None:
-        """Others may wait for this rank in what it leaves, since a rank has died: end their waits."""
+        """End the others' waits for this rank, which leaves what it is in, as a rank has died. Blocks for Horovod."""
         for world in self.kin:
             world.carrier.revoke()
             for comm in world._revocable:
                 comm.Revoke()
-            world.stop_horovod()
+        if len(self.kin) > 1:  # Who shares Horovod with this rank may have met no death.
+            for world in self.kin:
+                world.stop_horovod()
 
     def lost(self, what: str) -> RankLost:
         """The error of a death during `what`. Local."""

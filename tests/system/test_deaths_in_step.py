@@ -24,6 +24,8 @@ SPLIT = (
     "--engine mpi --mesh dp=2,pp=2",
     "--engine mpi --mesh dp=2,tp=2",
     "--engine horovod --mesh dp=2,pp=2 --pipeline-schedule gpipe --ema 0.9",
+    # Messages that wait until somebody takes them.
+    "--engine mpi --mesh dp=2,pp=2 --latent 1000 --micro-batches 2 --checkpoint-every 5",
 )
 """Models that two ranks hold together, twice."""
 PLANS = ("--engine mpi", "--engine horovod", "--compression int8", "--engine mpi --accumulate 2 --ema 0.9")
@@ -88,7 +90,7 @@ def test_rank_0_may_die_and_one_may_be_left(tmp_path: Path, engine: str) -> None
     kill_one(tmp_path, f"--engine {engine}", ranks=2, victim=0, delay=0.05)
 
 
-@pytest.mark.parametrize(("plan", "victim"), [*zip(SPLIT, (1, 0, 3), strict=True)], ids=str)
+@pytest.mark.parametrize(("plan", "victim"), [*zip(SPLIT, (1, 0, 3, 2), strict=True)], ids=str)
 def test_whole_copies_of_a_split_model_go_on(tmp_path: Path, plan: str, victim: int) -> None:
     """Of the ranks that are left, those that hold all of it; the checkpoint is whole as ever."""
     if not has_ulfm():

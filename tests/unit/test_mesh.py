@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from hvdvae.errors import ConfigError
-from hvdvae.parallel.mesh import Mesh, parse
+from hvdvae.parallel.mesh import Mesh, parse, places_of
 from hvdvae.parallel.tensor import pairs_of
 from hvdvae.vae import build_model
 
@@ -89,3 +89,20 @@ def test_the_models_of_the_package_have_pairs() -> None:
     assert pairs(conv, "encoder") == [("encoder.network.0", "encoder.network.2")]
     assert pairs(conv, "decoder") == [("decoder.network.1", "decoder.output")]
     assert [pairs(mlp, chain) for chain in mlp.chains] == [pairs(mlp, "encoder"), pairs(mlp, "decoder")]
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        # Two stages in two copies, of which one rank each is gone: (part, copy) of the others.
+        ([(0, 0), (0, 1), (1, 1)], [2, 0, 1]),
+        ([(1, 0), (0, 1), (1, 1)], [3, 0, 1]),
+        ([(0, 0), (1, 0), (1, 1)], [0, 1, 3]),
+        ([(0, 0), (1, 1)], [0, 1]),
+        # Three copies: two whole ones keep their ranks together; two broken ones make one.
+        ([(0, 0), (0, 1), (1, 1), (0, 2), (1, 2)], [4, 0, 1, 2, 3]),
+        ([(0, 0), (1, 1), (0, 2), (1, 2)], [2, 3, 0, 1]),
+    ],
+)
+def test_whole_copies_stay_together_and_come_first(found: list[tuple[int, int]], expected: list[int]) -> None:
+    assert places_of(found, 2) == expected
