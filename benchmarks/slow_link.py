@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.statistics_of_rounds import Spread, paired_ratios, spread
 from benchmarks.study.launch import SETTINGS
-from benchmarks.study.namespaces import network
+from benchmarks.study.namespaces import NoNetwork, network
 from hvdvae.cli import mpirun
 
 KEY = "OMPI_MCA_btl_tcp_flags"
@@ -69,9 +69,12 @@ def turn(mbit: float, megabytes: float, flags: str) -> dict[str, float]:
     environment = {**mpirun.environment(os.environ), **SETTINGS, KEY: flags}
     passed = [part for name in SETTINGS for part in ("-x", name)]
     job = [sys.executable, str(Path(__file__).resolve()), "--rank", "--megabytes", str(megabytes)]
-    with network(2, mbit) as hosts:
-        command = hosts.mpirun(program, [*passed, *job])
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    try:
+        with network(2, mbit) as hosts:
+            command = hosts.mpirun(program, [*passed, *job])
+            ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    except NoNetwork as why:
+        raise SystemExit(f"no hosts on a slow link can be made here: {why}") from None
     if ended.returncode != 0:
         raise SystemExit(f"a turn ended with status {ended.returncode}:\n{ended.stderr}")
     found: dict[str, float] = json.loads(ended.stdout)
