@@ -129,6 +129,8 @@ def mesh(config: TrainConfig, world: World) -> Groups | None:
     for name, is_set in refused.items():
         if is_set:
             raise ConfigError(f"{name} does not go with a model that is split (--tensor, --pipeline): drop one of them")
+    if config.recompute and config.batch_norm:
+        raise ConfigError("--recompute with --batch-norm would count each batch twice in its statistics: drop one")
     return groups_of(found, world)
 
 

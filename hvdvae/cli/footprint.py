@@ -149,7 +149,7 @@ def _activations(
 
         saved, (payload, _) = _saved(run, parameters)
         total += saved if cuts[stage] <= number < ends[stage] else 0
-    order = order_of(config.pipeline_schedule, stage, mesh.pp, micros)
+    order = order_of(config.pipeline_schedule, stage, mesh.pp, micros * config.accumulate)
     under_way = max(sum(1 if kind == "forward" else -1 for kind, _ in order[: turn + 1]) for turn in range(len(order)))
     if config.recompute and mesh.pp > 1:
         return received * under_way + total

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from hvdvae.compression.codec import Gathered
 
+LARGEST = 65504.0
+"""Beyond that it is infinity."""
+
 
 class Fp16(Gathered):
     """IEEE binary16, rounded to the nearest."""

@@ -58,6 +58,8 @@ class Pipeline:
         `recompute`: activations are not kept between forward and backward but computed once more (Chen et al. 2016).
         """
         self._chain, self._steps, self._micros = chain, chain.steps[steps], micros
+        self._count = micros
+        """Of them in a step, with those of its passes."""
         self._schedule, self._recompute = schedule, recompute
         self._world = groups.stages
         self._stage, self._stages = groups.stages.rank, groups.stages.size
@@ -81,6 +83,7 @@ class Pipeline:
         begin = time.perf_counter()
         self._chain.begin(batch)
         micros = chunks(batch, self._micros * passes)
+        self._count = len(micros)
         lengths = [examples_of(micro) for micro in micros]
         stops = np.cumsum(lengths).tolist()
         places = [slice(stop - length, stop) for stop, length in zip(stops, lengths, strict=True)]
@@ -151,12 +154,12 @@ class Pipeline:
         total = max(seconds for _, seconds in rows) or float("nan")
         return {
             "stages": self._stages,
-            "micro_batches": self._micros,
+            "micro_batches": self._count,
             "schedule": self._schedule,
             "stage_seconds": busy,
             "imbalance": max(busy) * len(busy) / (sum(busy) or float("nan")),
             "idle": 1 - sum(busy) / len(busy) / total,
-            "bubble": bubble(self._stages, self._micros),
+            "bubble": bubble(self._stages, self._count),
         }
 
     def _hears(self, kind: str) -> bool:
@@ -239,15 +242,18 @@ class _Incoming:
 
     def __init__(self, pipeline: Pipeline, expected: list[tuple[str, int]]) -> None:
         self._pipeline, self._expected = pipeline, expected[::-1]
-        self._posted: tuple[MPI.Request, Tensor] | None = None
+        self._posted = self._make_room()
 
     def next(self) -> Tensor:
         message = self._pipeline.arrived(self._posted or self._pipeline.post(*self._expected.pop()))
-        # The form of a gradient is known once its activation was sent, so not always one message ahead.
-        self._posted = None
-        if self._expected and self._pipeline.knows(*self._expected[-1]):
-            self._posted = self._pipeline.post(*self._expected.pop())
+        self._posted = self._make_room()
         return message
+
+    def _make_room(self) -> tuple[MPI.Request, Tensor] | None:
+        # The form of a gradient is known once its activation was sent, so not always one message ahead.
+        if self._expected and self._pipeline.knows(*self._expected[-1]):
+            return self._pipeline.post(*self._expected.pop())
+        return None
 
 
 def _nbytes(form: tuple[list[int], str, bool]) -> int:

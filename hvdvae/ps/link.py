@@ -103,7 +103,8 @@ class Link:
         self.channel.flush(worker)
         if is_push and pull.is_known:
             header[Answer.SHORT] = 1
-            sent = pull.write(vector, stream(worker, self._start))
+            # Not by worker: those that step together hold the same, bit for bit.
+            sent = pull.write(vector, stream(self._start))
         else:
             sent = self._received[worker][: self.length].copy_(vector)
             if takes:

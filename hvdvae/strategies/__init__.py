@@ -95,7 +95,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
         from hvdvae.strategies.local_sgd import DiLoCo, LocalSgd
 
         options |= {
-            "sync_every": sync_every or SYNC_EVERY[strategy],
+            "sync_every": SYNC_EVERY[strategy] if sync_every is None else sync_every,
             "adaptive": adaptive_sync,
             "group_size": group_size,
         }

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hvdvae.compression.fp16 import LARGEST
 from hvdvae.errors import ConfigError
 from hvdvae.ps.client import Client
 from hvdvae.ps.exchange import exchange_of, plain_options
@@ -123,6 +124,11 @@ class ParameterServer(Strategy):
 
     def update(self) -> None:
         """Push, and pull. Blocks until the policy lets this worker go on."""
+        if self.plan.compression == "fp16" and float(self.flat.gradient.abs().max()) > LARGEST:
+            # The server would be told of infinity, and keep it in its weights.
+            self.skipped_steps += 1
+            self.skip()
+            return
         self._take_step(finite=True)
 
     def skip(self) -> None:

@@ -213,6 +213,30 @@ def test_short_messages_train_and_all_end_with_the_servers_weights(world: World,
         assert 0 < found["bytes_pulled"] < whole
 
 
+@pytest.mark.parametrize("codec", COMPRESSIONS)
+def test_workers_in_step_hold_the_same_weights_whatever_the_messages_leave_out(world: World, codec: str) -> None:
+    plan = Plan(consistency="bsp", compression=codec)
+    for optimizer, model, joined in workers_at_every_split(world, plan, Net, OPTIMIZERS["sgd"]):
+        held: list[bytes] = []
+        train(
+            optimizer, model, joined, lambda *_, held=held, model=model: held.append(weights(model).numpy().tobytes())
+        )
+        assert len(set(held)) == STEPS, "they change"
+        assert len(set(joined.gather_bytes(b"".join(held)))) == 1
+
+
+def test_what_half_precision_cannot_hold_is_not_pushed(world: World) -> None:
+    def grow(step: int, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.fill_(1e5 if step == 1 else 0.1)
+
+    for optimizer, model, joined in workers_at_every_split(world, Plan(compression="fp16"), Smooth, OPTIMIZERS["sgd"]):
+        train(optimizer, model, joined, grow)
+        assert optimizer.skipped_steps == 1
+        assert bool(torch.isfinite(weights(model)).all())
+
+
 def test_schedules_and_changed_options_act_on_the_servers(world: World) -> None:
     """Law 7: learning rate and weight decay of two groups, changed while it runs; clipping of the mean gradient."""
 
