@@ -21,7 +21,6 @@ from tests.system.worker_jobs import await_first_epoch, has_ulfm, worker
 
 EPOCHS, EXAMPLES, BATCH = 8, 1457, 10
 SPLIT = (
-    "--engine mpi --mesh dp=2,pp=2",
     "--engine mpi --mesh dp=2,tp=2",
     "--engine horovod --mesh dp=2,pp=2 --pipeline-schedule gpipe --ema 0.9",
     # Messages that wait until somebody takes them.
@@ -90,7 +89,7 @@ def test_rank_0_may_die_and_one_may_be_left(tmp_path: Path, engine: str) -> None
     kill_one(tmp_path, f"--engine {engine}", ranks=2, victim=0, delay=0.05)
 
 
-@pytest.mark.parametrize(("plan", "victim"), [*zip(SPLIT, (1, 0, 3, 2), strict=True)], ids=str)
+@pytest.mark.parametrize(("plan", "victim"), [*zip(SPLIT, (0, 3, 1), strict=True)], ids=str)
 def test_whole_copies_of_a_split_model_go_on(tmp_path: Path, plan: str, victim: int) -> None:
     """Of the ranks that are left, those that hold all of it; the checkpoint is whole as ever."""
     if not has_ulfm():
@@ -100,7 +99,7 @@ def test_whole_copies_of_a_split_model_go_on(tmp_path: Path, plan: str, victim: 
     assert Launch(evaluate, clean_environment(), tmp_path).finish(60).status == 0
 
 
-@pytest.mark.parametrize(("mesh", "victim"), [("dp=2,pp=2", 1), ("dp=2,pp=2", 2), ("dp=2,tp=2", 0)])
+@pytest.mark.parametrize(("mesh", "victim"), [("dp=2,pp=2", 1), ("dp=2,tp=2", 2)])
 def test_a_split_model_learns_on_as_the_whole_one_does(tmp_path: Path, mesh: str, victim: int) -> None:
     """Where a rank dies before the same step, of either."""
     if not has_ulfm():
