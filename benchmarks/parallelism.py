@@ -9,8 +9,8 @@ state on the fullest rank. Then, against what theory allows:
 
     pipeline   independent processes, one a core, on micro-batches of the same size: what the cores give; times
                (1 - bubble) / imbalance, which GPipe's formula and the measured times of the stages say
-    tensor     the same on whole batches, and after each step the sums of its activations as they take alone, which is
-               what their bytes cost; and what part of the time it really waited in them
+    tensor     the same on whole batches, and a step's sums of activations as they take alone, which is what their bytes
+               cost; and what part of the time it really waited in them
 """
 
 import argparse
