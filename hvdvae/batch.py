@@ -1,13 +1,30 @@
 """A batch: a tensor, or a tuple, list or mapping of tensors that share their first dimension, the examples."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
 from hvdvae.errors import DataError
 
 Batch = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+
+class Batches(Protocol):
+    """Where examples come from; `data.Loader` is one."""
+
+    @property
+    def examples(self) -> int:
+        """Examples of an epoch, all ranks."""
+
+    def steps(self, start: int = 0) -> int:
+        """Steps from position `start` (examples that all ranks together have seen in this epoch) to its end."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """This rank's batches from position `start` of an epoch; equally many on every rank."""
+
+    def reshare(self, rank: int, size: int) -> None:
+        """From the next epoch() on, this rank takes the share of `rank` of `size`. Called where a rank has died."""
 
 
 def examples_of(batch: Batch) -> int:

@@ -29,7 +29,7 @@ class FlatModel:
         Parameters that no group holds are left alone: nobody trains them. Raises ConfigError where the parameters'
         dtypes or devices differ, or where the model has none.
         """
-        self._groups = [list(group) for group in groups]
+        self.groups = [list(group) for group in groups]
         self.names = _names(model, groups)
         self.tensors: list[nn.Parameter] = [parameter for group in groups for parameter in group]
         self.shapes = [tuple(parameter.shape) for parameter in self.tensors]
@@ -114,7 +114,7 @@ class FlatModel:
     def split(self, vector: Tensor, group: int) -> list[Tensor]:
         """Views of a vector that is aligned with one group's slice, one a parameter, in the parameters' shapes."""
         found, start = [], 0
-        for parameter in self._groups[group]:
+        for parameter in self.groups[group]:
             found.append(_view_as(vector, start, parameter))
             start += parameter.numel()
         return found

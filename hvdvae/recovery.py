@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from hvdvae import checkpoint as checkpoints
 from hvdvae.errors import HostsChanged, PartLost, RankLost
 from hvdvae.resume import Position, restore, snapshot
+from hvdvae.world import deaths
 
 if TYPE_CHECKING:
     from hvdvae.trainer import Trainer
@@ -52,7 +53,7 @@ def recover(trainer: "Trainer", lost: RankLost, *, new: bool = False) -> None:
     Mutates the trainer where others were further. Raises `lost` where the strategy cannot go on, or nobody is missing.
     """
     if not trainer.optimizer.recovers:
-        if missing := trainer.world.missing():
+        if missing := deaths.missing(trainer.world):
             raise RankLost(f"{', '.join(missing)} has died: {lost}") from lost
         raise lost
     world, began, before = trainer.world, time.perf_counter(), trainer.optimizer.world.size
@@ -114,7 +115,7 @@ def _take_state(trainer: "Trainer", leader: int, *, is_behind: bool, new: bool) 
     own = [] if new else [optimizer.flat.buffers, *(optimizer.memory()[name] for name in optimizer.own_memory)]
     kept = [tensor.clone() for tensor in own]
     rows = optimizer.flat.buffers.clone()[None]
-    state = snapshot(trainer, rows, trainer.configuration) if world.rank == leader else None
+    state = snapshot(trainer, rows, trainer.configuration).taken() if world.rank == leader else None
     told = checkpoints.shared(state, leader, world)
     if is_behind:
         restore(trainer, told)

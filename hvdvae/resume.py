@@ -5,16 +5,17 @@ position. At the same world size a resumed run continues bit for bit; at another
 example.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from hvdvae.checkpoint import Checkpoint
+from hvdvae.checkpoint import Draft, Piece, Source
 from hvdvae.errors import CheckpointError
-from hvdvae.parallel.whole_checkpoint import cut, merge
+from hvdvae.parallel.whole_checkpoint import PartOfCheckpoint, merge
+from hvdvae.strategies.optimizer_state import pack
 
 if TYPE_CHECKING:
     from hvdvae.trainer import Trainer
@@ -48,28 +49,24 @@ class Position:
         self.examples = 0
 
 
-def snapshot(trainer: "Trainer", rows: Tensor, config: Mapping[str, Any]) -> Checkpoint:
-    """All that a run needs to continue, in views that are good as long as the strategy's `fetched` lasts.
+def snapshot(trainer: "Trainer", rows: Tensor, config: Mapping[str, Any]) -> Draft:
+    """All that a run needs to continue, good as long as the strategy's `saving` lasts.
 
-    Local; where ranks hold a model together, all of them must call it, and the first gets the whole.
+    Where ranks hold a model together, all of them must call it (it blocks), and ask for the pieces or write them; the
+    first copy's draft is of the whole.
 
     `rows`: float buffers of all ranks, (size, F); the model has their mean, which is what is evaluated and selected.
     """
     world, optimizer = trainer.world, trainer.optimizer
-    state = optimizer.state_dict()
     tensors = {f"model/{name}": tensor for name, tensor in trainer.model.state_dict().items()}
     tensors["buffers"] = rows
     tensors |= {f"strategy/{name}": tensor for name, tensor in optimizer.memory().items()}
-    scalars: dict[str, dict[str, Any]] = {}
-    for number, entries in state["state"].items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{number}/{key}"] = value
-            else:
-                scalars.setdefault(str(number), {})[key] = value
     if trainer.ema is not None:
         averages = optimizer.flat.views(trainer.ema.average)
         tensors |= {f"ema/{name}": average for name, average in averages.items()}
+    pieces = {name: Piece.of(tensor) for name, tensor in tensors.items()}
+    state, scalars = optimizer.pieces()
+    pieces |= {f"optimizer/{name}": piece for name, piece in state.items()}
     record = {
         "position": asdict(trainer.position),
         "step": trainer.position.step,
@@ -78,25 +75,24 @@ def snapshot(trainer: "Trainer", rows: Tensor, config: Mapping[str, Any]) -> Che
         "names": optimizer.flat.names,
         "optimizer": optimizer.wrapped_class,
         "examples": trainer.batches.examples,
-        "optimizer_groups": state["param_groups"],
+        "optimizer_groups": pack(optimizer.param_groups),
         "optimizer_scalars": scalars,
         "skipped_steps": optimizer.skipped_steps,
         "overflows": trainer.stepper.overflows,
         "scaler": trainer.stepper.scaler.state_dict() if trainer.stepper.scaler is not None else None,
         "config": dict(config),
     }
-    if optimizer.parts is not None:
-        tensors, record = merge(optimizer.parts, tensors, record, optimizer.numbered, trainer.model)
-    return Checkpoint(tensors, record)
+    draft = Draft(pieces, record)
+    return draft if optimizer.parts is None else merge(optimizer.parts, draft, optimizer.numbered, trainer.model)
 
 
-def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
-    """Put a snapshot into a trainer that was built alike, at any world size. Local; every rank does it.
+def restore(trainer: "Trainer", checkpoint: Source) -> None:
+    """Put a snapshot into a trainer that was built alike, at any world size. Every rank does it; may block (Source).
 
     Raises CheckpointError where names or shapes do not fit.
     """
-    checkpoint = part_of(trainer, checkpoint)
-    tensors, record, file = checkpoint
+    source = part_of(trainer, checkpoint)
+    record, file = source.record, source.name
     optimizer, world = trainer.optimizer, trainer.optimizer.world
     if record["names"] != optimizer.flat.names:
         raise CheckpointError(
@@ -104,53 +100,56 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
             f"({_difference(record['names'], optimizer.flat.names)}): resume with the --model, --hidden, --latent it "
             "was saved with"
         )
-    _check_same_run(trainer, checkpoint)
-    load_weights(trainer.model, checkpoint)
-    rows = tensors["buffers"]
-    if rows.shape[1] == optimizer.flat.buffers.numel():
-        same = rows.shape[0] == world.size
-        optimizer.flat.buffers.copy_(rows[world.rank] if same else rows.mean(0))
-    for name, memory in optimizer.memory().items():
-        saved = tensors.get(f"strategy/{name}")
+    _check_same_run(trainer, source)
+    load_weights(trainer.model, source)
+    for _, rows in source.each("buffers"):
+        if rows.shape[1] == optimizer.flat.buffers.numel():
+            same = rows.shape[0] == world.size
+            optimizer.flat.buffers.copy_(rows[world.rank] if same else rows.mean(0))
+    memory = optimizer.memory()
+    for name, saved in source.each("strategy"):
         # Another strategy, or codec, begins with nothing to remember.
-        if saved is not None and saved.shape == memory.shape:
-            memory.copy_(saved)
-    state: dict[int, dict[str, Any]] = {
-        int(number): dict(entries) for number, entries in record["optimizer_scalars"].items()
-    }
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer/"):
-            _, number, key = name.split("/", 2)
-            state.setdefault(int(number), {})[key] = tensor
+        if name in memory and saved.shape == memory[name].shape:
+            memory[name].copy_(saved)
     options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict({"state": state, "param_groups": record["optimizer_groups"]})
-    if trainer.ema is not None:
-        for name, average in optimizer.flat.views(trainer.ema.average).items():
-            average.copy_(tensors.get(f"ema/{name}", tensors[f"model/{name}"]))
-    if trainer.stepper.scaler is not None and record["scaler"] is not None:
-        trainer.stepper.scaler.load_state_dict(record["scaler"])
+    optimizer.load_entries(record["optimizer_groups"], _entries(source))
     for group, mine in zip(optimizer.param_groups, options, strict=True):
         # The options of this run rule: whoever resumes with another rate or decay wants it.
         group.update(mine)
+    if trainer.ema is not None:
+        averages = optimizer.flat.views(trainer.ema.average)
+        trainer.ema.average.copy_(optimizer.flat.parameters)  # Where the run kept none.
+        for name, average in source.each("ema"):
+            averages[name].copy_(average)
+    if trainer.stepper.scaler is not None and record["scaler"] is not None:
+        trainer.stepper.scaler.load_state_dict(record["scaler"])
     optimizer.skipped_steps, trainer.stepper.overflows = record["skipped_steps"], record["overflows"]
     trainer.position = Position(**record["position"])
     trainer.best = record["best"]
 
 
-def part_of(trainer: "Trainer", checkpoint: Checkpoint) -> Checkpoint:
-    """What this rank's part of the model has of a checkpoint, views; all of it where ranks hold whole models. Local."""
+def _entries(source: Source) -> Iterator[tuple[int, str, Any]]:
+    for number, entries in source.record["optimizer_scalars"].items():
+        for key, value in entries.items():
+            yield int(number), key, value
+    for name, tensor in source.each("optimizer"):
+        number, _, key = name.partition("/")
+        yield int(number), key, tensor
+
+
+def part_of(trainer: "Trainer", checkpoint: Source) -> Source:
+    """What this rank's part of the model has of a checkpoint; all of it where ranks hold whole models. Local."""
     optimizer = trainer.optimizer
     if optimizer.parts is None:
         return checkpoint
-    tensors, record = cut(optimizer.parts, checkpoint.tensors, checkpoint.record, optimizer.numbered, trainer.model)
-    return Checkpoint(tensors, record, checkpoint.name)
+    return PartOfCheckpoint(optimizer.parts, checkpoint, optimizer.numbered, trainer.model)
 
 
 FIXED = ("seed", "binarization", "likelihood")
 """Keys of the configuration that a resume may not change: data order and what the loss measures follow from them."""
 
 
-def _check_same_run(trainer: "Trainer", checkpoint: Checkpoint) -> None:
+def _check_same_run(trainer: "Trainer", checkpoint: Source) -> None:
     record, file = checkpoint.record, checkpoint.name
     mine = {"optimizer": trainer.optimizer.wrapped_class, "examples": trainer.batches.examples}
     mine |= {key: trainer.configuration[key] for key in FIXED if key in trainer.configuration}
@@ -165,31 +164,28 @@ def _check_same_run(trainer: "Trainer", checkpoint: Checkpoint) -> None:
             )
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint, *, ema: bool = False) -> None:
+def load_weights(model: nn.Module, checkpoint: Source, *, ema: bool = False) -> None:
     """Copy weights and buffers into a model, in place. With `ema`, the moving average instead, where there is one.
 
-    Raises CheckpointError naming the first tensor that does not fit.
+    Blocks where the checkpoint is spread. Raises CheckpointError naming the first tensor that does not fit.
     """
-    saved = {name.removeprefix("model/"): t for name, t in checkpoint.tensors.items() if name.startswith("model/")}
+    shapes = {name.removeprefix("model/"): s for name, s in checkpoint.shapes.items() if name.startswith("model/")}
     mine = model.state_dict()
-    if saved.keys() != mine.keys():
+    if shapes.keys() != mine.keys():
         raise CheckpointError(
-            f"{checkpoint.name} holds another model ({_difference(list(saved), list(mine))}): build it with the "
+            f"{checkpoint.name} holds another model ({_difference(list(shapes), list(mine))}): build it with the "
             "--model, --hidden, --latent it was saved with"
         )
-    for name, tensor in saved.items():
-        if tensor.shape != mine[name].shape:
+    for name, shape in shapes.items():
+        if shape != tuple(mine[name].shape):
             raise CheckpointError(
-                f"{checkpoint.name} holds another model ({name} is {tuple(tensor.shape)} there, "
+                f"{checkpoint.name} holds another model ({name} is {shape} there, "
                 f"{tuple(mine[name].shape)} here): build it with the --model, --hidden, --latent it was saved with"
             )
     with torch.no_grad():
-        for name, tensor in saved.items():
-            mine[name].copy_(tensor)
-        if ema:
-            for name, tensor in checkpoint.tensors.items():
-                if name.startswith("ema/"):
-                    mine[name.removeprefix("ema/")].copy_(tensor)
+        for kind in ("model", "ema") if ema else ("model",):
+            for name, tensor in checkpoint.each(kind):
+                mine[name].copy_(tensor)
 
 
 def _difference(saved: list[str], mine: list[str]) -> str:

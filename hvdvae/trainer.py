@@ -9,23 +9,24 @@ fractional count of epochs done.
 """
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from hvdvae.allocator import keep_freed_memory
-from hvdvae.batch import Batch, examples_of
-from hvdvae.checkpoint import Checkpoint, Folder
+from hvdvae.batch import Batch, Batches, examples_of
+from hvdvae.checkpoint import Folder, Source
 from hvdvae.ema import MovingAverage
+from hvdvae.epoch_metrics import EpochSums
 from hvdvae.errors import HostsChanged, RankLost
 from hvdvae.heartbeat import pulse_of
 from hvdvae.monitor import Monitor
+from hvdvae.outcome import Outcome
 from hvdvae.pulse import Beat
 from hvdvae.recovery import enter, recover
 from hvdvae.resume import Position, restore, snapshot
@@ -39,39 +40,6 @@ if TYPE_CHECKING:
 
 HOSTS_CHANGED = 1000
 """Beyond all signals: some rank has heard that there are other hosts."""
-
-
-class Batches(Protocol):
-    """Where examples come from; `data.Loader` is one."""
-
-    @property
-    def examples(self) -> int:
-        """Examples of an epoch, all ranks."""
-
-    def steps(self, start: int = 0) -> int:
-        """Steps from position `start` (examples that all ranks together have seen in this epoch) to its end."""
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """This rank's batches from position `start` of an epoch; equally many on every rank."""
-
-    def reshare(self, rank: int, size: int) -> None:
-        """From the next epoch() on, this rank takes the share of `rank` of `size`. Called where a rank has died."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    epochs: float
-    """Epochs done, counting those before a resume."""
-    step: int
-    examples: int
-    """Examples of all ranks in this run."""
-    seconds: float
-    """Time in training steps, without validation, checkpoints and pictures."""
-    signal: int
-    """Number of the signal that ended it early; 0: it ran to the end."""
-    skipped_steps: int
 
 
 @dataclass(frozen=True)
@@ -160,7 +128,7 @@ class Trainer:
         Raises NonFiniteError on all ranks once more than `skip_limit` steps were skipped, RankLost where a rank has
         died and the others cannot go on, SystemExit(0) on a rank that they have no work for (parallel/survival.py).
         """
-        self._examples, self._seconds = 0, 0.0
+        self._examples, self._seconds, self._sums = 0, 0.0, EpochSums()
         self.stage = Stage(doing="train" if self.position.epoch < epochs else "leave")
         if self.world.joins and self.optimizer.synchronous:
             enter(self)
@@ -185,8 +153,11 @@ class Trainer:
             skipped_steps=self.optimizer.skipped_steps,
         )
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint. Local, but every rank must do it; raises CheckpointError if it does not fit."""
+    def resume(self, checkpoint: Source) -> None:
+        """Continue from a checkpoint, in memory or spread from rank 0. Every rank must call it; blocks if it is spread.
+
+        Raises CheckpointError if it does not fit.
+        """
         restore(self, checkpoint)
 
     def evaluation_weights(self) -> AbstractContextManager[None]:
@@ -224,7 +195,7 @@ class Trainer:
         self.model.train()
         start = self.position.examples
         steps = self.batches.steps(start)
-        total, self._epoch_sums = 0, torch.zeros(4, dtype=torch.float64)
+        total, self._sums = 0, EpochSums()
         begin = time.perf_counter()
         self._pulse.start()
         signal_given = 0
@@ -283,9 +254,7 @@ class Trainer:
         self._pulse.count_step(examples, data_seconds)
 
     def _report(self, beat: Beat) -> None:
-        if beat.finite_examples:
-            means = torch.tensor([1.0, beat.loss, beat.rate, beat.distortion], dtype=torch.float64)
-            self._epoch_sums += beat.finite_examples * means
+        self._sums.add(beat)
         epoch = self._epochs_done
         lr = float(self.optimizer.param_groups[0]["lr"])
         for monitor in self._monitors:
@@ -295,23 +264,7 @@ class Trainer:
         if not (self.optimizer.synchronous or self.world.is_first):
             return  # Rank 0 evaluates and saves what the servers hold; the others train on.
         epoch, last = self.position.epoch, self.position.epoch >= epochs
-        # Examples whose loss was finite, and sums over them; no mean of none.
-        loss, rate, distortion = (self._epoch_sums[1:] / self._epoch_sums[0]).tolist()
-        metrics = {
-            "loss": loss,
-            "rate": rate,
-            "distortion": distortion,
-            "elbo": -(rate + distortion),
-            "examples_per_second": examples / max(seconds, 1e-9),
-            "lr": float(self.optimizer.param_groups[0]["lr"]),
-            "gradient_norm": self.optimizer.gradient_norm,
-            "skipped_steps": float(self.optimizer.skipped_steps),
-            **self.optimizer.traffic(),
-        }
-        if not examples:  # A resume at the remainder of an epoch: nothing was trained in it.
-            metrics = {name: metrics[name] for name in ("lr", "skipped_steps")}
-        elif not (rate or distortion):
-            metrics = {name: value for name, value in metrics.items() if name not in ("rate", "distortion", "elbo")}
+        metrics = self._sums.metrics(self.optimizer, examples, seconds)
         is_best = False
         if self._validate is not None and (epoch % self._validate_every == 0 or last):
             found = self._run_validation(self._validate)
@@ -343,11 +296,12 @@ class Trainer:
     def _save(self, *, is_best: bool) -> None:
         if self._checkpoints is None or not (self.optimizer.synchronous or self.world.is_first):
             return
-        with self.optimizer.fetched(state=True) as rows:
-            if self.optimizer.world.is_first:
-                taken = snapshot(self, rows, self.configuration)
-                if self.world.is_first:
-                    self._checkpoints.save(taken, is_best=is_best)
+        with self.optimizer.saving() as rows:
+            taken = snapshot(self, rows, self.configuration)
+            if self.world.is_first:
+                self._checkpoints.save(taken, is_best=is_best)
+            else:
+                taken.ask()
         # Nobody goes on as if it were there before it is.
         self._meet("rank 0 saves")
 
@@ -355,8 +309,3 @@ class Trainer:
         """Where ranks step together: return once all have come, however long one takes."""
         if self.optimizer.synchronous:
             self.world.barrier(what, patient=True)
-
-
-def exit_status(outcome: Outcome) -> int:
-    """What a shell expects: 0, or 128 plus the number of the signal that ended the run early."""
-    return 128 + signal.Signals(outcome.signal).value if outcome.signal else 0

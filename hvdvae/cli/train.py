@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hvdvae import checkpoint as checkpoints
-from hvdvae.checkpoint import Checkpoint
+from hvdvae.checkpoint import Source
 from hvdvae.cli import assemble
 from hvdvae.cli.agreement import agreed_config
 from hvdvae.cli.asked import Asked
@@ -28,12 +28,13 @@ from hvdvae.monitor import Monitor
 from hvdvae.monitor.jsonl import JsonLines
 from hvdvae.monitor.progress import Progress
 from hvdvae.monitor.tensorboard import TensorBoard
+from hvdvae.outcome import Outcome, exit_status
 from hvdvae.parallel.mesh import Groups
 from hvdvae.recovery import surviving
 from hvdvae.resume import load_weights, part_of
 from hvdvae.strategies import Strategy
 from hvdvae.strategies.sync_batch_norm import convert_sync_batch_norm
-from hvdvae.trainer import Outcome, Trainer, exit_status
+from hvdvae.trainer import Trainer
 from hvdvae.vae import VAE, set_output_bias
 from hvdvae.world import World
 
@@ -143,7 +144,7 @@ def _trainer(
     pipeline: "Pipeline | None",
     dataset: Dataset,
     folder: Path,
-    resumed: Checkpoint | None,
+    resumed: Source | None,
 ) -> tuple[Trainer, Pictures]:
     world, replicas, binarization = optimizer.whole, optimizer.world, assemble.binarization(config)
     loader = Loader(
@@ -203,7 +204,7 @@ def _trainer(
     return trainer, pictures
 
 
-def _newest(folder: Path, config: TrainConfig, world: World) -> Checkpoint | None:
+def _newest(folder: Path, config: TrainConfig, world: World) -> Source | None:
     """The checkpoint to resume from, read by rank 0, which may alone see the folder, and sent to all."""
     if not config.resume:
         return None

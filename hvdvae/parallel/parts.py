@@ -37,9 +37,9 @@ class Cut:
         """The part, a view."""
         return tensor.narrow(self.dim, self.start, self.stop - self.start)
 
-    def whole_shape(self, part: Tensor) -> list[int]:
+    def whole_shape(self, part: Sequence[int]) -> list[int]:
         """Of the whole, for a part's."""
-        shape = list(part.shape)
+        shape = list(part)
         shape[self.dim] = self.length
         return shape
 

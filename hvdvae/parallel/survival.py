@@ -21,6 +21,7 @@ from mpi4py import MPI
 from hvdvae.abort import LEFT
 from hvdvae.errors import PartLost
 from hvdvae.parallel.mesh import Groups, Mesh, places_of
+from hvdvae.world import deaths
 from hvdvae.world.mpi import MpiCollectives, agree
 
 
@@ -40,8 +41,8 @@ class Survival:
             agreed = agree(world.comm, True)
         if not agreed:
             self._ended = world.comm
-            world.revoke()
-            raise world.lost(what)
+            deaths.end_waits(world)
+            raise deaths.lost(world, what)
 
     def withdraw(self) -> None:
         """This rank has met a death: no `commit` of these ranks succeeds any more. Blocks for the others to hear it."""

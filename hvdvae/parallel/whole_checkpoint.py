@@ -1,22 +1,23 @@
-"""Parts of a model as a whole checkpoint, and a whole one as parts.
+"""Parts of a model as a whole checkpoint, and a whole one as parts, tensor by tensor.
 
 Checkpoints hold the whole model whatever the mesh was, so that they load on any other, and on one rank.
 
 Tensors are named as in resume.py: model/NAME, ema/NAME, optimizer/NUMBER/ENTRY, buffers (rows, F).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hvdvae.checkpoint import Draft, Piece, Source
 from hvdvae.dtypes import DTYPES
 from hvdvae.errors import CheckpointError
 from hvdvae.parallel.parts import Cut, Parts
 from hvdvae.world.collectives import slice_of
 
-Tensors = dict[str, Tensor]
 Record = dict[str, Any]
 
 
@@ -41,29 +42,26 @@ class _Key(NamedTuple):
         return f"{self.kind}/{self.name}" if self.name else self.kind
 
 
-def merge(
-    parts: Parts, tensors: Mapping[str, Tensor], record: Record, numbered: Mapping[int, str], model: nn.Module
-) -> tuple[Tensors, Record]:
-    """The whole of all ranks' parts, on the first rank of a model; on the others the tensors are none.
+def merge(parts: Parts, draft: Draft, numbered: Mapping[int, str], model: nn.Module) -> Draft:
+    """A draft of the whole model, of its ranks' drafts of their parts. A tensor at a time is whole, on all of them.
 
-    `numbered`: names of parameters, by their number in this rank's optimizer. Blocks; every rank of the model must call
-    it; a tensor at a time is whole on all.
+    `numbered`: names of parameters, by their number in this rank's optimizer. Blocks; every rank must call it. Other
+    copies of the model than the first, which writes, get their own draft, named as the whole's.
     """
-    group, numbers = parts.groups.model, parts.numbers(numbered)
-    mine = {_Key.of(key, numbered): tensor for key, tensor in tensors.items() if key != "buffers"}
-    forms = {key.written(numbers): _form(key, tensor, parts) for key, tensor in mine.items()}
+    group, numbers, record = parts.groups.model, parts.numbers(numbered), draft.record
+    keys = {_Key.of(name, numbered): piece for name, piece in draft.pieces.items() if name != "buffers"}
+    mine = {key.written(numbers): piece for key, piece in keys.items()}
+    if not parts.groups.replicas.is_first:
+        return Draft(mine, record)
+    forms = {key.written(numbers): _form(key, piece, parts) for key, piece in keys.items()}
     scalars = {str(numbers[numbered[int(number)]]): found for number, found in record["optimizer_scalars"].items()}
     everyone = group.gather_objects([forms, record["names"], scalars], "parts of a checkpoint")
-    here = {key.written(numbers): tensor for key, tensor in mine.items()}
-    merged: Tensors = {}
-    # Sorted: a resumed optimizer holds its entries in an order that differs from process to process.
-    for key in sorted({key for forms, *_ in everyone for key in forms}):
-        holders = [rank for rank, (forms, *_) in enumerate(everyone) if key in forms]
-        shape, dtype, dim = everyone[holders[0]][0][key]
-        whole = _gathered(parts, here.get(key), holders[0], shape, DTYPES[dtype], dim)
-        if group.is_first:
-            merged[key] = whole
-    merged["buffers"] = _merged_buffers(parts, tensors["buffers"], model)
+    whole: dict[str, Piece] = {}
+    for rank, (held, *_) in reversed([*enumerate(everyone)]):  # The first that holds it is asked.
+        for name, (shape, dtype, dim) in held.items():
+            get = partial(_gathered, parts, mine.get(name), rank, shape, DTYPES[dtype], dim)
+            whole[name] = Piece(tuple(shape), DTYPES[dtype], get)
+    whole["buffers"] = _merged_buffers(parts, draft.pieces["buffers"], model)
     if parts.groups.stages.size > 1:
         names = {name for _, names, _ in everyone for name in names}
         record = {
@@ -72,43 +70,61 @@ def merge(
             "optimizer_groups": _groups(record, len(parts.whole.parameters)),
             "optimizer_scalars": {number: found for *_, scalars in everyone for number, found in scalars.items()},
         }
-    return merged, record
+    return Draft(whole, record)
 
 
-def cut(
-    parts: Parts, tensors: Mapping[str, Tensor], record: Record, numbered: Mapping[int, str], model: nn.Module
-) -> tuple[Tensors, Record]:
-    """This rank's part of a whole checkpoint, views. Local.
+class PartOfCheckpoint:
+    """What a rank's part of the model has of a whole checkpoint; a `Source`."""
 
-    `numbered` as in `merge`. Raises CheckpointError where a shape is another model's.
-    """
-    state, mine = model.state_dict(), dict(model.named_parameters())
-    names = {whole: name for name, whole in parts.numbers(numbered).items()}
-    own = {name: number for number, name in numbered.items()}
-    found: Tensors = {}
-    for written, tensor in tensors.items():
-        key = _Key.of(written, names)
-        if key.kind in ("model", "ema", "optimizer") and key.name not in state:
-            continue
-        piece = _cut_of(key, tensor, parts)
-        if piece is not None and list(tensor.shape) != piece.whole_shape(mine[key.name]):
+    def __init__(self, parts: Parts, whole: Source, numbered: Mapping[int, str], model: nn.Module) -> None:
+        """`numbered` as in `merge`. Local. Raises CheckpointError where a shape is another model's."""
+        self._parts, self._whole = parts, whole
+        self.name, self.record = whole.name, whole.record
+        state = model.state_dict()
+        self._state, self._parameters = state, dict(model.named_parameters())
+        self._names = {number: name for name, number in parts.numbers(numbered).items()}
+        self._own = {name: number for number, name in numbered.items()}
+        self.shapes = {}
+        for written, shape in whole.shapes.items():
+            key = _Key.of(written, self._names)
+            if self._is_mine(key):
+                self.shapes[key.written(self._own)] = self._shape(written, key, shape)
+        if parts.groups.stages.size > 1:
+            scalars = self.record["optimizer_scalars"].items()
+            mine = {str(self._own[self._names[int(n)]]): found for n, found in scalars if int(n) in self._names}
+            self.record = {
+                **self.record,
+                "names": [name for name in self.record["names"] if name in self._parameters],
+                "optimizer_groups": _groups(self.record, len(self._parameters)),
+                "optimizer_scalars": mine,
+            }
+
+    def each(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """As Source's: views of whole tensors, one after the other."""
+        for name, tensor in self._whole.each(kind):
+            key = _Key.of(f"{kind}/{name}" if name else kind, self._names)
+            if kind == "buffers" and self._parts.groups.stages.size > 1:
+                if tensor.shape[1] == sum(self._parts.whole.buffers.values()):
+                    yield name, tensor[:, self._parts.columns(self._state)]
+            elif self._is_mine(key):
+                piece = _cut_of(key, tensor.shape, self._parts)
+                own = key.written(self._own).partition("/")[2]
+                yield own, tensor if piece is None else piece.of_whole(tensor)
+
+    def _is_mine(self, key: _Key) -> bool:
+        return key.kind not in ("model", "ema", "optimizer") or key.name in self._state
+
+    def _shape(self, written: str, key: _Key, whole: tuple[int, ...]) -> tuple[int, ...]:
+        piece = _cut_of(key, whole, self._parts)
+        if piece is None:
+            return whole
+        mine = self._parameters[key.name]
+        if list(whole) != piece.whole_shape(mine.shape):
             raise CheckpointError(
-                f"the checkpoint's {written} is {tuple(tensor.shape)}, here it is "
-                f"{tuple(piece.whole_shape(mine[key.name]))}: build the model with the --model, --hidden, --latent it "
-                "was saved with"
+                f"the checkpoint's {written} is {whole}, here it is {tuple(piece.whole_shape(mine.shape))}: build the "
+                "model with the --model, --hidden, --latent it was saved with"
             )
-        found[key.written(own)] = tensor if piece is None else piece.of_whole(tensor)
-    if parts.groups.stages.size == 1:
-        return found, record
-    if tensors["buffers"].shape[1] == sum(parts.whole.buffers.values()):
-        found["buffers"] = tensors["buffers"][:, parts.columns(state)]
-    scalars = record["optimizer_scalars"].items()
-    return found, {
-        **record,
-        "names": [name for name in record["names"] if name in mine],
-        "optimizer_groups": _groups(record, len(mine)),
-        "optimizer_scalars": {str(own[names[int(n)]]): entries for n, entries in scalars if int(n) in names},
-    }
+        return tuple(mine.shape)
 
 
 def _groups(record: Record, count: int) -> list[dict[str, Any]]:
@@ -116,23 +132,24 @@ def _groups(record: Record, count: int) -> list[dict[str, Any]]:
     return [{**record["optimizer_groups"][0], "params": [*range(count)]}]
 
 
-def _cut_of(key: _Key, tensor: Tensor, parts: Parts) -> Cut | None:
+def _cut_of(key: _Key, shape: Sequence[int], parts: Parts) -> Cut | None:
     # Counters (Adam's step) are one number a parameter, the same on all ranks.
-    return parts.cuts.get(key.name) if tensor.dim() > 0 else None
+    return parts.cuts.get(key.name) if len(shape) > 0 else None
 
 
-def _form(key: _Key, tensor: Tensor, parts: Parts) -> tuple[list[int], str, int | None]:
+def _form(key: _Key, piece: Piece, parts: Parts) -> tuple[list[int], str, int | None]:
     """Shape in the whole, dtype, and the dimension that is cut."""
-    piece = _cut_of(key, tensor, parts)
-    if piece is None:
-        return list(tensor.shape), str(tensor.dtype), None
-    return piece.whole_shape(tensor), str(tensor.dtype), piece.dim
+    cut = _cut_of(key, piece.shape, parts)
+    if cut is None:
+        return list(piece.shape), str(piece.dtype), None
+    return cut.whole_shape(piece.shape), str(piece.dtype), cut.dim
 
 
 def _gathered(
-    parts: Parts, mine: Tensor | None, root: int, shape: list[int], dtype: torch.dtype, dim: int | None
+    parts: Parts, piece: Piece | None, root: int, shape: list[int], dtype: torch.dtype, dim: int | None
 ) -> Tensor:
     group = parts.groups.model
+    mine = piece.get() if piece is not None else None
     if dim is None:
         whole = mine.detach().cpu().contiguous() if mine is not None else torch.empty(shape, dtype=dtype)
         if root > 0:
@@ -146,10 +163,15 @@ def _gathered(
     return group.sum_(whole, "gather of a split parameter")
 
 
-def _merged_buffers(parts: Parts, rows: Tensor, model: nn.Module) -> Tensor:
+def _merged_buffers(parts: Parts, mine: Piece, model: nn.Module) -> Piece:
     if parts.groups.stages.size == 1:
-        return rows
-    whole = torch.zeros(len(rows), sum(parts.whole.buffers.values()))
-    if parts.groups.layers.is_first:
-        whole[:, parts.columns(name for name, _ in model.named_buffers())] = rows.cpu()
-    return parts.groups.model.sum_(whole, "gather of buffers")
+        return mine
+    shape = (mine.shape[0], sum(parts.whole.buffers.values()))
+
+    def get() -> Tensor:
+        whole = torch.zeros(shape)
+        if parts.groups.layers.is_first:
+            whole[:, parts.columns(name for name, _ in model.named_buffers())] = mine.get().cpu()
+        return parts.groups.model.sum_(whole, "gather of buffers")
+
+    return Piece(shape, torch.float32, get)

@@ -5,7 +5,7 @@ keep their per-tensor form: the tensors are views of the same vectors, so the st
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ ELEMENTWISE: tuple[type[Optimizer], ...] = (
 )
 
 
-_COUNTERS = ("step", "mu_product", "eta", "mu")
+COUNTERS = ("step", "mu_product", "eta", "mu")
 """Entries of their states that are one number a parameter, whatever its shape: steps taken, and functions of them."""
 
 
@@ -96,46 +96,43 @@ def per_tensor_state(inner: Optimizer, flat: FlatModel) -> dict[int, dict[str, A
     return {number: entries for number, entries in state.items() if entries}
 
 
-def load_per_tensor(inner: Optimizer, flat: FlatModel, state: dict[int, dict[str, Any]]) -> None:
-    """Fill a flat optimizer's state from the per-parameter state of any torch optimizer of its class.
+def load_per_tensor(inner: Optimizer, flat: FlatModel, entries: Iterator[tuple[int, str, Any]]) -> None:
+    """Fill a flat optimizer's state from the per-parameter state of any torch optimizer of its class, entry by entry.
 
-    Parameters without state (never stepped) count as zeros. Raises CheckpointError where a shape does not fit.
+    `entries`: parameter number, name, value. Parameters without state (never stepped) count as zeros. Raises
+    CheckpointError where a shape does not fit.
     """
     inner.state.clear()
-    number = 0
-    for index, group in enumerate(inner.param_groups):
+    homes = [(index, place) for index, group in enumerate(flat.groups) for place in range(len(group))]
+    for number, key, value in entries:
+        index, place = homes[number]
+        group = inner.param_groups[index]
         vector = group["params"][0]
-        shapes = flat.split(vector, index)
-        mine = [state.get(number + position, {}) for position in range(len(shapes))]
-        number += len(shapes)
-        for key in next((entries for entries in mine if entries), {}):
-            present = next(entries[key] for entries in mine if key in entries)
-            if isinstance(present, Tensor) and key not in _COUNTERS:
-                inner.state[vector][key] = _joined(flat, index, vector, [entries.get(key) for entries in mine])
-            else:
-                inner.state[vector][key] = _counter(present, vector, bool(group.get("fused")))
-
-
-def _joined(flat: FlatModel, group: int, vector: Tensor, values: list[Tensor | None]) -> Tensor:
-    # A fused kernel would write past the end of a state of another shape: nothing that does not fit may come in.
-    whole = torch.zeros_like(vector, requires_grad=False)
-    for piece, value in zip(flat.split(whole, group), values, strict=True):
-        if value is None:
+        state = inner.state[vector]
+        if not isinstance(value, Tensor) or key in COUNTERS:
+            state.setdefault(key, counter(value, vector, bool(group.get("fused"))))
             continue
-        if value.shape != piece.shape:
-            raise CheckpointError(
-                f"optimizer state has shape {tuple(value.shape)} for a parameter of shape {tuple(piece.shape)}: it was "
-                "saved from another model"
-            )
+        whole = state.setdefault(key, torch.zeros_like(vector, requires_grad=False))
+        piece = flat.split(whole, index)[place]
+        check_shape(value, piece.shape)
         piece.copy_(value)
-    return whole
+
+
+def check_shape(value: Tensor, expected: torch.Size) -> None:
+    """Raises CheckpointError: a fused kernel would write past the end of a state of another shape."""
+    if value.shape != expected:
+        raise CheckpointError(
+            f"optimizer state has shape {tuple(value.shape)} for a parameter of shape {tuple(expected)}: it was saved "
+            "from another model"
+        )
 
 
 def _is_aligned(value: Any, vector: Tensor) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape == vector.shape
 
 
-def _counter(value: Any, vector: Tensor, fused: bool) -> Any:
+def counter(value: Any, vector: Tensor, fused: bool) -> Any:
+    """A number that a parameter has in the state, a copy."""
     # A fused kernel reads its count of steps where the parameters are, as float32.
     if fused and isinstance(value, Tensor):
         return value.detach().clone().to(vector.device, torch.float32)

@@ -31,6 +31,7 @@ from hvdvae.ps.protocol import Answer
 from hvdvae.ps.report import Report
 from hvdvae.ps.state import joined, packed, unpacked
 from hvdvae.strategies.flat_optimizer import is_elementwise
+from hvdvae.strategies.optimizer_state import Entries, Groups
 from hvdvae.strategies.strategy import Strategy
 from hvdvae.world import World
 
@@ -185,11 +186,11 @@ class ParameterServer(Strategy):
             if own_weights is not None:
                 self.flat.parameters.copy_(own_weights)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_entries(self, groups: Groups, entries: Entries) -> None:
         """As every strategy's; before the first step, which gives it to the servers. Raises ConfigError after it."""
         if self._started:
             raise ConfigError("load_state_dict after the first step: the servers hold the state now; load it before")
-        super().load_state_dict(state_dict)
+        super().load_entries(groups, entries)
 
     def results(self) -> dict[str, Any]:
         """What the servers counted: updates, staleness and pushes of the first, as all hear of the same; bytes of all.

@@ -8,15 +8,18 @@ arXiv:1910.02054). A checkpoint holds the whole state, as any strategy's, and lo
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hvdvae.checkpoint import Piece
 from hvdvae.errors import ConfigError
-from hvdvae.strategies.flat_optimizer import flat_optimizer, is_elementwise
+from hvdvae.strategies.flat_optimizer import COUNTERS, check_shape, counter, flat_optimizer, is_elementwise
+from hvdvae.strategies.optimizer_state import Entries, Groups, Scalars, of_trained, take_groups
 from hvdvae.strategies.slices import Slices, slices_of
 from hvdvae.strategies.strategy import Strategy
 from hvdvae.strategies.traffic import Traffic
@@ -94,14 +97,47 @@ class Sharded(Strategy):
         finally:
             self.inner = mine
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def saving(self) -> AbstractContextManager[Tensor]:
+        """As Strategy's: no rank has the whole state; its pieces are put together one by one."""
+        return super().fetched()
+
+    def pieces(self) -> tuple[dict[str, Piece], Scalars]:
+        """As Strategy's; every rank must ask for them, in the order of names."""
+        pieces: dict[str, Piece] = {}
+        scalars: Scalars = {}
+        for number, place, inner, group in self._parameters():
+            like, mine = self.flat.tensors[number], inner["params"][0]
+            for key, value in sorted(self.inner.state.get(mine, {}).items()):
+                name = f"{self.numbers[number]}/{key}"
+                if _is_vector(value, mine):
+                    get = partial(self._put_together, number, place, value, group)
+                    pieces[name] = Piece(tuple(like.shape), value.dtype, get)
+                elif isinstance(value, Tensor):
+                    pieces[name] = Piece.of(value)
+                else:
+                    scalars.setdefault(str(self.numbers[number]), {})[key] = value
+        return pieces, scalars
+
+    def load_entries(self, groups: Groups, entries: Entries) -> None:
         """As Strategy's: keeps what belongs to this rank's slice."""
-        mine, self.inner = self.inner, self._whole
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            self.inner = mine
-        self._take_state()
+        take_groups(self._wrapped, groups)
+        self.inner.state.clear()
+        parameters = [*self._parameters()]
+        for number, key, value in of_trained(self.numbers, entries):
+            _, place, inner, group = parameters[number]
+            mine = inner["params"][0]
+            state = self.inner.state[mine]
+            if not isinstance(value, Tensor) or key in COUNTERS:
+                state.setdefault(key, counter(value, mine, bool(inner.get("fused"))))
+                continue
+            check_shape(value, self.flat.tensors[number].shape)
+            kept = state.setdefault(key, torch.zeros_like(mine, requires_grad=False))
+            shared = overlap(place, group)
+            if shared.stop > shared.start:
+                # In the order of the vector, which channels_last has otherwise.
+                ordered = torch.empty(value.numel(), dtype=mine.dtype, device=mine.device)
+                self.flat.view(ordered, number).copy_(value)
+                kept[_within(shared, group)] = ordered[_within(shared, place)]
 
     def traffic(self) -> dict[str, float]:
         """As Strategy's."""
@@ -119,6 +155,22 @@ class Sharded(Strategy):
     def _count(self, nbytes: int) -> None:
         # A reduce-scatter is the first half of a ring, an allgather the second.
         self._traffic.ring(nbytes // 2, self.world.size)
+
+    def _parameters(self) -> Iterator[tuple[int, slice, dict[str, Any], slice]]:
+        """Number, place in the vector, the group with my part of its vector, and where that part stands."""
+        places, number = [*self.flat.places().values()], 0
+        for index, parameters in enumerate(self.flat.groups):
+            for _ in parameters:
+                yield number, places[number], self.inner.param_groups[index], self._places[index]
+                number += 1
+
+    def _put_together(self, number: int, place: slice, mine: Tensor, group: slice) -> Tensor:
+        """An entry of one parameter's state. Blocks; every rank must call it."""
+        whole = torch.zeros(place.stop - place.start, dtype=mine.dtype, device=mine.device)
+        shared = overlap(place, group)
+        whole[_within(shared, place)] = mine[_within(shared, group)]
+        self.world.sum_(whole, "gather of the optimizer's state")
+        return self.flat.view(whole, number)
 
     def _groups(self) -> Iterator[tuple[Tensor, Tensor, slice]]:
         """Of each group the whole vector, my part of it, and where that stands in it."""
@@ -151,6 +203,11 @@ def overlap(group: slice, part: slice) -> slice:
     """What lies in both; may be empty."""
     start = min(max(group.start, part.start), group.stop)
     return slice(start, max(start, min(group.stop, part.stop)))
+
+
+def _within(place: slice, whole: slice) -> slice:
+    """The same, counted from the start of `whole`."""
+    return slice(place.start - whole.start, place.stop - whole.start)
 
 
 def _is_vector(value: object, like: Tensor) -> bool:

@@ -5,22 +5,27 @@ optimizers (schedules, clipping, AMP, state_dict, zero_grad) works on it as on a
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hvdvae.errors import CheckpointError, ConfigError
+from hvdvae.checkpoint import Piece
+from hvdvae.errors import ConfigError
 from hvdvae.flat import FlatModel
-from hvdvae.strategies.flat_optimizer import (
-    check_supported,
-    flat_optimizer,
-    is_elementwise,
-    load_per_tensor,
-    per_tensor_state,
+from hvdvae.strategies.flat_optimizer import check_supported, flat_optimizer, is_elementwise
+from hvdvae.strategies.optimizer_state import (
+    Entries,
+    Groups,
+    Scalars,
+    entries_of,
+    follow,
+    load_state,
+    pieces_of,
+    save_state,
 )
 from hvdvae.strategies.same_model import check_device, check_same_model
 from hvdvae.world import World
@@ -73,7 +78,7 @@ class Strategy(Optimizer):
         check_supported(optimizer)
         self.world = world
         everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self._numbers = [number for number, parameter in enumerate(everything) if parameter.requires_grad]
+        self.numbers = [number for number, parameter in enumerate(everything) if parameter.requires_grad]
         """In the optimizer's numbering of parameters: those that are trained. Frozen ones are nobody's to change."""
         self.flat = FlatModel(
             model, [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
@@ -97,7 +102,8 @@ class Strategy(Optimizer):
         self.inner = flat_optimizer(optimizer, self.flat)
         self._is_flat = is_elementwise(optimizer)
         if saved is not None and self._is_flat:
-            load_per_tensor(self.inner, self.flat, self._of_trained(saved["state"]))
+            groups, entries = saved["param_groups"], entries_of(saved["state"])
+            load_state(optimizer, self.inner, self.flat, self.numbers, groups, entries)
         check_same_model(self.flat, world)
         self.broadcast_model()
 
@@ -209,7 +215,7 @@ class Strategy(Optimizer):
         self.gradient_norm = (squares if self.parts is None else self.parts.total(squares)) ** 0.5
         if self.parts is not None:
             self.parts.commit()
-        self._follow_groups()
+        follow(self.param_groups, self.inner)
         if not _is_finite(self.gradient_norm):
             self.skipped_steps += 1
             self.skip()
@@ -248,7 +254,7 @@ class Strategy(Optimizer):
     @property
     def numbered(self) -> dict[int, str]:
         """Names of the trained parameters, by their number in the optimizer."""
-        return dict(zip(self._numbers, self.flat.names, strict=True))
+        return dict(zip(self.numbers, self.flat.names, strict=True))
 
     def update(self) -> None:
         """Step the inner optimizer on the vectors. Local."""
@@ -308,60 +314,32 @@ class Strategy(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As a plain torch optimizer of the wrapped class would save it: loads there, and into any other strategy."""
-        packed = self._packed_groups()
-        if not self._is_flat:
-            return {"state": self.inner.state_dict()["state"], "param_groups": packed}
-        state = per_tensor_state(self.inner, self.flat)
-        return {"state": {self._numbers[n]: entries for n, entries in state.items()}, "param_groups": packed}
+        return save_state(self._wrapped, self.inner, self.flat, self.numbers)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` of any strategy, or of the plain torch optimizer, saved. Local: call it on all ranks.
 
         Raises CheckpointError where groups or shapes do not fit this model.
         """
-        saved, mine = state_dict["param_groups"], self._packed_groups()
-        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in mine]:
-            raise CheckpointError(
-                f"optimizer state has groups of {[len(g['params']) for g in saved]} parameters, this optimizer has "
-                f"{[len(g['params']) for g in mine]}: it was saved from another model"
-            )
-        for group, values in zip(self.param_groups, saved, strict=True):
-            group.update({key: value for key, value in values.items() if key not in ("params", "fused")})
-        if self._is_flat:
-            load_per_tensor(self.inner, self.flat, self._of_trained(state_dict["state"]))
-        else:
-            self.inner.load_state_dict(state_dict)
+        self.load_entries(state_dict["param_groups"], entries_of(state_dict["state"]))
 
-    def _of_trained(self, state: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-        return {place: state[number] for place, number in enumerate(self._numbers) if number in state}
+    def saving(self) -> AbstractContextManager[Tensor]:
+        """As `fetched(state=True)`; inside, `pieces` may be asked for."""
+        return self.fetched(state=True)
+
+    def pieces(self) -> tuple[dict[str, Piece], Scalars]:
+        """The state for a checkpoint: tensors as NUMBER/ENTRY, which may be asked for inside `saving`, and scalars."""
+        return pieces_of(self.state_dict()["state"])
+
+    def load_entries(self, groups: Groups, entries: Entries) -> None:
+        """As `load_state_dict`: the groups, and the state, entry by entry. Local; `entries` may block."""
+        load_state(self._wrapped, self.inner, self.flat, self.numbers, groups, entries)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once wrapped: the vectors are laid out. Raises ConfigError."""
         if hasattr(self, "inner"):
             raise ConfigError("add_param_group after DistributedOptimizer: add all groups first, then wrap")
         super().add_param_group(param_group)
-
-    def _packed_groups(self) -> list[dict[str, Any]]:
-        packed, number = [], 0
-        for group in self.param_groups:
-            count = len(group["params"])
-            packed.append(
-                {
-                    **{k: v for k, v in group.items() if k != "params"},
-                    "params": [*range(number, number + count)],
-                }
-            )
-            number += count
-        return packed
-
-    def _follow_groups(self) -> None:
-        """Hand what schedules and users changed in `param_groups` to the inner optimizer."""
-        if self.inner.param_groups is self.param_groups:
-            return
-        for mine, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
-            for key, value in mine.items():
-                if key not in ("params", "fused"):
-                    inner[key] = value
 
 
 def _is_finite(value: float) -> bool:

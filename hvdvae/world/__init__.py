@@ -12,51 +12,27 @@ needs it (`world.horovod()`), because its background thread takes cycles from th
 """
 
 import atexit
-import faulthandler
 import json
 import os
 import socket
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 
 from hvdvae.deadline import Watchdog
 from hvdvae.errors import RankLost, WorldError
-from hvdvae.launcher import Launch, Launcher, detect, is_elastic, survives_deaths
+from hvdvae.launcher import Launch, Launcher, detect, survives_deaths
+from hvdvae.world import deaths, settings
 from hvdvae.world.collectives import Alone, Collectives
-from hvdvae.world.join import (
-    Joined,
-    check_servers,
-    choose_device,
-    import_horovod,
-    join_gloo,
-    join_mpi,
-    join_parent,
-    split_roles,
-)
+from hvdvae.world.horovod import start_horovod
+from hvdvae.world.join import check_servers, choose_device
 from hvdvae.world.members import Change, Members
-from hvdvae.world.uncaught import end_job_on_uncaught_exception
+from hvdvae.world.start import come_to_those, meet_all, replace_worker
 
-# Open MPI waits by spinning. Yielding in the spin gives the core to whoever computes on it: Horovod's other thread, a
-# late rank, another job. Read by MPI_Init, so it stands here, before anything of ours imports mpi4py. The user's
-# own setting wins.
-os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-# Over TCP it answers "send me the rest" behind what it is sending itself, so that of two ranks that send to each other
-# one waits for the other: half the speed of a slow link. Without "put" there is no such answer.
-os.environ.setdefault("OMPI_MCA_btl_tcp_flags", "send,inplace")
-# Its shared windows need no UCX, which complains on every host that it does not find its way on.
-os.environ.setdefault("OMPI_MCA_osc", "^ucx")
-# Where ranks may die, not to meet once more in MPI_Finalize: its fence can wait for the dead. `close` has met.
-if survives_deaths(os.environ):
-    os.environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
+settings.prefer(os.environ)
 
-DETECTION_SECONDS = 3.0
-"""Within which MPI tells who has died, once a message to them has failed."""
 DEFAULT_DEADLINE = 300.0
 """Seconds that a rank waits for others before it ends the job."""
 
@@ -74,7 +50,7 @@ class World:
         everyone: Any = None,
         servers: int = 0,
     ) -> None:
-        """Take the parts; `create` and `_join_running` make them.
+        """Take the parts; `create` and `alone` make them.
 
         `comm`: the MPI communicator of this process's role, None without MPI. `everyone`: that of all ranks, the
         `servers` last of which are parameter servers.
@@ -96,7 +72,8 @@ class World:
         self.role: Literal["trainer", "server"] = "server" if serves else "trainer"
         self._closing: list[Callable[[], None]] = []
         self.carrier = carrier
-        self._revocable: list[Any] = []
+        self.revocable: list[Any] = []
+        """Communicators of this rank besides the carrier's, in which others may wait."""
         self.kin: tuple[World, ...] = (self,)
         """Worlds of some of the same ranks: whoever leaves one, since a rank has died, leaves all."""
         self.members = Members(f"rank {carrier.rank} ({self.host})")
@@ -105,7 +82,7 @@ class World:
         self._horovod: Any = None
 
     @classmethod
-    def create(cls, *, device: str = "auto", deadline: float = DEFAULT_DEADLINE, servers: int = 0) -> Self:
+    def create(cls, *, device: str = "auto", deadline: float = DEFAULT_DEADLINE, servers: int = 0) -> "World":
         """Join the launcher's ranks. Blocks; every rank must call it.
 
         `device`: auto (a GPU by local rank where there is one), cpu, or a torch device. `deadline`: seconds.
@@ -114,64 +91,17 @@ class World:
         ranks were started.
         """
         launch = detect(os.environ)
-        if launch.joins:
-            return cls._join_running(launch, choose_device(device, launch.local_rank), deadline)
-        if launch.enters:
-            return cls._enter_running(launch, device, deadline)
-        check_servers(servers, launch)
         if launch.launcher == "none":
+            check_servers(servers, launch)
             return cls.alone(device=device)
-        # No watchdog can run before the ranks have met; this one needs no Python, as MPI_Init holds its lock.
-        faulthandler.dump_traceback_later(deadline, exit=True)
-        try:
-            if launch.launcher == "horovodrun-gloo":
-                joined = Joined(join_gloo(), local_rank=launch.local_rank, local_size=launch.local_size)
-            else:
-                joined = join_mpi(launch, servers)
-            everyone, comm = joined.everyone, joined.comm
-            serves = everyone.rank >= everyone.size - servers
-            carrier = split_roles(comm, serves) if servers else everyone
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-        watchdog = Watchdog(rank=everyone.rank, size=everyone.size, seconds=deadline, inquiry=joined.inquiry)
-        launch = replace(launch, local_rank=joined.local_rank, local_size=joined.local_size)
-        # GPUs are for those that train.
-        chosen = choose_device("cpu" if serves else device, launch.local_rank)
-        world = cls(launch, carrier, chosen, watchdog, getattr(carrier, "comm", None), comm, servers)
-        if everyone.size > 1 or is_elastic(os.environ):
-            watchdog.start()
-            end_job_on_uncaught_exception(world.rank, world.host)
-        if world.survives_deaths and everyone.size > 1:
-            world.members.meet(world, trains=True)
-        elif is_elastic(os.environ):
-            world.members.start_elastic(world)
-        return world
+        if launch.joins:
+            return replace_worker(cls, launch, device, deadline)
+        if launch.enters:
+            return come_to_those(cls, launch, device, deadline)
+        return meet_all(cls, launch, device, deadline, servers)
 
     @classmethod
-    def _join_running(cls, launch: Launch, device: torch.device, deadline: float) -> Self:
-        watchdog = Watchdog(rank=launch.rank, size=launch.size, seconds=deadline)
-        world = cls(launch, Alone(), device, watchdog, None, join_parent(), servers=1)
-        world.rank, world.size = launch.rank, launch.size
-        watchdog.start()
-        end_job_on_uncaught_exception(world.rank, world.host)
-        return world
-
-    @classmethod
-    def _enter_running(cls, launch: Launch, device: str, deadline: float) -> Self:
-        from hvdvae.world.mpi import MpiCollectives
-        from hvdvae.world.spawn import join_those_that_started_me
-
-        carrier = MpiCollectives(join_those_that_started_me())
-        watchdog = Watchdog(rank=carrier.rank, size=carrier.size, seconds=deadline)
-        world = cls(launch, carrier, torch.device("cpu"), watchdog, carrier.comm, carrier.comm)
-        watchdog.start()
-        end_job_on_uncaught_exception(world.rank, world.host)
-        world.members.meet_those_that_train(world, device_is_free=False)
-        world.device = choose_device(device, world.local_rank)
-        return world
-
-    @classmethod
-    def alone(cls, *, device: str = "auto") -> Self:
+    def alone(cls, *, device: str = "auto") -> "World":
         """The world of size 1, whatever the environment says."""
         carrier = Alone()
         watchdog = Watchdog(rank=0, size=1, seconds=DEFAULT_DEADLINE)
@@ -263,7 +193,7 @@ class World:
             if not fits(self.comm, like.numel() * like.element_size()):
                 return None
             shared = SharedVectors(self.comm, like)
-        self._revocable.append(shared.comm)
+        self.revocable.append(shared.comm)
         return shared
 
     def horovod(self) -> Any:
@@ -272,19 +202,8 @@ class World:
         Raises WorldError where Horovod is not installed or was built for another MPI or torch.
         """
         if self._horovod is None:
-            # Horovod then names the ranks that a stalled operation misses, and raises where it would hang.
-            seconds = str(max(1, int(self.watchdog.seconds)))
-            os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, int(seconds) // 2)))
-            os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", seconds)
-            hvd = import_horovod()
             with self.waiting("horovod init"):
-                hvd.init(comm=self.comm) if self.comm is not None else hvd.init()
-            if hvd.size() != self.size:
-                raise WorldError(
-                    f"Horovod counts {hvd.size()} ranks, the launcher {self.size}: it was built for another MPI; "
-                    "run `hvdvae doctor`"
-                )
-            self._horovod = hvd
+                self._horovod = start_horovod(self.comm, self.size, self.watchdog.seconds)
         return self._horovod
 
     def on_close(self, action: Callable[[], None]) -> None:
@@ -302,17 +221,6 @@ class World:
         with self.watchdog.waiting("agreement on who is left"):
             self.carrier.shrink()
         self.take(self.carrier)
-
-    def missing(self) -> list[str]:
-        """Ranks that have died, by their names when they started (ULFM). Blocks for some seconds until it is told."""
-        if self.comm is None or not survives_deaths(os.environ):
-            return []
-        from hvdvae.world.mpi import dead_ranks
-
-        give_up = time.monotonic() + DETECTION_SECONDS
-        while not (dead := dead_ranks(self.comm)) and time.monotonic() < give_up:
-            time.sleep(0.01)
-        return [self.members.names[rank] for rank in sorted(dead)]
 
     def recover(self, *, trains: bool = True) -> Change:
         """After RankLost, or `hosts_changed`: go on with those that live, and with those that were added.
@@ -335,7 +243,7 @@ class World:
         self.carrier = carrier
         self.comm = getattr(carrier, "comm", None)
         self.rank, self.size = carrier.rank, carrier.size
-        self._revocable.clear()
+        self.revocable.clear()
 
     def enter(self) -> None:
         """A rank that was started while others train: do from now on what they do. Local."""
@@ -351,26 +259,10 @@ class World:
             try:
                 yield
             except Exception as error:
-                if self.size == 1 or not self.survives_deaths or not _tells_of_a_death(error):
+                if self.size == 1 or not self.survives_deaths or not deaths.tells_of_a_death(error):
                     raise
-                self.revoke()
-                raise self.lost(what) from error
-
-    def revoke(self) -> None:
-        """End the others' waits for this rank, which leaves what it is in, as a rank has died. Blocks for Horovod."""
-        for world in self.kin:
-            world.carrier.revoke()
-            for comm in world._revocable:
-                comm.Revoke()
-        if len(self.kin) > 1:  # Who shares Horovod with this rank may have met no death.
-            for world in self.kin:
-                world.stop_horovod()
-
-    def lost(self, what: str) -> RankLost:
-        """The error of a death during `what`. Local."""
-        return RankLost(
-            f"a rank died during {what}, step {self.watchdog.step}: continue from the last checkpoint with --resume"
-        )
+                deaths.end_waits(self)
+                raise deaths.lost(self, what) from error
 
     def close(self) -> None:
         """Leave: stops Horovod and the watchdog. Blocks until all ranks have come; every rank must call."""
@@ -391,14 +283,3 @@ class World:
         if host.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(host)
         return tensor
-
-
-def _tells_of_a_death(error: Exception) -> bool:
-    """Whether this is how MPI (ULFM), or Horovod, says that a rank has died."""
-    if type(error).__name__ == "HorovodInternalError":
-        return True
-    if "mpi4py.MPI" not in sys.modules:
-        return False
-    from hvdvae.world.mpi import tells_of_a_death
-
-    return tells_of_a_death(error)

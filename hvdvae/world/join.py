@@ -1,6 +1,5 @@
 """The steps by which a process joins a world: its device, its libraries, its communicators."""
 
-import os
 import socket
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ import torch
 from hvdvae.errors import ConfigError, WorldError
 from hvdvae.launcher import Launch
 from hvdvae.world.collectives import Collectives
+from hvdvae.world.horovod import import_horovod
 from hvdvae.world.roles import order_of_roles, place_on_host
 
 
@@ -119,16 +119,3 @@ def join_gloo() -> Collectives:
     from hvdvae.world.gloo import HorovodCollectives
 
     return HorovodCollectives()
-
-
-def import_horovod() -> Any:
-    """Horovod's torch module, not started. Raises WorldError where it cannot be imported."""
-    # Users may make process sets at any time, not only before Horovod starts.
-    os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
-    try:
-        import horovod.torch
-    except Exception as error:  # Horovod raises whatever its extension raises where MPI or torch changed under it.
-        raise WorldError(
-            f"Horovod cannot be imported ({error}): run launch/install.sh, or choose --engine mpi or --strategy local"
-        ) from error
-    return horovod.torch

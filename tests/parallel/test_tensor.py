@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hvdvae.checkpoint import Folder, load
+from hvdvae.checkpoint import Checkpoint, Folder, load
 from hvdvae.cli.assessment import assess
 from hvdvae.data import ArraySource
 from hvdvae.errors import CheckpointError, ConfigError
@@ -63,13 +63,15 @@ def whole(model: nn.Module, optimizer: Strategy) -> dict[str, Tensor]:
     """All parameters of all parts, by name, on all ranks."""
     assert optimizer.parts is not None
     parts, found = optimizer.parts, {}
+    world = parts.groups.whole
     record = {"names": optimizer.flat.names, "optimizer_groups": [{}], "optimizer_scalars": {}}
     tensors = {f"model/{name}": parameter.detach().clone() for name, parameter in model.named_parameters()}
-    merged, _ = merge(parts, {**tensors, "buffers": torch.zeros(1, 0)}, record, optimizer.numbered, model)
-    merged.pop("buffers")
-    group = parts.groups.model
-    for key, shape in group.gather_objects({key: list(tensor.shape) for key, tensor in merged.items()})[0].items():
-        found[key] = group.broadcast_(merged[key].clone() if merged else torch.empty(shape))
+    mine = Checkpoint({**tensors, "buffers": torch.zeros(1, 0)}, record).draft()
+    merged = merge(parts, mine, optimizer.numbered, model)
+    shapes = {name: merged.pieces[name].shape for name in sorted(merged.pieces)}
+    values = {name: merged.pieces[name].get() for name in shapes}
+    for name, shape in world.gather_objects(shapes)[0].items():
+        found[name] = world.broadcast_(values[name].clone() if world.is_first else torch.empty(shape))
     return {f"model/{name}": found[f"model/{name}"] for name in parts.whole.parameters}
 
 

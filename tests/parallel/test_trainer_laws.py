@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdvae import pulse
+from hvdvae.batch import Batches
 from hvdvae.checkpoint import Folder, spread
 from hvdvae.cli.assessment import assess
 from hvdvae.data import ArraySource, Loader, open_dataset
@@ -23,7 +24,7 @@ from hvdvae.resume import Position
 from hvdvae.schedule import learning_rate
 from hvdvae.stepper import Loss
 from hvdvae.strategies import DistributedOptimizer
-from hvdvae.trainer import Batches, Trainer
+from hvdvae.trainer import Trainer
 from hvdvae.vae import VAE, Elbo, build_model
 from hvdvae.world import World
 from tests.rows import Rows

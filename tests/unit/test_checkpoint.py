@@ -5,13 +5,15 @@ import os
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-from hvdvae.checkpoint import FORMAT, Checkpoint, Folder, load, parse, save, spread
+from hvdvae.checkpoint import Checkpoint, Draft, Folder, Piece, load, save, spread
+from hvdvae.checkpoint.file import FORMAT
 from hvdvae.errors import CheckpointError
 from hvdvae.world import World
 
@@ -45,6 +47,11 @@ def small(path: Path, step: int = 1) -> bytes:
     return path.read_bytes()
 
 
+def load_bytes(data: bytes, path: Path) -> Checkpoint:
+    path.write_bytes(data)
+    return load(path)
+
+
 def steps_in(folder: Folder) -> list[int]:
     return [int(path.stem.removeprefix("step-")) for path in folder.steps()]
 
@@ -67,8 +74,8 @@ def test_saving_does_not_change_or_keep_the_tensors(tmp_path: Path) -> None:
 def test_every_truncation_is_refused_by_name(tmp_path: Path) -> None:
     data = small(tmp_path / "a")
     for length in range(len(data)):
-        with pytest.raises(CheckpointError, match=r"^torn\.safetensors is "):
-            parse(data[:length], "torn.safetensors")
+        with pytest.raises(CheckpointError, match=r"/torn\.safetensors is "):
+            load_bytes(data[:length], tmp_path / "torn.safetensors")
 
 
 @pytest.mark.parametrize("flip", [0x01, 0x80, 0xFF])
@@ -77,8 +84,8 @@ def test_every_flipped_byte_is_refused_by_name(tmp_path: Path, flip: int) -> Non
     for place in range(len(data)):
         damaged = bytearray(data)
         damaged[place] ^= flip
-        with pytest.raises(CheckpointError, match=r"^bad\.safetensors is "):
-            parse(bytes(damaged), "bad.safetensors")
+        with pytest.raises(CheckpointError, match=r"/bad\.safetensors is "):
+            load_bytes(bytes(damaged), tmp_path / "bad.safetensors")
 
 
 @pytest.mark.parametrize(("found", "read_as"), [("F32", "I32"), ("[2,3]", "[3,2]"), ('"one"', '"two"')])
@@ -86,15 +93,15 @@ def test_other_types_shapes_and_names_of_the_same_bytes_are_refused(tmp_path: Pa
     save(tmp_path / "a", Checkpoint({"one": torch.ones(2, 3)}, {"step": 1}))
     data = (tmp_path / "a").read_bytes()
     assert data.count(found.encode()) == 1
-    with pytest.raises(CheckpointError, match=r"^bad is damaged"):
-        parse(data.replace(found.encode(), read_as.encode()), "bad")
+    with pytest.raises(CheckpointError, match=r"/bad is damaged"):
+        load_bytes(data.replace(found.encode(), read_as.encode()), tmp_path / "bad")
 
 
 def test_bytes_behind_the_end_are_refused(tmp_path: Path) -> None:
     data = small(tmp_path / "a")
-    assert parse(data, "good").record == {"step": 1}
-    with pytest.raises(CheckpointError, match=r"^long is torn"):
-        parse(data + b"\0", "long")
+    assert load_bytes(data, tmp_path / "good").record == {"step": 1}
+    with pytest.raises(CheckpointError, match=r"/long is torn"):
+        load_bytes(data + b"\0", tmp_path / "long")
 
 
 def foreign_files(weights: dict[str, torch.Tensor]) -> dict[str, bytes]:
@@ -291,7 +298,57 @@ def test_spread_in_one_process(tmp_path: Path) -> None:
     save(tmp_path / "a", example())
     found = spread(tmp_path / "a", world)
     assert found is not None
-    assert_equal(found, example())
+    assert found.record == example().record
+    for name, tensor in example().tensors.items():
+        ((rest, read),) = found.each(name)
+        assert rest == ""
+        assert read.dtype == tensor.dtype
+        assert torch.equal(read, tensor)
+
+
+def test_a_file_that_is_another_one_by_now_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "a", example(1))
+    found = spread(tmp_path / "a", World.alone(device="cpu"))
+    assert found is not None
+    save(tmp_path / "a", example(2))
+    with pytest.raises(CheckpointError, match="has changed while it was read"):
+        list(found.each("whole"))
+
+
+@pytest.mark.parametrize("room", [1, 2, 3])
+def test_whoever_cannot_write_still_asks_for_every_piece(tmp_path: Path, room: int) -> None:
+    """Other ranks wait in those that they hold together."""
+    asked: list[str] = []
+
+    def get(name: str) -> torch.Tensor:
+        asked.append(name)
+        if len(asked) == room:
+            raise OSError(28, "No space left on device")
+        return torch.ones(2)
+
+    pieces = {name: Piece((2,), torch.float32, lambda name=name: get(name)) for name in "cabd"}
+    with pytest.raises(CheckpointError, match="No space left"):
+        save(tmp_path / "a", Draft(pieces, {"step": 1}))
+    assert asked == ["a", "b", "c", "d"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_are_written_and_read_one_by_one(tmp_path: Path) -> None:
+    """So that a rank which holds a part of a model never holds the whole."""
+    there = 0
+
+    def get() -> torch.Tensor:
+        nonlocal there
+        there += 1
+        tensor = torch.ones(3)
+        weakref.finalize(tensor, lambda: gone.append(1))
+        assert there - len(gone) <= 2
+        return tensor
+
+    gone: list[int] = []
+    save(tmp_path / "a", Draft({str(n): Piece((3,), torch.float32, get) for n in range(9)}, {"step": 1}))
+    assert there == 9
+    assert all(torch.equal(tensor, torch.ones(3)) for tensor in load(tmp_path / "a").tensors.values())
 
 
 def test_the_header_is_readable_without_the_package(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from hvdvae import pulse
 from hvdvae.checkpoint import Checkpoint, Folder, load
 from hvdvae.errors import CheckpointError, NonFiniteError
+from hvdvae.outcome import Outcome, exit_status
 from hvdvae.pulse import Beat
 from hvdvae.schedule import learning_rate
 from hvdvae.seeding import seed_everything
 from hvdvae.stepper import Loss
 from hvdvae.strategies import DistributedOptimizer
-from hvdvae.trainer import Outcome, Trainer, exit_status
+from hvdvae.trainer import Trainer
 from hvdvae.world import World
 from tests.rows import Rows
 

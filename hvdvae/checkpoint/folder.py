@@ -1,0 +1,68 @@
+"""The checkpoints of one run."""
+
+import os
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+from hvdvae.checkpoint.file import opened, save
+from hvdvae.checkpoint.pieces import Checkpoint, Draft, Piece
+from hvdvae.errors import CheckpointError
+
+_NAME = re.compile(r"step-(\d+)\.safetensors")
+
+
+class Folder:
+    """The last `keep` steps, and the best by validation."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        """Names only; nothing is read or made."""
+        self.folder = folder
+        self.keep = keep
+
+    @property
+    def best(self) -> Path:
+        """Where the best by validation stands, if there is one."""
+        return self.folder / "best.safetensors"
+
+    def steps(self) -> list[Path]:
+        """Checkpoints by step, newest first."""
+        if not self.folder.is_dir():
+            return []
+        found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        return [path for _, path in sorted(found, reverse=True)]
+
+    def save(self, checkpoint: Checkpoint | Draft, *, is_best: bool) -> Path:
+        """Write `step-N.safetensors`, link it as best if it is, and drop the oldest. One rank's affair, as `save`."""
+        path = self.folder / f"step-{checkpoint.record['step']:09d}.safetensors"
+        save(path, checkpoint)
+        if is_best:
+            self._link(path)
+        # The one just written stays whatever its number: a torn one may bear a higher.
+        for old in [other for other in self.steps() if other != path][self.keep - 1 :]:
+            old.unlink(missing_ok=True)
+        for left in self.folder.glob("*.tmp"):
+            left.unlink(missing_ok=True)
+        return path
+
+    def newest_good(self) -> Path | None:
+        """The newest whole checkpoint, or None; torn ones are named on stderr and passed over."""
+        for path in self.steps():
+            try:
+                with opened(path):
+                    return path
+            except CheckpointError as error:
+                sys.stderr.write(f"hvdvae: refused: {error}\n")
+        return None
+
+    def _link(self, path: Path) -> None:
+        temporary = self.best.with_suffix(f".{os.getpid()}.tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:  # Some cluster file systems have no hard links.
+            with opened(path) as file:
+                pieces = {n: Piece(shape, file.dtypes[n], partial(file.read, n)) for n, shape in file.shapes.items()}
+                save(temporary, Draft(pieces, file.record))
+        temporary.replace(self.best)

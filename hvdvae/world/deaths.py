@@ -1,0 +1,56 @@
+"""What a World does about ranks that have died, where MPI (ULFM) or an elastic horovodrun lets the others go on."""
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from hvdvae.errors import RankLost
+from hvdvae.launcher import survives_deaths
+
+if TYPE_CHECKING:
+    from hvdvae.world import World
+
+DETECTION_SECONDS = 3.0
+"""Within which MPI tells who has died, once a message to them has failed."""
+
+
+def tells_of_a_death(error: Exception) -> bool:
+    """Whether this is how MPI (ULFM), or Horovod, says that a rank has died."""
+    if type(error).__name__ == "HorovodInternalError":
+        return True
+    if "mpi4py.MPI" not in sys.modules:
+        return False
+    from hvdvae.world import mpi
+
+    return mpi.tells_of_a_death(error)
+
+
+def lost(world: "World", what: str) -> RankLost:
+    """The error of a death during `what`. Local."""
+    return RankLost(
+        f"a rank died during {what}, step {world.watchdog.step}: continue from the last checkpoint with --resume"
+    )
+
+
+def end_waits(world: "World") -> None:
+    """End the others' waits for this rank, which leaves what it is in, as a rank has died. Blocks for Horovod."""
+    for one in world.kin:
+        one.carrier.revoke()
+        for comm in one.revocable:
+            comm.Revoke()
+    if len(world.kin) > 1:  # Who shares Horovod with this rank may have met no death.
+        for one in world.kin:
+            one.stop_horovod()
+
+
+def missing(world: "World") -> list[str]:
+    """Ranks that have died, by their names when they started (ULFM). Blocks for some seconds until it is told."""
+    if world.comm is None or not survives_deaths(os.environ):
+        return []
+    from hvdvae.world.mpi import dead_ranks
+
+    give_up = time.monotonic() + DETECTION_SECONDS
+    while not (dead := dead_ranks(world.comm)) and time.monotonic() < give_up:
+        time.sleep(0.01)
+    return [world.members.names[rank] for rank in sorted(dead)]

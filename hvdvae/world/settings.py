@@ -1,0 +1,20 @@
+"""What Open MPI is asked for before anything of ours imports mpi4py: MPI_Init reads it. The user's settings win."""
+
+from collections.abc import MutableMapping
+
+from hvdvae.launcher import survives_deaths
+
+
+def prefer(environ: MutableMapping[str, str]) -> None:
+    """Set what is not set yet. Mutates `environ`."""
+    # It waits by spinning. Yielding in the spin gives the core to whoever computes on it: Horovod's other thread, a
+    # late rank, another job.
+    environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    # Over TCP it answers "send me the rest" behind what it is sending itself, so that of two ranks that send to each
+    # other one waits for the other: half the speed of a slow link. Without "put" there is no such answer.
+    environ.setdefault("OMPI_MCA_btl_tcp_flags", "send,inplace")
+    # Its shared windows need no UCX, which complains on every host that it does not find its way on.
+    environ.setdefault("OMPI_MCA_osc", "^ucx")
+    # Where ranks may die, not to meet once more in MPI_Finalize: its fence can wait for the dead. World.close has met.
+    if survives_deaths(environ):
+        environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
