@@ -54,7 +54,10 @@ def recover(trainer: "Trainer", lost: RankLost, *, new: bool = False) -> None:
     """
     if not trainer.optimizer.recovers:
         if missing := deaths.missing(trainer.world):
-            raise RankLost(f"{', '.join(missing)} has died: {lost}") from lost
+            parts = trainer.optimizer.parts
+            held = {rank: f" ({parts.groups.mesh.part(rank)})" if parts is not None else "" for rank in missing}
+            names = ", ".join(f"{name}{held[rank]}" for rank, name in missing.items())
+            raise RankLost(f"{names} has died: {lost}") from lost
         raise lost
     world, began, before = trainer.world, time.perf_counter(), trainer.optimizer.world.size
     parts = trainer.optimizer.parts

@@ -1,5 +1,6 @@
 """From a configuration to the objects of a run."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,15 +12,16 @@ from hvdvae.cli.agreement import check_same_data
 from hvdvae.config import TrainConfig, flag
 from hvdvae.data import Dataset, open_dataset
 from hvdvae.errors import ConfigError
+from hvdvae.parallel.fill import fill
 from hvdvae.parallel.mesh import Groups, Mesh, groups_of
-from hvdvae.parallel.parts import Parts, Whole
+from hvdvae.parallel.parts import Cut, Parts, Whole
 from hvdvae.parallel.stages import choose_cuts, keep_stage
 from hvdvae.parallel.tensor import split_layers
 from hvdvae.ps.plan import Plan
 from hvdvae.schedule import Schedule, learning_rate, world_scale
 from hvdvae.seeding import seed_everything
 from hvdvae.strategies import DistributedOptimizer, Strategy
-from hvdvae.vae import VAE, Elbo, FreeBits, Iwae, Objective, build_model
+from hvdvae.vae import VAE, Elbo, FreeBits, Iwae, Objective, build_model, set_output_bias
 from hvdvae.vae.chain import VaeChain
 from hvdvae.world import World
 
@@ -61,10 +63,18 @@ def data(name_or_path: str, world: World, *, validation: int | None = None) -> D
 
 
 def model(config: TrainConfig, shape: tuple[int, ...], device: torch.device) -> VAE:
-    """The model, with initial weights that follow from the seed alone."""
+    """The model, with initial weights that follow from the seed alone; on torch's meta device, none and no memory."""
     seed_everything(torch.device("cpu"), config.seed, _INITIAL_WEIGHTS)
+    with device if device.type == "meta" else torch.device("cpu"):
+        built = _built(config, shape).to(device)
+    if config.channels_last:
+        built = built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return built
+
+
+def _built(config: TrainConfig, shape: tuple[int, ...]) -> VAE:
     sizes = {"channels": config.hidden or (32, 64)} if config.model == "conv" else {"hidden": config.hidden}
-    built = build_model(
+    return build_model(
         config.model,
         shape,
         likelihood=config.likelihood,
@@ -73,10 +83,7 @@ def model(config: TrainConfig, shape: tuple[int, ...], device: torch.device) -> 
         activation=config.activation,
         batch_norm=config.batch_norm,
         **sizes,
-    ).to(device)
-    if config.channels_last:
-        built = built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return built
+    )
 
 
 _INITIAL_WEIGHTS = 2**32  # No rank has this number, so no step draws the same noise.
@@ -135,7 +142,10 @@ def mesh(config: TrainConfig, world: World) -> Groups | None:
 
 
 def split(config: TrainConfig, model: VAE, groups: Groups) -> tuple[Parts, "Pipeline | None"]:
-    """Keep this rank's part of a model. Blocks; every rank must call it. Mutates the model. Raises ConfigError."""
+    """Keep this rank's part of a model. Blocks; every rank must call it. Mutates the model. Raises ConfigError.
+
+    The model may be without numbers: `fill_part` gives its part what it needs.
+    """
     whole, stages = Whole.of(model), groups.mesh.pp
     chain = VaeChain(model, objective(config), config.samples)
     micros = config.micro_batches or MICRO_BATCHES
@@ -154,6 +164,23 @@ def split(config: TrainConfig, model: VAE, groups: Groups) -> tuple[Parts, "Pipe
     return parts, Pipeline(
         chain, mine, groups, micros=micros, schedule=config.pipeline_schedule, recompute=config.recompute
     )
+
+
+def fill_part(
+    config: TrainConfig, part: VAE, cuts: Mapping[str, Cut], mean: torch.Tensor | None, device: torch.device
+) -> None:
+    """Give a part of a model without numbers the initial weights that the whole model has. Local. Mutates the part.
+
+    `cuts`: as Parts'. `mean`: that of the training images, (*shape), where the output's bias is to show it.
+    """
+    whole = model(config, part.shape, torch.device("meta"))
+    seed_everything(torch.device("cpu"), config.seed, _INITIAL_WEIGHTS)
+
+    def drawn(name: str) -> None:
+        if name == "decoder.output" and mean is not None:
+            set_output_bias(whole, mean)
+
+    fill(part, whole, cuts, device, drawn)
 
 
 def distributed(config: TrainConfig, trained: nn.Module, world: World, parts: Parts | None = None) -> Strategy:

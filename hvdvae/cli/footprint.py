@@ -67,7 +67,7 @@ def footprints(config: TrainConfig, shape: Sequence[int], mesh: Mesh) -> list[Fo
         )
     found = []
     for stage in range(mesh.pp):
-        model = _built(config, shape)
+        model = assemble.model(config, tuple(shape), torch.device("meta"))
         chain = VaeChain(model, assemble.objective(config), config.samples)
         if mesh.tp > 1:
             split_layers(model, model.chains, Imagined(0, mesh.tp))  # type: ignore[arg-type]
@@ -78,11 +78,6 @@ def footprints(config: TrainConfig, shape: Sequence[int], mesh: Mesh) -> list[Fo
             keep_stage(model, chain, cuts, Groups(mesh, imagined, imagined, imagined, imagined, imagined))
         found.append(_footprint(config, model, mesh, kept))
     return found
-
-
-def _built(config: TrainConfig, shape: Sequence[int]) -> Any:
-    with torch.device("meta"):
-        return assemble.model(config, tuple(shape), torch.device("meta"))
 
 
 def _footprint(config: TrainConfig, model: nn.Module, mesh: Mesh, activations: int) -> Footprint:

@@ -2,11 +2,13 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hvdvae.config import TrainConfig
 from hvdvae.data import Dataset
+from hvdvae.parallel.mesh import Mesh
 from hvdvae.trainer import Trainer
 
 
@@ -15,9 +17,12 @@ def opening(config: TrainConfig, trainer: Trainer, dataset: Dataset, folder: Pat
     world, optimizer = trainer.world, trainer.optimizer
     ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
     parts = optimizer.parts
-    count = f"{optimizer.flat.parameters.numel():,} parameters"
-    if parts is not None:
-        ranks, count = f"{ranks} (mesh {parts.groups.mesh})", f"{count} on rank 0"
+    mesh = Mesh(world.size) if parts is None else parts.groups.mesh
+    count = f"{optimizer.flat.parameters.numel():,} parameters{' on rank 0' if parts is not None else ''}"
+    if world.size > 1:
+        ranks += f" (mesh {mesh})"
+    held = "; ".join(f"{part}: {', '.join(map(str, ranks))}" for part, ranks in mesh.holders().items())
+    placed = f"hvdvae: ranks of {held}\n" if parts is not None else ""
     resumed = f", resumed at step {trainer.position.step}" if trainer.position.step else ""
     return (
         f"hvdvae: {dataset.name} {dataset.shape}, {len(dataset.train)} train, {len(dataset.validation)} validation, "
@@ -25,11 +30,11 @@ def opening(config: TrainConfig, trainer: Trainer, dataset: Dataset, folder: Pat
         f"hvdvae: {config.model}, {count}, {config.strategy} with engine "
         f"{optimizer.engine} ({optimizer.engine_reason}), {ranks} x {torch.get_num_threads()} threads on "
         f"{world.device.type} by {'one process' if world.launcher == 'none' else world.launcher}\n"
-        f"hvdvae: results go to {folder}{resumed}"
+        f"{placed}hvdvae: results go to {folder}{resumed}"
     )
 
 
-def closing(summary: dict[str, object], folder: Path, pictures: list[Path]) -> str:
+def closing(summary: dict[str, Any], folder: Path, pictures: list[Path]) -> str:
     """How it came out, and where everything is. Pure."""
     lines = []
     if "test_nll" in summary:
@@ -37,6 +42,8 @@ def closing(summary: dict[str, object], folder: Path, pictures: list[Path]) -> s
             f"test NLL {summary['test_nll']:.2f} nats (importance-weighted, k={summary['nll_samples']}), "
             f"ELBO {summary['elbo']:.2f} = -(rate {summary['rate']:.2f} + distortion {summary['distortion']:.2f})"
         )
+    if "pipeline" in summary:
+        lines.append(stages(summary["pipeline"]))
     lines += [f"  {path.stem + ':':<16} {path}" for path in pictures]
     if not pictures:
         lines.append(f"  {'pictures:':<16} none: the data is no image of 1 or 3 channels, and no square vector")
@@ -46,6 +53,15 @@ def closing(summary: dict[str, object], folder: Path, pictures: list[Path]) -> s
         f"  {'numbers:':<16} {folder / 'summary.json'}, {folder / 'metrics.jsonl'}",
     ]
     return "\n".join(lines)
+
+
+def stages(found: dict[str, Any]) -> str:
+    """How long each stage worked and waited, against the theory (S - 1) / (M + S - 1). Pure."""
+    seconds = ", ".join(f"{one:.2f}" for one in found["stage_seconds"])
+    return (
+        f"stages worked {seconds} s (the busiest {found['imbalance']:.2f} times the mean), idle {found['idle']:.2f} of "
+        f"the time; {found['schedule']} with {found['micro_batches']} micro-batches: bubble {found['bubble']:.2f}"
+    )
 
 
 def say(text: str) -> None:

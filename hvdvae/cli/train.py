@@ -80,7 +80,8 @@ def train(asked: Asked) -> int:
         batch=config.batch_size,
         size=replicas.size,
     )
-    model = assemble.model(config, dataset.shape, world.device)
+    # A model that is split is never whole anywhere.
+    model = assemble.model(config, dataset.shape, torch.device("meta") if groups is not None else world.device)
     trained, optimizer, pipeline = _distribute(config, world, groups, model, dataset)
     # Last: what cannot be run must not delete the results of an earlier run (--overwrite).
     folder = prepare_folder(config, world)
@@ -116,6 +117,7 @@ def _distribute(
     config: TrainConfig, world: World, groups: Groups | None, model: VAE, dataset: Dataset
 ) -> tuple[nn.Module, Strategy, "Pipeline | None"]:
     """The model as it is trained, and its optimizer over all ranks. Blocks; every rank must call it."""
+    mean = None
     if config.likelihood == "bernoulli":
         # All read a share: a source that takes rank 0 minutes would have the others wait to their deadline.
         mean = mean_example(
@@ -124,9 +126,13 @@ def _distribute(
             size=world.size,
             sum_over_ranks=lambda total: world.sum_(total, "sum of the training examples"),
         )
-        set_output_bias(model, mean)
     trained: nn.Module = model
-    parts, pipeline = assemble.split(config, model, groups) if groups is not None else (None, None)
+    parts, pipeline = None, None
+    if groups is not None:
+        parts, pipeline = assemble.split(config, model, groups)
+        assemble.fill_part(config, model, parts.cuts, mean, world.device)
+    elif mean is not None:
+        set_output_bias(model, mean)
     replicas = world if groups is None else groups.replicas
     if config.sync_batch_norm:
         trained = convert_sync_batch_norm(model, replicas)

@@ -73,6 +73,19 @@ class Mesh:
         copy, piece = divmod(rank, self.pp * self.tp)
         return (copy, *divmod(piece, self.tp))
 
+    def part(self, rank: int) -> str:
+        """What a rank holds of the model, in words. Pure."""
+        _, stage, piece = self.place(rank)
+        named = [f"stage {stage}"] * (self.pp > 1) + [f"slice {piece}"] * (self.tp > 1)
+        return ", ".join(named) or "the model"
+
+    def holders(self) -> dict[str, list[int]]:
+        """Ranks that hold each part of the model. Pure."""
+        found: dict[str, list[int]] = {}
+        for rank in range(self.size):
+            found.setdefault(self.part(rank), []).append(rank)
+        return found
+
     def groups(self, rank: int) -> tuple[int, int, int, int]:
         """Numbers of the part of the model that a rank holds, and of its copy, its pipeline and its layers. Pure."""
         copy, stage, piece = self.place(rank)

@@ -58,6 +58,7 @@ class Pipeline:
         `recompute`: activations are not kept between forward and backward but computed once more (Chen et al. 2016).
         """
         self._chain, self._steps, self._micros = chain, chain.steps[steps], micros
+        self._first_step = steps.start
         self._count = micros
         """Of them in a step, with those of its passes."""
         self._schedule, self._recompute = schedule, recompute
@@ -148,12 +149,13 @@ class Pipeline:
 
     def results(self) -> dict[str, Any]:
         """What stages did, and how long they had nothing to do. Blocks; every rank of the model must call it."""
-        found = self._groups.model.gather_objects([self._busy, self._total], "times of the stages")
-        rows = found[:: self._groups.mesh.tp]
-        busy = [seconds for seconds, _ in rows]
-        total = max(seconds for _, seconds in rows) or float("nan")
+        mine = [self._busy, self._total, self._first_step]
+        rows = self._groups.model.gather_objects(mine, "times of the stages")[:: self._groups.mesh.tp]
+        busy = [seconds for seconds, *_ in rows]
+        total = max(seconds for _, seconds, _ in rows) or float("nan")
         return {
             "stages": self._stages,
+            "first_steps": [start for *_, start in rows],
             "micro_batches": self._count,
             "schedule": self._schedule,
             "stage_seconds": busy,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hvdvae.batch import Batch, examples_of
 from hvdvae.dtypes import DTYPES
 from hvdvae.errors import ConfigError
+from hvdvae.parallel.fill import filled
 from hvdvae.parallel.mesh import Groups
 from hvdvae.parallel.micro_batches import cut_points
 from hvdvae.world import World
@@ -128,20 +129,25 @@ def given_cuts(text: str, chain: Chain, stages: int) -> list[int] | None:
 
 
 def costs_of(model: nn.Module, chain: Chain, batch: Batch) -> list[float]:
-    """Seconds of each step of a whole model, forward and backward, on a batch. Local."""
+    """Seconds of each step of a whole model, forward and backward, on a batch. Local.
+
+    A model without numbers (on torch's meta device) has them for one step at a time.
+    """
     costs = [float("inf")] * len(chain.steps)
     everything = slice(0, examples_of(batch))
     model.eval()  # BatchNorm's statistics are not to see this.
-    for _ in range(ROUNDS):
-        chain.begin(batch)
-        payload = chain.inputs(batch)
-        for place, step in enumerate(chain.steps):
-            inputs = tuple(tensor.detach().requires_grad_(place > 0) for tensor in payload)
-            begin = time.perf_counter()
-            payload = step.run(inputs, everything)
-            trained = [tensor for tensor in payload if tensor.requires_grad]
-            torch.autograd.backward(trained, [torch.ones_like(tensor) for tensor in trained])
-            costs[place] = min(costs[place], time.perf_counter() - begin)
+    chain.begin(batch)
+    payload = chain.inputs(batch)
+    for place, step in enumerate(chain.steps):
+        inputs = tuple(tensor.detach().requires_grad_(place > 0) for tensor in payload)
+        layers = [layer for name in step.modules for layer in model.get_submodule(name).modules()]
+        with filled(layers, payload[0].device):
+            for _ in range(ROUNDS):
+                begin = time.perf_counter()
+                payload = step.run(inputs, everything)
+                trained = [tensor for tensor in payload if tensor.requires_grad]
+                torch.autograd.backward(trained, [torch.ones_like(tensor) for tensor in trained])
+                costs[place] = min(costs[place], time.perf_counter() - begin)
     model.train()
     model.zero_grad()
     return costs

@@ -75,6 +75,8 @@ def _mlp(
     layers = len(latent)
     lower, higher = hidden[: len(hidden) // layers], hidden[len(hidden) // layers :]
     encoder = MLPEncoder(shape, lower, latent[0], activation)
+    # In the order in which VAE names them: layers draw their weights in it, whoever makes them.
+    decoder = MLPDecoder(latent[0], lower[::-1], shape, likelihood.parameters_per_dimension, activation)
     upper = [
         UpperLayer(
             GaussianMLP(latent[0], higher, above, activation),
@@ -82,7 +84,6 @@ def _mlp(
         )
         for above in latent[1:]
     ]
-    decoder = MLPDecoder(latent[0], lower[::-1], shape, likelihood.parameters_per_dimension, activation)
     return VAE(shape, encoder, decoder, likelihood, latent, upper)
 
 
@@ -110,6 +111,4 @@ def set_output_bias(model: VAE, mean_image: Tensor) -> None:
     """
     if mean_image.numel() != math.prod(model.shape):
         raise ConfigError(f"mean image: found shape {tuple(mean_image.shape)}, expected the model's {model.shape}")
-    bias = next(model.parameters())
-    image = mean_image.to(bias.device, bias.dtype).reshape(model.shape)
-    model.set_location_bias(model.likelihood.location(image))
+    model.set_location_bias(model.likelihood.location(mean_image.float().reshape(model.shape)))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hvdvae.errors import ConfigError
 from hvdvae.vae.activations import build_activation
-from hvdvae.vae.mlp import init_glorot
+from hvdvae.vae.mlp import GlorotLinear
 from hvdvae.vae.pieces import Piece, before, pieces_of
 from hvdvae.vae.upsample import Upsample
 
@@ -46,7 +46,7 @@ class ConvEncoder(nn.Module):
             layers.append(build_activation(activation))
         self.network = nn.Sequential(*layers)
         pixels = math.prod(shape[1:]) // 4 ** len(channels)
-        self.output = init_glorot(nn.Linear(channels[-1] * pixels, 2 * latent), parts=2)
+        self.output = GlorotLinear(channels[-1] * pixels, 2 * latent, parts=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W), in any memory format."""
@@ -90,7 +90,7 @@ class ConvDecoder(nn.Module):
         check_image(shape, channels)
         step = 2 ** len(channels)
         self.grid = (shape[1] // step, shape[2] // step, channels[-1])  # channels last: no copy on the way in
-        self.input = init_glorot(nn.Linear(latent, math.prod(self.grid)))
+        self.input = GlorotLinear(latent, math.prod(self.grid))
         layers: list[nn.Module] = [build_activation(activation)]
         for inputs, outputs in zip(channels[:0:-1], channels[-2::-1], strict=True):
             layers.append(Upsample(inputs, outputs, bias=not batch_norm))

@@ -11,22 +11,27 @@ from hvdvae.vae.activations import build_activation
 from hvdvae.vae.pieces import Piece, before, pieces_of
 
 
-def init_glorot(linear: nn.Linear, parts: int = 1) -> nn.Linear:
-    """Glorot uniform weights and a zero bias, in place.
+class GlorotLinear(nn.Linear):
+    """Linear with Glorot uniform weights and a zero bias."""
 
-    parts: how many layers share this matrix, each with a fan-out of its own.
-    """
-    with torch.no_grad():
-        for weight in linear.weight.chunk(parts):
-            nn.init.xavier_uniform_(weight)
-        nn.init.zeros_(linear.bias)
-    return linear
+    def __init__(self, inputs: int, outputs: int, parts: int = 1) -> None:
+        """parts: how many layers share this matrix, each with a fan-out of its own."""
+        self._parts = parts
+        super().__init__(inputs, outputs)
+
+    def reset_parameters(self) -> None:
+        """Draw weights, in place."""
+        super().reset_parameters()
+        with torch.no_grad():
+            for weight in self.weight.chunk(self._parts):
+                nn.init.xavier_uniform_(weight)
+            nn.init.zeros_(self.bias)
 
 
 def stack(sizes: Sequence[int], activation: str) -> Iterable[nn.Module]:
     """Linear layers sizes[0] -> ... -> sizes[-1], each followed by the activation."""
     for inputs, outputs in itertools.pairwise(sizes):
-        yield init_glorot(nn.Linear(inputs, outputs))
+        yield GlorotLinear(inputs, outputs)
         yield build_activation(activation)
 
 
@@ -35,7 +40,7 @@ class GaussianMLP(nn.Sequential):
 
     def __init__(self, inputs: int, hidden: Sequence[int], outputs: int, activation: str) -> None:
         sizes = [inputs, *hidden]
-        super().__init__(*stack(sizes, activation), init_glorot(nn.Linear(sizes[-1], 2 * outputs), parts=2))
+        super().__init__(*stack(sizes, activation), GlorotLinear(sizes[-1], 2 * outputs, parts=2))
 
 
 class MLPEncoder(nn.Module):
@@ -66,7 +71,7 @@ class MLPDecoder(nn.Module):
         sizes = [latent, *hidden]
         self.wide = (parameters * shape[0], *shape[1:])
         self.network = nn.Sequential(*stack(sizes, activation))
-        self.output = init_glorot(nn.Linear(sizes[-1], math.prod(self.wide)), parts=parameters)
+        self.output = GlorotLinear(sizes[-1], math.prod(self.wide), parts=parameters)
 
     def forward(self, z: Tensor) -> Tensor:
         """z: (N, latent)."""

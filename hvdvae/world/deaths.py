@@ -44,13 +44,13 @@ def end_waits(world: "World") -> None:
             one.stop_horovod()
 
 
-def missing(world: "World") -> list[str]:
-    """Ranks that have died, by their names when they started (ULFM). Blocks for some seconds until it is told."""
+def missing(world: "World") -> dict[int, str]:
+    """Ranks that have died, with their names when they started (ULFM). Blocks for some seconds until it is told."""
     if world.comm is None or not survives_deaths(os.environ):
-        return []
+        return {}
     from hvdvae.world.mpi import dead_ranks
 
     give_up = time.monotonic() + DETECTION_SECONDS
     while not (dead := dead_ranks(world.comm)) and time.monotonic() < give_up:
         time.sleep(0.01)
-    return [world.members.names[rank] for rank in sorted(dead)]
+    return {rank: world.members.names[rank] for rank in sorted(dead)}

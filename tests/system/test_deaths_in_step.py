@@ -198,7 +198,8 @@ def test_a_strategy_that_cannot_go_on_says_who_is_missing(tmp_path: Path, plan: 
     process.send_signal(signal.SIGKILL)
     ended = job.finish(60)
     assert ended.status == 75, ended.output
-    assert f"rank 1 ({os.uname().nodename}) has died: a rank died during" in ended.output
+    part = {"--pipeline 2": " (stage 1)", "--tensor 2": " (slice 1)"}.get(plan, "")
+    assert f"rank 1 ({os.uname().nodename}){part} has died: a rank died during" in ended.output
     assert "--resume" in ended.output
 
 

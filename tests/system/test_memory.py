@@ -67,6 +67,28 @@ def test_a_model_that_one_rank_cannot_hold_trains_on_two(tmp_path: Path) -> None
         assert status == 0, output
 
 
+def test_the_whole_command_trains_and_resumes_where_one_rank_cannot(tmp_path: Path) -> None:
+    """Building, training, saving, resuming on another mesh and testing: the whole model is never in one place."""
+    megabytes = 1000
+    words = "--data digits --hidden 4000 4000 --latent 20 --activation relu --batch-size 250 --engine mpi --threads 1"
+    run = f"-m hvdvae train {words} --nll-samples 2 --pictures-every 0 --keep 1 --out run"
+    mpirun = f"mpirun --bind-to none --map-by :OVERSUBSCRIBE -n 2 {sys.executable}"
+
+    def limited(command: str) -> tuple[int, str]:
+        limit = f"ulimit -d {megabytes * 1000} && exec {command}"
+        ended = Launch(["bash", "-c", limit], clean_environment(), tmp_path).finish(120)
+        return ended.status, ended.output
+
+    status, output = limited(f"{sys.executable} {run} --epochs 1 --strategy local --overwrite")
+    assert status != 0
+    assert "can't allocate memory" in output or "MemoryError" in output, output
+    for epochs, split in ((1, "--mesh pp=2 --overwrite"), (2, "--mesh tp=2 --resume")):
+        status, output = limited(f"{mpirun} {run} --epochs {epochs} {split}")
+        assert status == 0, output
+    assert "resumed at step" in output
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 2
+
+
 def test_the_command_shows_every_stage(command: Command) -> None:
     given = ("--ranks", "8", "--shape", "1", "28", "28", "--", *LARGE, "--mesh", "dp=2,pp=2,tp=2")
     found = command("memory", *given)

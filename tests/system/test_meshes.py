@@ -1,8 +1,10 @@
 """hvdvae train --tensor and --mesh, as users start them: a model over several ranks is a run like any other."""
 
 import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,12 +13,12 @@ from tests.system.conftest import Command, Launch, Start, clean_environment
 RUN = ("--hidden", "20", "20", "--latent", "5", "--threads", "1", "--nll-samples", "10")
 
 
-def train(folder: Path, images: Path, ranks: int, *words: str) -> dict[str, object]:
+def train(folder: Path, images: Path, ranks: int, *words: str) -> dict[str, Any]:
     launch = ["mpirun", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", str(ranks), sys.executable]
     command = [*launch, "-m", "hvdvae", "train", "--data", str(images), "--out", "run", *RUN, *words]
     job = Launch(command, clean_environment(), folder).finish(90)
     assert job.status == 0, job.output
-    found: dict[str, object] = json.loads((folder / "run" / "summary.json").read_text())
+    found: dict[str, Any] = json.loads((folder / "run" / "summary.json").read_text())
     return found | {"output": job.output}
 
 
@@ -26,14 +28,20 @@ def test_a_run_goes_on_at_other_meshes_and_is_evaluated_by_one_process(
     first = train(tmp_path, images, 4, "--epochs", "2", "--mesh", "dp=2,tp=2", "--engine", "mpi")
     assert first["mesh"] == "dp=2,pp=1,tp=2"
     assert "4 ranks (mesh dp=2,pp=1,tp=2)" in str(first["output"])
+    assert "hvdvae: ranks of slice 0: 0, 2; slice 1: 1, 3\n" in str(first["output"])
     for picture in ("samples.png", "reconstructions.png"):
         assert (tmp_path / "run" / picture).exists()
     second = train(tmp_path, images, 2, "--resume", "--epochs", "3", "--mesh", "dp=2,tp=1", "--strategy", "sharded")
     assert "resumed at step" in str(second["output"])
-    assert "mesh" not in second
+    assert "2 ranks (mesh dp=2,pp=1,tp=1)" in str(second["output"])
     third = train(tmp_path, images, 2, "--resume", "--epochs", "4", "--mesh", "pp=2", "--strategy", "allreduce")
     assert third["epochs"] == 4
-    assert third["pipeline"]["stages"] == 2  # type: ignore[index]
+    assert "hvdvae: ranks of stage 0: 0; stage 1: 1\n" in str(third["output"])
+    stages = third["pipeline"]
+    assert (stages["stages"], len(stages["stage_seconds"]), stages["first_steps"][0]) == (2, 2, 0)
+    told = re.search(r"stages worked ([\d.]+), ([\d.]+) s .* idle ([\d.]+) .* bubble 0\.20", str(third["output"]))
+    assert told, third["output"]
+    assert float(told[3]) == pytest.approx(stages["idle"], abs=0.006)
     evaluated = command("evaluate", tmp_path / "run", "--samples", "10")
     assert evaluated.status == 0, evaluated.output
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())

@@ -41,7 +41,7 @@ def start(folder: Path, plan: str, *, epochs: int, mpirun: str = "mpirun", threa
 def worker(job: Launch, rank: int) -> psutil.Process:
     """The process of a rank. Waits until it is there."""
     give_up = time.monotonic() + 60
-    while time.monotonic() < give_up:
+    while time.monotonic() < give_up and job.process.poll() is None:
         for child in psutil.Process(job.process.pid).children(recursive=True):
             try:
                 if child.environ().get("OMPI_COMM_WORLD_RANK") == str(rank) and "hvdvae" in child.cmdline():
@@ -49,7 +49,8 @@ def worker(job: Launch, rank: int) -> psutil.Process:
             except psutil.Error:
                 continue
         time.sleep(0.05)
-    raise AssertionError(f"rank {rank} did not start")
+    job.kill()
+    raise AssertionError(f"rank {rank} did not start; all that the job said:\n{job.finish().output}")
 
 
 def await_first_epoch(folder: Path) -> None:

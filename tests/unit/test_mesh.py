@@ -19,6 +19,17 @@ def test_every_rank_has_a_place_of_its_own_and_models_stand_side_by_side() -> No
     assert places[4:] == [(1, stage, piece) for _, stage, piece in places[:4]]
 
 
+def test_parts_are_named_with_their_ranks() -> None:
+    assert Mesh(2, pp=2).holders() == {"stage 0": [0, 2], "stage 1": [1, 3]}
+    assert Mesh(2, tp=2).holders() == {"slice 0": [0, 2], "slice 1": [1, 3]}
+    assert Mesh(3).holders() == {"the model": [0, 1, 2]}
+    assert Mesh(2, pp=2, tp=2).holders() == {
+        f"stage {stage}, slice {piece}": [2 * stage + piece, 4 + 2 * stage + piece]
+        for stage in range(2)
+        for piece in range(2)
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
