@@ -30,6 +30,7 @@ from hvdvae.monitor.progress import Progress
 from hvdvae.monitor.tensorboard import TensorBoard
 from hvdvae.outcome import Outcome, exit_status
 from hvdvae.parallel.mesh import Groups
+from hvdvae.quick_start import spare_the_compiler
 from hvdvae.recovery import surviving
 from hvdvae.resume import load_weights, part_of
 from hvdvae.strategies import Strategy
@@ -51,6 +52,8 @@ def train(asked: Asked) -> int:
     servers = asked.values["servers"] * (1 + asked.values["replicas"]) if asked.values["strategy"] == "ps" else 0
     world = World.create(device=asked.values["device"], deadline=asked.values["deadline"], servers=servers)
     config = agreed_config(asked, world)
+    if not config.compile:
+        spare_the_compiler()
     world.watchdog.seconds = config.deadline
     world.members.replaces = config.replace_workers
     if config.replace_workers and world.role == "trainer" and not world.survives_deaths:

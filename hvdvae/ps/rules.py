@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hvdvae.quick_start import bare
+
 
 class Rule(Protocol):
     """The contract of a rule."""
@@ -35,7 +37,7 @@ class ShardOptimizer:
             options = {key: value for key, value in group.items() if key not in ("start", "stop")}
             pieces.append({**options, "params": [torch.nn.Parameter(weights[group["start"] : group["stop"]])]})
         self.slices = [slice(group["start"], group["stop"]) for group in groups]
-        self.optimizer = kind(pieces)  # type: ignore[call-arg] # the base class asks for defaults, its children have them
+        self.optimizer = bare(kind(pieces))  # type: ignore[call-arg] # the base class asks for defaults
 
     def set_options(self, groups: list[dict[str, Any]]) -> None:
         """Take the options that a worker has changed."""

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from hvdvae.errors import CheckpointError, ConfigError
 from hvdvae.flat import FlatModel
+from hvdvae.quick_start import bare
 
 ELEMENTWISE: tuple[type[Optimizer], ...] = (
     torch.optim.SGD,
@@ -65,7 +66,7 @@ def flat_optimizer(optimizer: Optimizer, flat: FlatModel, places: Sequence[slice
         groups.append({**group, "params": [vector], **_fused(optimizer, group)})
     accepted = inspect.signature(type(optimizer)).parameters
     defaults = {key: value for key, value in optimizer.defaults.items() if key in accepted}
-    return type(optimizer)(groups, **{**defaults, **_fused(optimizer, optimizer.defaults)})
+    return bare(type(optimizer)(groups, **{**defaults, **_fused(optimizer, optimizer.defaults)}))
 
 
 def _fused(optimizer: Optimizer, options: dict[str, Any]) -> dict[str, bool]:

@@ -1,6 +1,5 @@
-"""A few steps of a model, and what they took: python memory_job.py LIMIT OPTIONS OF TRAIN...
+"""A few steps of a model, and what they took: python memory_job.py OPTIONS OF TRAIN...
 
-LIMIT: bytes of data that this process may have beyond what it has before the model is built; 0: as many as there are.
 Every rank prints a line: what was predicted for it, and by how much its resident memory grew at most.
 """
 
@@ -40,7 +39,7 @@ class Noise:
         """Nobody dies."""
 
 
-def main(limit: int, words: list[str]) -> None:
+def main(words: list[str]) -> None:
     """Train, and print."""
     torch.set_num_threads(1)
     _, asked = parse(["train", *words])
@@ -52,8 +51,6 @@ def main(limit: int, words: list[str]) -> None:
     torch.optim.Adam(warm.parameters(), fused=True).step()
     me = psutil.Process()
     before = me.memory_info()
-    if limit:
-        resource.setrlimit(resource.RLIMIT_DATA, (before.data + limit,) * 2)
     groups = assemble.mesh(config, world)
     model = assemble.model(config, SHAPE, world.device)
     parts, pipeline = assemble.split(config, model, groups) if groups is not None else (None, None)
@@ -70,4 +67,4 @@ def main(limit: int, words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(sys.argv[1:])

@@ -23,9 +23,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(folder: Path, ranks: int, limit: int, *words: str) -> tuple[int, str]:
+def run(folder: Path, ranks: int, *words: str) -> tuple[int, str]:
     launch = ["mpirun", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", str(ranks)] if ranks > 1 else []
-    job = Launch([*launch, sys.executable, JOB, str(limit), *LARGE, *words], clean_environment(), folder).finish(120)
+    job = Launch([*launch, sys.executable, JOB, *LARGE, *words], clean_environment(), folder).finish(120)
     return job.status, job.output
 
 
@@ -49,7 +49,7 @@ def test_the_model_is_large() -> None:
     ids=str,
 )
 def test_predictions_are_within_15_percent(tmp_path: Path, ranks: int, words: tuple[str, ...]) -> None:
-    status, output = run(tmp_path, ranks, 0, *words)
+    status, output = run(tmp_path, ranks, *words)
     assert status == 0, output
     rows = json.loads(output.strip().splitlines()[-1])
     assert len(rows) == ranks
@@ -57,20 +57,10 @@ def test_predictions_are_within_15_percent(tmp_path: Path, ranks: int, words: tu
         assert row["grew"] == pytest.approx(row["predicted"], rel=0.15), rows
 
 
-def test_a_model_that_one_rank_cannot_hold_trains_on_two(tmp_path: Path) -> None:
-    limit = 1_600_000_000
-    status, output = run(tmp_path, 1, limit, "--strategy", "local")
-    assert status != 0
-    assert "can't allocate memory" in output or "MemoryError" in output, output
-    for words in (("--pipeline", "2"), ("--tensor", "2")):
-        status, output = run(tmp_path, 2, limit, *words)
-        assert status == 0, output
-
-
 def test_the_whole_command_trains_and_resumes_where_one_rank_cannot(tmp_path: Path) -> None:
     """Building, training, saving, resuming on another mesh and testing: the whole model is never in one place."""
-    megabytes = 1000
-    words = "--data digits --hidden 4000 4000 --latent 20 --activation relu --batch-size 250 --engine mpi --threads 1"
+    megabytes = 1150
+    words = "--data digits --hidden 5000 5000 --latent 20 --activation relu --batch-size 250 --engine mpi --threads 1"
     run = f"-m hvdvae train {words} --nll-samples 2 --pictures-every 0 --keep 1 --out run"
     mpirun = f"mpirun --bind-to none --map-by :OVERSUBSCRIBE -n 2 {sys.executable}"
 

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "hvdvae"
 LAYERS = {
     "core": (
         "abort allocator batch checkpoint config config_check cores deadline disturbance dtypes ema errors flat "
-        "launcher outcome schedule seeding signals supervisor version world",
+        "launcher outcome quick_start schedule seeding signals supervisor version world",
         0,
     ),
     "domain": ("data vae", 1),
