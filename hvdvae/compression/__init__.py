@@ -9,7 +9,8 @@
     randomk    4 share P              some at random, the same places on all ranks      yes
     powersgd   4 rank (rows + cols)   two thin matrices for each weight matrix          yes
 
-Where ranks average, fp16 to topk are gathered and decoded by all; randomk and powersgd are averaged as they are.
+Where ranks average, fp16 and bf16 are decoded slice by slice, each by one rank, int8 to topk by all; randomk and
+powersgd are averaged as they are.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """The upper half of a float32: 2 bytes an element, its range, two digits.
 
-Never summed by MPI, which knows no such type: messages are gathered, and decoded by everyone.
+Never summed by MPI, which knows no such type: messages are decoded first.
 """
 
 import torch
@@ -13,6 +13,7 @@ class Bf16(Gathered):
     """bfloat16, rounded to the nearest."""
 
     name = "bf16"
+    is_elementwise = True
 
     def __init__(self, length: int) -> None:
         """`length`: P."""

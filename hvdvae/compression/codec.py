@@ -15,6 +15,8 @@ class Gathered(ABC):
     name = ""
     needs_feedback = False
     """Whether what a message leaves out must be remembered, and sent later."""
+    is_elementwise = False
+    """Whether each element's bytes stand by themselves, so that a slice of a message is the message of a slice."""
     nbytes = 0
     """B."""
 

@@ -13,6 +13,7 @@ class Fp16(Gathered):
     """IEEE binary16, rounded to the nearest."""
 
     name = "fp16"
+    is_elementwise = True
 
     def __init__(self, length: int) -> None:
         """`length`: P."""

@@ -193,6 +193,10 @@ class Client:
         answers = self._answers(pull=pull)
         self.staleness = int(max(answer[Answer.STALENESS] for answer in answers))
         self.dropped = any(answer[Answer.DROPPED_MINE] for answer in answers)
+        if self._pushes and finite:
+            for message, answer in zip(self._pushes, answers, strict=True):
+                if not answer[Answer.DROPPED_MINE]:
+                    message.keep()
 
     def _send_push(
         self, request: Header, options: list[dict[str, Any]] | None, vector: Tensor | None, server: int

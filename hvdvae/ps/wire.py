@@ -44,6 +44,7 @@ class PushMessage:
     def write(self, vector: Tensor, key: int) -> Tensor:
         """The message of a gradient and the buffers behind it (L + F). Leaves the vector alone.
 
+        Call `keep` once the server has used it: what a message that it drops was to make up for is still remembered.
         `key`: of what is random; another worker and another shard shall have another.
         """
         self._calls += 1
@@ -55,11 +56,14 @@ class PushMessage:
         size = float(torch.linalg.vector_norm(whole))
         left = self._sent.sub_(whole) if self._feedback is None else self._feedback.remember(self._sent)
         self._errors += float(torch.linalg.vector_norm(left)) / size if size else 0.0
-        if self._feedback is not None:
-            self._feedback.keep()
         if self._buffers:
             self.message[self._start :].view(torch.float32).copy_(vector[self._length :])
         return self.message
+
+    def keep(self) -> None:
+        """The server has used the last message: what that left out is remembered from now on."""
+        if self._feedback is not None:
+            self._feedback.keep()
 
     def read(self, into: Tensor) -> None:
         """What the message says, to a vector (L + F)."""

@@ -5,6 +5,7 @@ there. Its per-tensor hooks would begin earlier, but on CPU ranks its thread the
 Horovod's optimizer serves the exchange; the step is the user's own optimizer's, fused over the same vector.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ class HorovodAllreduce(Strategy):
         self.recovers = process_set is None
         super().__init__(optimizer, model, world, **options)
         self._traffic, self._exchanges = Traffic(), 0
-        self._bytes = self.flat.gradient.numel() * (2 if compression == "fp16" else self.flat.gradient.element_size())
+        self._half, self._errors = compression == "fp16", 0.0
+        self._bytes = self.flat.gradient.numel() * (2 if self._half else self.flat.gradient.element_size())
         """Of the gradient on the wire."""
         self._compression = getattr(self._hvd.Compression, compression)
         self._wrap()
@@ -63,6 +65,10 @@ class HorovodAllreduce(Strategy):
         """Horovod's allreduce (average), in place."""
         # A tensor of its own over the same storage: Horovod moves it elsewhere where it has decompressed a gradient.
         self._vector.grad = gradient.view(-1)
+        if self._half:
+            size = float(torch.linalg.vector_norm(gradient))
+            left = float(torch.linalg.vector_norm(gradient - gradient.half()))
+            self._errors += left / size if size and math.isfinite(left) else 0.0
         with self.world.waiting("horovod allreduce of the gradient"):
             self._horovod.synchronize()
         if self._vector.grad.data_ptr() != gradient.data_ptr():
@@ -71,8 +77,9 @@ class HorovodAllreduce(Strategy):
         self._exchanges += 1
 
     def traffic(self) -> dict[str, float]:
-        """As Strategy's."""
-        return self._traffic.metrics(self._exchanges)
+        """As Strategy's; with fp16 also the mean size of what messages left out, as a part of the gradient's."""
+        error = {"compression_error": self._errors / max(self._exchanges, 1)} if self._half else {}
+        return {**self._traffic.metrics(self._exchanges), **error}
 
     def recover(self) -> None:
         """As Strategy's: Horovod starts anew on those that are left."""

@@ -91,6 +91,7 @@ class LocalSgd(Strategy):
         """Gradients stay each group's own."""
         if self._group.size > 1:
             self._group.sum_(gradient, "average of gradients in a group").div_(self._group.size)
+            self._mean.traffic.ring(gradient.nbytes, self._group.size)
 
     def update(self) -> None:
         """This rank's own step; blocks where H are done, and there every rank must come."""
@@ -110,6 +111,7 @@ class LocalSgd(Strategy):
             self._mean.mean_(difference)
         if self._group.size > 1:
             self._group.broadcast_(difference, what="mean of all groups")
+            self._mean.traffic.told(difference.nbytes, self._group.size, is_root=self._group.rank == 0)
         if not bool(torch.isfinite(torch.dot(difference, difference))):
             raise NonFiniteError(
                 f"weights of some rank were not finite at the average after step {self._steps}: lower --lr, set "

@@ -3,9 +3,9 @@
     compensated = vector + what earlier messages left out
     messages of all ranks -> the mean of what they say, the same bits everywhere
 
-Gathered codecs (compression/codec.py) send one message to all; averaged ones let the World take means. Either way every
-rank decodes the same bytes in the same order. A vector that is not finite is said to all, and leaves what is remembered
-as it was.
+Gathered codecs (compression/codec.py) send messages (messages.py); averaged ones let the World take means. Either way
+every rank decodes the same bytes in the same order. A vector that is not finite is said to all, and leaves what is
+remembered as it was.
 """
 
 from typing import Protocol
@@ -17,11 +17,9 @@ from hvdvae.compression import Averaged, Gathered, codec_of
 from hvdvae.compression.feedback import Feedback
 from hvdvae.errors import ConfigError
 from hvdvae.seeding import stream
+from hvdvae.strategies.messages import messages_of
 from hvdvae.strategies.traffic import Traffic
 from hvdvae.world import World
-
-FLAG_BYTES = 4
-"""Behind a message: 0, or NaN where the vector was not finite."""
 
 
 class Mean(Protocol):
@@ -103,16 +101,12 @@ class CompressedMean:
         self._sent = torch.zeros(like.numel())
         self._calls = torch.zeros(1, dtype=torch.int64)
         """That were used; decides what is random."""
-        if isinstance(self._codec, Gathered):
-            # The flag is a float32, and stands where one may.
-            self._flag_at = -(-self._codec.nbytes // FLAG_BYTES) * FLAG_BYTES
-            self._message = torch.zeros(self._flag_at + FLAG_BYTES, dtype=torch.uint8)
-            self._messages = torch.zeros(world.size, self._message.numel(), dtype=torch.uint8)
+        self.recover()
 
     def recover(self) -> None:
         """Go on with the ranks that the World has now. Local."""
         if isinstance(self._codec, Gathered):
-            self._messages = torch.zeros(self._world.size, self._message.numel(), dtype=torch.uint8)
+            self._messages = messages_of(self._codec, self._sent.numel(), self._world)
 
     def mean_(self, vector: Tensor) -> None:
         """As Mean's: of what all ranks' messages say. Those of a GPU are written on the host."""
@@ -126,7 +120,9 @@ class CompressedMean:
         is_finite = bool(torch.isfinite(torch.dot(vector, vector)))
         whole = vector if self._feedback is None else self._feedback.compensate(vector)
         if isinstance(self._codec, Gathered):
-            self._gather(self._codec, whole, vector, key, is_finite=is_finite)
+            self._messages.say(whole, self._sent, stream(key, self._world.rank), is_finite=is_finite)
+            self._leave_out(whole)
+            self._messages.mean(vector, self.traffic)
         else:
             self._average(self._codec, whole, vector, key, is_finite=is_finite)
 
@@ -147,21 +143,6 @@ class CompressedMean:
         if self._feedback is not None:
             for vector in self._feedback.memory().values():
                 self._world.sum_(vector, "average of what is remembered").div_(self._world.size)
-
-    def _gather(self, codec: Gathered, whole: Tensor, vector: Tensor, key: int, *, is_finite: bool) -> None:
-        body, flag = self._message[: codec.nbytes], self._message[self._flag_at :].view(torch.float32)
-        if is_finite:
-            codec.encode(whole, body, stream(key, self._world.rank))
-        flag.fill_(0.0 if is_finite else torch.nan)
-        rows = self._world.gather_rows(self._message, self._messages, "gather of compressed vectors")
-        self.traffic.gathered(self._message.numel(), self._world.size)
-        codec.add(body, self._sent.zero_())
-        self._leave_out(whole)
-        vector.zero_()
-        for row in rows:
-            codec.add(row[: codec.nbytes], vector)
-        vector.div_(self._world.size)
-        vector[:1].add_(rows[:, self._flag_at :].view(torch.float32).sum())
 
     def _average(self, codec: Averaged, whole: Tensor, vector: Tensor, key: int, *, is_finite: bool) -> None:
         vector.copy_(whole)

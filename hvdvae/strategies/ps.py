@@ -208,6 +208,10 @@ class ParameterServer(Strategy):
             mine["compression_error"] = self.client.compression_error
         return {"servers": len(self.ledgers), **chosen, **self.ledgers[0], **total, **mine}
 
+    def traffic(self) -> dict[str, float]:
+        """Mean size of what pushes of this worker left out, as a part of its gradients. Bytes are in every beat. Local."""
+        return {"compression_error": self.client.compression_error} if self.plan.compression != "none" else {}
+
     def finish(self) -> None:
         """Tell the servers that this worker's run is over; return when all are, with the final weights."""
         if self._ended or not self._started:

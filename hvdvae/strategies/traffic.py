@@ -22,6 +22,11 @@ class Traffic:
         self.sent += nbytes * (size - 1)
         self.received += nbytes * (size - 1)
 
+    def told(self, nbytes: int, size: int, *, is_root: bool) -> None:
+        """So many bytes from one rank to all others."""
+        self.sent += nbytes * (size - 1) * is_root
+        self.received += nbytes * (not is_root)
+
     def metrics(self, steps: int) -> dict[str, float]:
         """In all, and for each of so many steps."""
         steps = max(steps, 1)

@@ -174,6 +174,15 @@ class World:
             self.carrier.gather_rows(row.numpy(), rows.numpy())
         return rows
 
+    def exchange_rows(self, rows: torch.Tensor, found: torch.Tensor, what: str = "exchange") -> torch.Tensor:
+        """Row j of every rank's `rows` (size, n) to rank j's `found` (size, n), on the host. Blocks; all must call it.
+
+        Rows are equally long on all ranks. Returns `found`.
+        """
+        with self.waiting(what):
+            self.carrier.exchange_rows(rows.numpy(), found.numpy())
+        return found
+
     def barrier(self, what: str = "barrier", *, patient: bool = False) -> None:
         """Return once every rank has called. `patient`: however long one takes, while it lives (see Watchdog)."""
         with self.waiting(what, patient=patient):

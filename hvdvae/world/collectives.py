@@ -34,6 +34,9 @@ class Collectives(Protocol):
     def gather_rows(self, row: Array, rows: Array) -> None:
         """Every rank's `row` (n,), equally long on all, to `rows` (size, n)."""
 
+    def exchange_rows(self, rows: Array, found: Array) -> None:
+        """Row j of every rank's `rows` (size, n), equally long on all, to rank j's `found` (size, n)."""
+
     def barrier(self) -> None:
         """Return once every rank has called."""
 
@@ -66,6 +69,10 @@ class Alone:
     def gather_rows(self, row: Array, rows: Array) -> None:
         """One's own row."""
         rows[0] = row
+
+    def exchange_rows(self, rows: Array, found: Array) -> None:
+        """One's own row."""
+        found[:] = rows
 
     def barrier(self) -> None:
         """Nobody to wait for."""

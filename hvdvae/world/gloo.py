@@ -50,6 +50,11 @@ class HorovodCollectives:
         gathered = hvd.allgather(torch.from_numpy(row), name=self._name("rows"))
         torch.from_numpy(rows).copy_(gathered.view(rows.shape))
 
+    def exchange_rows(self, rows: Array, found: Array) -> None:
+        """Alltoall."""
+        received = hvd.alltoall(torch.from_numpy(rows), name=self._name("exchange"))
+        torch.from_numpy(found).copy_(received.view(found.shape))
+
     def barrier(self) -> None:
         """Return once every rank has called."""
         hvd.barrier()

@@ -72,6 +72,18 @@ class MpiCollectives:
                 self.comm.Allgather(row[part], piece)
                 rows[:, part] = piece
 
+    def exchange_rows(self, rows: Array, found: Array) -> None:
+        """MPI_Alltoall."""
+        length = rows.shape[1]
+        for start in range(0, length, MAX_COUNT):
+            part = slice(start, start + MAX_COUNT)
+            if length <= MAX_COUNT:
+                self.comm.Alltoall(rows, found)
+            else:  # Pieces of rows do not lie side by side.
+                piece = np.empty((self.size, rows[0, part].size), rows.dtype)
+                self.comm.Alltoall(np.ascontiguousarray(rows[:, part]), piece)
+                found[:, part] = piece
+
     def barrier(self) -> None:
         """MPI_Barrier."""
         self.comm.Barrier()

@@ -1,6 +1,7 @@
 """Compressed exchange and averages now and then: the same bits on all ranks, and nothing lost."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ from torch import Tensor, nn
 from hvdvae.compression import CODECS
 from hvdvae.errors import ConfigError, NonFiniteError
 from hvdvae.strategies import DistributedOptimizer, Strategy
-from hvdvae.strategies.mean import CompressedMean
+from hvdvae.strategies.mean import CompressedMean, mean_over_ranks
 from hvdvae.world import World
 from tests.parallel.regression import OPTIMIZERS, examples, loss_of, network, share, weights
 
 SHAPES = [(40, 50), (50,), (7, 3, 3)]
 LENGTH = 40 * 50 + 50 + 63
+NOTHING: dict[str, Any] = {"share": None, "rank": None, "momentum": 0.0}
 FEEDBACK = ("sign", "topk", "randomk", "powersgd")
 
 
@@ -24,7 +26,7 @@ def own(world: World, seed: int) -> Tensor:
 
 
 def mean_of(world: World, codec: str, **options: object) -> CompressedMean:
-    chosen = {"share": None, "rank": None, "momentum": 0.0, **options}
+    chosen = {**NOTHING, **options}
     return CompressedMean(world, torch.zeros(LENGTH), SHAPES, codec, **chosen)  # type: ignore[arg-type]
 
 
@@ -74,6 +76,25 @@ def test_rounding_codecs_are_near_the_mean(world: World, codec: str) -> None:
     exact = sum_of(world, vector) / world.size
     mean_of(world, codec).mean_(vector)
     assert float((vector - exact).norm() / exact.norm()) < {"fp16": 1e-3, "bf16": 1e-2, "int8": 3e-2}[codec]
+
+
+@pytest.mark.parametrize("codec", ["fp16", "bf16"])
+def test_halves_cost_half_of_an_uncompressed_ring(world: World, codec: str) -> None:
+    mean, plain = mean_of(world, codec), mean_over_ranks(world, torch.zeros(LENGTH), SHAPES, "none", **NOTHING)
+    for one in (mean, plain):
+        one.mean_(own(world, 0))
+    # Besides flags, and what equal slices need to be even.
+    assert mean.traffic.sent == pytest.approx(plain.traffic.sent / 2, abs=16 * world.size)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("codec", ["fp16", "bf16", "int8"])
+def test_vectors_that_are_shorter_than_there_are_ranks(world: World, codec: str, length: int) -> None:
+    vector = torch.full((length,), float(world.rank))
+    mean = mean_over_ranks(world, vector, [(length,)], codec, **NOTHING)
+    mean.mean_(vector)
+    assert same_on_all(world, vector)
+    torch.testing.assert_close(vector, torch.full((length,), (world.size - 1) / 2), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("codec", ["topk", "randomk"])

@@ -60,6 +60,7 @@ def staged(
     micros: int = 2,
     cuts: str = "auto",
     strategy: str = "allreduce",
+    clip_norm: float | None = None,
     **options: Any,
 ) -> tuple[Strategy, "Pipeline | None"]:
     """The model in its parts, and what trains them."""
@@ -73,9 +74,8 @@ def staged(
         from hvdvae.parallel.pipeline import Pipeline
 
         pipeline = Pipeline(chain, keep_stage(model, chain, places, groups), groups, micros=micros, **options)
-    optimizer = DistributedOptimizer(
-        adam(model.parameters()), model, world=groups.replicas, parts=parts, strategy=strategy, engine="mpi"
-    )
+    kind: dict[str, Any] = {"strategy": strategy, "engine": "mpi", "clip_norm": clip_norm}
+    optimizer = DistributedOptimizer(adam(model.parameters()), model, world=groups.replicas, parts=parts, **kind)
     return optimizer, pipeline
 
 
@@ -90,10 +90,11 @@ def trainer(
     return Trainer(model, optimizer, objective, loader(world), seed=3, pipeline=pipeline, **options)
 
 
-def unsplit(groups: Groups, model: VAE, objective: Objective) -> list[dict[str, float]]:
+def unsplit(groups: Groups, model: VAE, objective: Objective, clip_norm: float | None = None) -> list[dict[str, float]]:
     """The same run with whole models on the ranks that hold the same part; its epochs."""
     told = Epochs()
-    kind = {"strategy": "local"} if groups.replicas.size == 1 else {"engine": "mpi"}
+    kind: dict[str, Any] = {"strategy": "local"} if groups.replicas.size == 1 else {"engine": "mpi"}
+    kind["clip_norm"] = clip_norm
     optimizer = DistributedOptimizer(adam(model.parameters()), model, world=groups.replicas, **kind)
     trainer(groups.replicas, model, optimizer, objective, monitors=[told]).fit(2)
     return told.metrics
@@ -117,6 +118,19 @@ def test_stages_learn_what_the_whole_model_does(groups: Groups, name: str, sched
         for mine, other in zip(told.metrics, metrics, strict=True):
             for key in ("loss", "rate", "distortion", "gradient_norm"):
                 assert mine[key] == pytest.approx(other[key], rel=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["allreduce", "sharded"])
+def test_the_norm_that_is_clipped_is_that_of_all_stages(groups: Groups, strategy: str) -> None:
+    told, model, expected = Epochs(), vae("mlp"), vae("mlp")
+    optimizer, pipeline = staged(groups, model, Elbo(), strategy=strategy, clip_norm=0.5)
+    trainer(groups.replicas, model, optimizer, Elbo(), pipeline, monitors=[told]).fit(2)
+    metrics = unsplit(groups, expected, Elbo(), clip_norm=0.5)
+    assert_same(groups, model, optimizer, expected)
+    if groups.whole.is_first:
+        assert all(epoch["gradient_norm"] > 0.5 for epoch in metrics), "nothing was clipped"
+        for mine, other in zip(told.metrics, metrics, strict=True):
+            assert mine["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -216,15 +230,17 @@ def test_checkpoints_go_on_at_any_other_mesh(world: World, shared_path: Path) ->
         trainer(groups.replicas, model, optimizer, Elbo(), pipeline, checkpoints=kept, ema_decay=0.9).fit(2)
         final[mesh.dp] = whole(model, optimizer)
     world.barrier()
-    # Another number of copies would draw other noise; the batch of all is the same.
     for saved, mesh in itertools.product(every, every):
-        if mesh.dp != saved.dp:
-            continue
         groups, model = groups_of(mesh, world), vae("mlp")
         optimizer, pipeline = staged(groups, model, Elbo(), strategy="sharded")
         resumed = trainer(groups.replicas, model, optimizer, Elbo(), pipeline, ema_decay=0.9)
-        resumed.resume(load(Folder(shared_path / str(saved), 5).steps()[-1]))
+        checkpoint = load(Folder(shared_path / str(saved), 5).steps()[-1])
+        resumed.resume(checkpoint)
         assert resumed.position.epoch == 1
+        for key, tensor in whole(model, optimizer).items():
+            assert torch.equal(tensor, checkpoint.tensors[key]), key
+        if mesh.dp != saved.dp:
+            continue  # Another number of copies would draw other noise.
         resumed.fit(2)
         for key, tensor in whole(model, optimizer).items():
             torch.testing.assert_close(tensor, final[mesh.dp][key], atol=2e-4, rtol=2e-3)

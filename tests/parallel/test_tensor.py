@@ -75,29 +75,38 @@ def whole(model: nn.Module, optimizer: Strategy) -> dict[str, Tensor]:
     return {f"model/{name}": found[f"model/{name}"] for name in parts.whole.parameters}
 
 
-@pytest.mark.parametrize("strategy", ["allreduce", "sharded"])
+WAYS: dict[str, dict[str, Any]] = {
+    "allreduce": {},
+    "sharded": {"strategy": "sharded"},
+    "gradients, too": {"strategy": "sharded", "zero_stage": 2},
+}
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_trains_as_one_process_with_the_whole_model(groups: Groups, strategy: str, kind: str) -> None:
+def test_trains_as_one_process_with_the_whole_model(groups: Groups, way: str, kind: str, passes: int) -> None:
     model = network(seed=100)
-    optimizer = wrapped(groups, model, OPTIMIZERS[kind], strategy=strategy)
+    optimizer = wrapped(groups, model, OPTIMIZERS[kind], backward_passes_per_step=passes, **WAYS[way])
     x, y = (tensor[share(groups.replicas)] for tensor in examples())
     for _ in range(STEPS):
         optimizer.zero_grad()
-        loss_of(model, x, y).backward()
+        for part in zip(x.chunk(passes), y.chunk(passes), strict=True):
+            loss_of(model, *part).backward()
         optimizer.step()
     found = torch.cat([tensor.flatten() for tensor in whole(model, optimizer).values()])
     torch.testing.assert_close(found, plain(OPTIMIZERS[kind]), atol=2e-6, rtol=2e-5)
 
 
-@pytest.mark.parametrize("strategy", ["allreduce", "sharded"])
-def test_the_norm_is_of_the_whole_gradient(groups: Groups, strategy: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_the_norm_is_of_the_whole_gradient(groups: Groups, way: str) -> None:
     def clip(number: int, optimizer: Optimizer, model: nn.Module) -> None:
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.05)))
 
     norms: list[float] = []
     expected = plain(OPTIMIZERS["momentum"], clip)
     model = network(seed=100)
-    optimizer = wrapped(groups, model, OPTIMIZERS["momentum"], strategy=strategy, clip_norm=0.05)
+    optimizer = wrapped(groups, model, OPTIMIZERS["momentum"], clip_norm=0.05, **WAYS[way])
     x, y = (tensor[share(groups.replicas)] for tensor in examples())
     for step in range(STEPS):
         optimizer.zero_grad()

@@ -107,6 +107,17 @@ def test_bytes_of_unequal_lengths(world: World, length) -> None:  # type: ignore
     assert world.gather_bytes(content(world.rank)) == [content(rank) for rank in range(world.size)]
 
 
+@pytest.mark.parametrize("length", [1, 5])
+def test_rows_go_to_their_ranks(world: World, length: int) -> None:
+    mine = torch.arange(world.size * length, dtype=torch.float32).view(world.size, length) + 1000 * world.rank
+    found = world.exchange_rows(mine, torch.full_like(mine, -1))
+    columns = torch.arange(length) + world.rank * length
+    expected = columns + 1000 * torch.arange(world.size)[:, None]
+    assert torch.equal(found, expected.float())
+    gathered = world.gather_rows(mine[world.rank], torch.full_like(mine, -1))
+    assert torch.equal(gathered, torch.arange(world.size)[:, None] * (1000 + length) + torch.arange(length).float())
+
+
 def test_the_barrier_holds_until_all_have_come(world: World) -> None:
     """The last rank comes late, so the others must have waited."""
     import time

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.system.conftest import Command, Launch, Start, clean_environment
+from tests.system.worker_jobs import await_first_epoch, worker
 
 RUN = ("--hidden", "20", "20", "--latent", "5", "--threads", "1", "--nll-samples", "10")
 
@@ -48,9 +50,10 @@ def test_a_run_goes_on_at_other_meshes_and_is_evaluated_by_one_process(
     assert found["nll"] == pytest.approx(third["test_nll"], rel=1e-4)
 
 
-def test_horovod_averages_the_copies_of_a_split_model(images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mesh", ["dp=2,tp=2", "dp=2,pp=2"])
+def test_horovod_averages_the_copies_of_a_split_model(images: Path, tmp_path: Path, mesh: str) -> None:
     pytest.importorskip("horovod.torch")
-    words = ("--epochs", "2", "--mesh", "dp=2,tp=2", "--engine")
+    words = ("--epochs", "2", "--mesh", mesh, "--engine")
     by_horovod = train(tmp_path, images, 4, *words, "horovod")
     (tmp_path / "mpi").mkdir()
     by_mpi = train(tmp_path / "mpi", images, 4, *words, "mpi")
@@ -80,3 +83,30 @@ def test_what_cannot_be_split_is_said_before_training(
         return
     assert job.status != 0
     assert message in job.output
+
+
+@pytest.mark.parametrize(
+    ("words", "signal_sent", "message"),
+    [
+        ("--pipeline 2", signal.SIGKILL, r"rank 1 .*signal 9"),
+        ("--pipeline 2", signal.SIGSTOP, r"rank 1 does not answer"),
+        ("--tensor 2", signal.SIGSTOP, r"rank 1 does not answer"),
+    ],
+)
+def test_a_rank_that_dies_or_stops_ends_the_job_by_its_name(
+    tmp_path: Path, words: str, signal_sent: signal.Signals, message: str
+) -> None:
+    """Without ULFM; the first lines say which part it holds."""
+    launch = f"mpirun --bind-to none --map-by :OVERSUBSCRIBE -n 2 {sys.executable} -m hvdvae train"
+    run = f"--data digits --epochs 500 --batch-size 10 --threads 1 --deadline 4 --pictures-every 0 --out run {words}"
+    job = Launch(f"{launch} {run}".split(), clean_environment(), tmp_path)
+    try:
+        process = worker(job, 1)
+        await_first_epoch(tmp_path)
+        process.send_signal(signal_sent)
+        ended = job.finish(60)
+    finally:
+        job.kill()
+    assert ended.status != 0
+    assert re.search(message, ended.output), ended.output
+    assert f"ranks of {'stage' if 'pipeline' in words else 'slice'} 0: 0; " in ended.output

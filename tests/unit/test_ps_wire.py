@@ -8,6 +8,7 @@ from hvdvae.ps.plan import COMPRESSIONS, Plan
 from hvdvae.ps.wire import PullMessage, PushMessage, codec_for
 
 LENGTH, BUFFERS = 5001, 7
+FEEDBACK = ("sign", "topk")
 
 
 def vector(length: int, seed: int) -> Tensor:
@@ -36,6 +37,7 @@ def test_pushes_bring_all_of_the_gradients_in_the_end(codec: str) -> None:
         pushed = torch.cat([gradient, vector(BUFFERS, step)])
         before = pushed.clone()
         reader.message.copy_(writer.write(pushed, key=1))
+        writer.keep()
         reader.read(into)
         assert torch.equal(pushed, before)
         assert torch.equal(into[LENGTH:], pushed[LENGTH:]), "buffers come as they are"
@@ -48,6 +50,23 @@ def test_pushes_bring_all_of_the_gradients_in_the_end(codec: str) -> None:
         assert float((given - brought).norm() / given.norm()) < 0.3
     assert writer.message.nbytes < 4 * (LENGTH + BUFFERS)
     assert 0 < writer.error < 1
+
+
+@pytest.mark.parametrize("codec", FEEDBACK)
+def test_a_push_that_is_dropped_costs_its_own_gradient_alone(codec: str) -> None:
+    """What earlier messages left out, and this one was to bring, is still remembered."""
+    writer, _ = ends(codec, 0)
+    assert writer._feedback is not None
+    writer.write(torch.randn(LENGTH), key=1)
+    writer.keep()
+    before = writer._feedback.remembered.clone()
+    assert before.any()
+    for _ in range(3):
+        writer.write(torch.randn(LENGTH), key=1)
+        assert torch.equal(writer._feedback.remembered, before)
+    writer.write(torch.randn(LENGTH), key=1)
+    writer.keep()
+    assert not torch.equal(writer._feedback.remembered, before)
 
 
 @pytest.mark.parametrize("codec", COMPRESSIONS)
