@@ -4,7 +4,8 @@
 
 For each: whether training went on, how long after the fault, how many steps were lost, and the exit status. A job that
 hangs, ends badly with status 0, or leaves no checkpoint that can be read is counted as broken; then the exit status is
-1. Digits, three ranks that train. Needs Open MPI 5; link cuts and full disks need root, clock jumps libfaketime.
+1. Digits, three ranks that train, or four that hold two copies of a model. Needs Open MPI 5; link cuts and full disks
+need root, clock jumps libfaketime.
 """
 
 import argparse
@@ -47,6 +48,7 @@ class Way:
     options: str
     extra: int = 0
     """Ranks that serve."""
+    trainers: int = TRAINERS
     survives: bool = True
     """Started with ULFM; else under a supervisor."""
 
@@ -55,6 +57,7 @@ WAYS = {
     "allreduce, mpi": Way("--strategy allreduce --engine mpi"),
     "allreduce, horovod": Way("--strategy allreduce --engine horovod"),
     "allreduce, supervised": Way("--strategy allreduce --engine mpi", survives=False),
+    "stages of two copies": Way("--strategy allreduce --engine mpi --mesh dp=2,pp=2", trainers=4),
     "local-sgd, supervised": Way("--strategy local-sgd", survives=False),
     "ps": Way("--strategy ps", extra=1),
     "ps, a backup": Way("--strategy ps --replicas 1", extra=2),
@@ -129,7 +132,7 @@ def kill_server(job: Job, way: Way) -> None:
     if not way.extra:
         raise Skipped("has no server")
     job.may_end = way.extra == 1
-    job.rank(TRAINERS).kill()
+    job.rank(way.trainers).kill()
     job.now()
 
 
@@ -205,7 +208,7 @@ def command(
     job = ["env", *(f"{key}={value}" for key, value in (ranks_have or {}).items())]
     job += [sys.executable, str(ROOT / "benchmarks" / "fault_job.py"), str(nan_step), "1", "train"]
     job += [*shlex.split(f"{RUN} {way.options}"), "--out", str(folder / "run"), *(["--resume"] if resume else [])]
-    words = mpirun.command(program, mpirun.name(program), TRAINERS + way.extra, fault_tolerant=way.survives)
+    words = mpirun.command(program, mpirun.name(program), way.trainers + way.extra, fault_tolerant=way.survives)
     supervisor = [sys.executable, "-m", "hvdvae", "supervise", "--backoff", "0.5", "--restarts", "1", "--"]
     return [*([] if way.survives else supervisor), *words, *job]
 
@@ -293,7 +296,7 @@ def measure_cut(name: str, folder: Path) -> Outcome:
     """Two hosts, and no link between them for ten seconds."""
     way, program = WAYS[name], mpirun.find()
     assert program is not None
-    each = 2 if way.extra else 1
+    each = 2 if way.extra or way.trainers == 4 else 1
     if way.extra > 1 or not way.survives:
         raise Skipped("is measured by the plain way")
     try:

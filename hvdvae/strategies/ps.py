@@ -209,7 +209,7 @@ class ParameterServer(Strategy):
         return {"servers": len(self.ledgers), **chosen, **self.ledgers[0], **total, **mine}
 
     def traffic(self) -> dict[str, float]:
-        """Mean size of what pushes of this worker left out, as a part of its gradients. Bytes are in every beat. Local."""
+        """Mean size of what pushes left out, as a part of this worker's gradients; every beat has bytes. Local."""
         return {"compression_error": self.client.compression_error} if self.plan.compression != "none" else {}
 
     def finish(self) -> None:
