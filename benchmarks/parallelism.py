@@ -92,6 +92,7 @@ def sides_of(ranks: int, batch: int) -> dict[str, tuple[int, dict[str, Any]]]:
     sides: dict[str, tuple[int, dict[str, Any]]] = {
         "allreduce": (ranks, {"batch_size": share}),
         "sharded": (ranks, {"batch_size": share, "strategy": "sharded"}),
+        "sharded, gradients too": (ranks, {"batch_size": share, "strategy": "sharded", "zero_stage": 2}),
         "independent, whole batches": (cores, {**whole, "batch_size": batch}),
         "independent, micro-batches": (cores, {**whole, "batch_size": batch // MICROS, "accumulate": MICROS}),
     }

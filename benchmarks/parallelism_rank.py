@@ -20,6 +20,7 @@ import torch
 
 from hvdvae.cli import assemble
 from hvdvae.config import TrainConfig
+from hvdvae.parallel.stages import finish
 from hvdvae.world import World
 
 SHAPE = (1, 28, 28)
@@ -29,19 +30,20 @@ WARM_UP, ROUNDS = 5, 30
 def main(order: dict[str, Any]) -> None:
     """Train, and print."""
     torch.set_num_threads(1)
-    world = World.create(device="cpu", deadline=120)
+    world = World.create(deadline=120)
+    device = world.device
     independent = order.pop("independent", False)
     seconds = order.pop("seconds")
     config = TrainConfig(model="mlp", latent=[20], activation="relu", engine="mpi", nll_samples=0, **order)
-    mine = World.alone(device="cpu") if independent else world
+    mine = World.alone(device=str(device)) if independent else world
     groups = assemble.mesh(config, mine)
-    model = assemble.model(config, SHAPE, torch.device("cpu"))
+    model = assemble.model(config, SHAPE, device)
     parts, pipeline = assemble.split(config, model, groups) if groups is not None else (None, None)
     replicas = mine if groups is None else groups.replicas
     optimizer = assemble.distributed(config, model, replicas, parts)
     objective = assemble.objective(config)
-    batch = torch.rand(config.batch_size * config.accumulate, *SHAPE)
-    plain = torch.autocast("cpu", enabled=False)
+    batch = torch.rand(config.batch_size * config.accumulate, *SHAPE, device=device)
+    plain = torch.autocast(device.type, enabled=False)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -56,6 +58,7 @@ def main(order: dict[str, Any]) -> None:
         step()
     if pipeline is not None:
         pipeline.forget()
+    finish(device)
     sums = Sums(groups.layers if groups is not None and groups.mesh.tp > 1 else mine)
     world.barrier()
     begin = time.perf_counter()
@@ -66,6 +69,7 @@ def main(order: dict[str, Any]) -> None:
         over = torch.tensor([float(time.perf_counter() - begin > seconds)])
         if steps % 5 == 0 and float((world.broadcast_(over) if not independent else over)[0]):
             break
+    finish(device)
     took = time.perf_counter() - begin
     state = sum(value.nbytes for entries in optimizer.inner.state.values() for value in entries.values() if value.dim())
     found = {
@@ -111,7 +115,7 @@ class Sums:
 
         Blocks; every rank must call it.
         """
-        vectors = [torch.zeros(size) for size in self._sizes[: len(self._sizes) // steps]]
+        vectors = [torch.zeros(size, device=self._world.device) for size in self._sizes[: len(self._sizes) // steps]]
         times = []
         for _ in range(ROUNDS):
             self._world.barrier()

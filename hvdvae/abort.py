@@ -13,6 +13,8 @@ from hvdvae.launcher import survives_deaths
 LEFT: set[int] = set()
 """Ranks of the launch that have ended well before the others, which had no work for them."""
 _LAUNCHER = os.getppid()
+TURN_SECONDS = 1.0
+"""That a rank leaves to the first of those that live to end the job."""
 GRACE_SECONDS, KILL_SECONDS = 2, 8
 """That the launcher has to end the job before it is told by a signal, and before it is ended by one."""
 
@@ -28,6 +30,10 @@ def abort_job(code: int) -> NoReturn:
         mpi = sys.modules["mpi4py.MPI"]
         if mpi.Is_initialized() and not mpi.Is_finalized():
             if survives_deaths(os.environ):
+                if not _is_first(mpi):
+                    # Open MPI's launcher takes an abort for one more death now and then. So one aborts, and the others
+                    # are there to be ended: the last of several that abort would be the only one that is left.
+                    time.sleep(TURN_SECONDS)
                 if _is_last(mpi):
                     # Open MPI's launcher ends with 0 where the only rank that is left aborts.
                     os._exit(code)
@@ -39,17 +45,26 @@ def abort_job(code: int) -> NoReturn:
 
 def _is_last(mpi: Any) -> bool:
     """Whether all other ranks of the launch have gone, as far as is heard in half a second."""
-    everyone = mpi.COMM_WORLD
+    size = mpi.COMM_WORLD.size
     for _ in range(25):
-        with suppress(mpi.Exception):  # The probe is for MPI to hear the news.
-            everyone.Iprobe(mpi.ANY_SOURCE, mpi.ANY_TAG)
-        everyone.Ack_failed()
-        failed = everyone.Get_failed()
-        gone = LEFT.union(failed.Translate_ranks(list(range(failed.size)), everyone.Get_group()))
-        if everyone.size > 1 and len(gone) == everyone.size - 1:
+        if size > 1 and len(_gone(mpi)) == size - 1:
             return True
         time.sleep(0.02)
     return False
+
+
+def _is_first(mpi: Any) -> bool:
+    """Whether no rank before this one is known to live."""
+    return set(range(mpi.COMM_WORLD.rank)) <= _gone(mpi)
+
+
+def _gone(mpi: Any) -> set[int]:
+    everyone = mpi.COMM_WORLD
+    with suppress(mpi.Exception):  # The probe is for MPI to hear the news.
+        everyone.Iprobe(mpi.ANY_SOURCE, mpi.ANY_TAG)
+    everyone.Ack_failed()
+    failed = everyone.Get_failed()
+    return LEFT.union(failed.Translate_ranks(list(range(failed.size)), everyone.Get_group()))
 
 
 def _end_launcher() -> None:

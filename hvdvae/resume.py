@@ -52,8 +52,8 @@ class Position:
 def snapshot(trainer: "Trainer", rows: Tensor, config: Mapping[str, Any]) -> Draft:
     """All that a run needs to continue, good as long as the strategy's `saving` lasts.
 
-    Where ranks hold a model together, all of them must call it (it blocks), and ask for the pieces or write them; the
-    first copy's draft is of the whole.
+    Every rank that steps with others must call it (it blocks where they hold a model together), and ask for the pieces
+    or write them. Of a model in parts the first copy's draft is of the whole.
 
     `rows`: float buffers of all ranks, (size, F); the model has their mean, which is what is evaluated and selected.
     """

@@ -81,9 +81,17 @@ class Stepper:
 
     def _backward(self, batch: Batch, epoch: float, passes: int) -> Iterator[tuple[Mapping[str, Tensor], int]]:
         """Forward and backward, micro-batch by micro-batch; after each its losses and its number of examples."""
-        assert self._loss is not None
         examples = examples_of(batch)
-        for micro in chunks(batch, passes):
+        # A model that draws noise may draw that of the whole batch: the parts then come to what the batch does.
+        parts_of = getattr(self._model, "parts_of_batch", None)
+        with parts_of(examples) if parts_of is not None and passes > 1 else nullcontext():
+            yield from self._passes(chunks(batch, passes), epoch, passes, examples)
+
+    def _passes(
+        self, micros: Iterable[Batch], epoch: float, passes: int, examples: int
+    ) -> Iterator[tuple[Mapping[str, Tensor], int]]:
+        assert self._loss is not None
+        for micro in micros:
             with self._autocast:
                 result = self._loss(self._model, micro, epoch)
             values = result if isinstance(result, Mapping) else {"loss": result}

@@ -179,6 +179,10 @@ def _head(pieces: dict[str, Any], record: str, digest: str) -> bytes:
     for name in sorted(pieces):
         shape, dtype, _ = pieces[name]
         stop = start + torch.Size(shape).numel() * dtype.itemsize
+        if dtype not in _NAMES:
+            raise CheckpointError(
+                f"a checkpoint cannot hold {name}: it is {dtype}, expected one of {', '.join(_DTYPES)}"
+            )
         entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
         start = stop
     head = json.dumps(entries, separators=(",", ":")).encode()

@@ -54,6 +54,8 @@ def spread(path: Path | None, world: World) -> Spread | None:
         with opened(path) as file:
             forms = [(name, shape, str(file.dtypes[name])) for name, shape in file.shapes.items()]
             mine = [str(path), file.record, file.digest, forms]
+    # However long it takes to read it.
+    world.barrier("rank 0 reads a checkpoint", patient=True)
     told = world.gather_objects(mine, "forms of a checkpoint")[0]
     return Spread(path if world.is_first else None, world, *told) if told else None
 

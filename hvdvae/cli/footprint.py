@@ -44,8 +44,9 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """Of its own."""
-        return self.parameters + self.gradients + self.optimizer + self.average + self.activations
+        """What its resident memory grows by."""
+        own = self.parameters + self.gradients + self.optimizer + self.average + self.activations
+        return own + self.mapped
 
 
 class Imagined(NamedTuple):

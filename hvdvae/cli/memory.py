@@ -9,7 +9,7 @@ from hvdvae.data import open_dataset
 from hvdvae.errors import ConfigError
 from hvdvae.parallel.mesh import Mesh
 
-COLUMNS = ("parameters", "gradients", "optimizer", "average", "activations", "total", "mapped")
+COLUMNS = ("parameters", "gradients", "optimizer", "average", "activations", "mapped", "total")
 
 
 def memory(options: MemoryOptions) -> int:
@@ -33,7 +33,7 @@ def table(found: list[Footprint], mesh: Mesh) -> str:
     for stage, one in enumerate(found):
         lines.append(f"{stage:<7}" + "".join(f"{getattr(one, column) / 1e6:>13,.1f}" for column in COLUMNS))
     lines += [
-        "total: besides Python and its libraries (about 400 MB), the data, and what backward needs for a moment",
-        "mapped: of other ranks' vectors, where ranks share a host; counted as resident, but memory of theirs",
+        "mapped: other ranks' vectors, where ranks share a host: resident in all of them, and there once",
+        "total: besides Python and its libraries (about 300 MB), the data, and what backward needs for a moment",
     ]
     return "\n".join(lines) + "\n"

@@ -26,7 +26,7 @@ from hvdvae.batch import Batch, chunks, examples_of
 from hvdvae.dtypes import DTYPES
 from hvdvae.parallel.mesh import Groups
 from hvdvae.parallel.micro_batches import bubble, order_of
-from hvdvae.parallel.stages import Chain, Payload
+from hvdvae.parallel.stages import Chain, Payload, finish
 
 FORM, FORWARD, BACKWARD = range(3)
 Form = list[tuple[list[int], str, bool]]
@@ -95,6 +95,7 @@ class Pipeline:
         incoming = _Incoming(self, [(kind, lengths[micro]) for kind, micro in order if self._hears(kind)])
         for kind, micro in order:
             message = incoming.next() if self._hears(kind) else None
+            finish(self._world.device)
             working = time.perf_counter()
             if kind == "forward":
                 inputs = (
@@ -110,6 +111,7 @@ class Pipeline:
                         held[micro] = _Held(inputs, [values["loss"] * weight])
                     else:
                         held[micro] = _Held(inputs, [tensor for tensor in outputs if tensor.requires_grad])
+                finish(self._world.device)
                 self._busy += time.perf_counter() - working
                 if self._stage < self._stages - 1:
                     self._tell_form(outputs, lengths[micro])
@@ -122,6 +124,7 @@ class Pipeline:
                     form: Form = [(list(tensor.shape), str(tensor.dtype), True) for tensor in outputs_held]
                     gradients = [piece.to(self._world.device) for piece in _views(message, form)]
                     torch.autograd.backward(outputs_held, gradients)
+                finish(self._world.device)
                 self._busy += time.perf_counter() - working
                 if self._stage > 0:
                     backward = tuple(_gradient(tensor) for tensor in inputs if tensor.requires_grad)

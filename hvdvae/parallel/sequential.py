@@ -1,4 +1,4 @@
-"""Any nn.Sequential as a chain of steps: one a layer, with what follows it without parameters."""
+"""Any nn.Sequential as a chain of steps: one a layer, with what follows it, or begins the chain, without parameters."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -26,10 +26,13 @@ class SequentialChain:
     ) -> None:
         """`loss`: of the model's output, the micro-batch and the epoch; its input is the batch's first tensor."""
         self._loss = loss
-        groups: list[list[str]] = []
+        groups: list[list[str]] = [[]]
+        has_parameters = False
         for name, layer in model.named_children():
-            if not groups or list(layer.parameters()):
+            holds = next(layer.parameters(), None) is not None
+            if holds and has_parameters:
                 groups.append([])
+            has_parameters = has_parameters or holds
             groups[-1].append(name)
         self.steps = [Layer(tuple(group), _in_turn(model, group)) for group in groups]
 

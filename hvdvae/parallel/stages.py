@@ -6,7 +6,7 @@ it were whole, and what one stage computes it tells the others.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -66,7 +66,7 @@ class Elsewhere(nn.Module):
         super().__init__()
         self._name, self._owner, self._stages = name, owner, stages
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         """What the owner's layer gives. Blocks; every stage must call it."""
         if self.training:
             raise RuntimeError(f"{self._name} is a layer of stage {self._owner}: train by Pipeline.run")
@@ -81,12 +81,12 @@ def keep_stage(model: nn.Module, chain: Chain, cuts: Sequence[int], groups: Grou
     stage, ends = groups.stages.rank, [*cuts[1:], len(chain.steps)]
     for owner, (start, stop) in enumerate(zip(cuts, ends, strict=True)):
         for name in (name for step in chain.steps[start:stop] for name in step.modules):
-            for leaf, layer in _layers(model, name):
+            for called, layer in _called(model, name):
                 if owner == stage:
-                    layer.register_forward_hook(_tell(owner, groups.stages))
+                    layer.register_forward_hook(_tell(called, owner, groups.stages))
                 else:
-                    parent, _, last = leaf.rpartition(".")
-                    setattr(model.get_submodule(parent), last, Elsewhere(leaf, owner, groups.stages))
+                    parent, _, last = called.rpartition(".")
+                    setattr(model.get_submodule(parent), last, Elsewhere(called, owner, groups.stages))
     return slice(cuts[stage], ends[stage])
 
 
@@ -101,6 +101,7 @@ def choose_cuts(text: str, model: nn.Module, chain: Chain, stages: int, batch: B
     if given is not None:
         return given
     costs = costs_of(model, chain, batch) if world.is_first else []
+    world.barrier("rank 0 measures the steps of the model", patient=True)
     found: list[int] = world.gather_objects(cut_points(costs, stages) if costs else [], "cuts of the model")[0]
     return found
 
@@ -143,29 +144,44 @@ def costs_of(model: nn.Module, chain: Chain, batch: Batch) -> list[float]:
         layers = [layer for name in step.modules for layer in model.get_submodule(name).modules()]
         with filled(layers, payload[0].device):
             for _ in range(ROUNDS):
+                finish(payload[0].device)
                 begin = time.perf_counter()
                 payload = step.run(inputs, everything)
                 trained = [tensor for tensor in payload if tensor.requires_grad]
                 torch.autograd.backward(trained, [torch.ones_like(tensor) for tensor in trained])
+                finish(payload[0].device)
                 costs[place] = min(costs[place], time.perf_counter() - begin)
     model.train()
     model.zero_grad()
     return costs
 
 
-def _layers(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
-    """Submodules of `name`, or itself, that hold parameters or buffers of their own."""
-    found = []
-    for below, module in model.get_submodule(name).named_modules():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if own:
-            found.append((".".join(filter(None, (name, below))), module))
-    return found
+def finish(device: torch.device) -> None:
+    """Return once a GPU has done what it was asked for, so that clocks tell of work. Local."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def _tell(owner: int, stages: World) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
-    def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-        return None if module.training else _told(output, owner, stages, output)
+def _called(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """`name`, or what is below it where it is a mere container, if it holds parameters or buffers."""
+    module = model.get_submodule(name)
+    if type(module).forward is nn.Module.forward:
+        for child, _ in module.named_children():
+            yield from _called(model, f"{name}.{child}")
+    elif [*module.parameters(), *module.buffers()]:
+        yield name, module
+
+
+def _tell(name: str, owner: int, stages: World) -> Callable[[nn.Module, Any, Any], Tensor | None]:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
+        if module.training:
+            return None
+        if not isinstance(output, Tensor):
+            raise ConfigError(
+                f"{name} returns a {type(output).__name__}, and layers of stages return one tensor: put it in a module "
+                "that does"
+            )
+        return _told(output, owner, stages, output)
 
     return hook
 

@@ -80,6 +80,7 @@ class PartOfCheckpoint:
         """`numbered` as in `merge`. Local. Raises CheckpointError where a shape is another model's."""
         self._parts, self._whole = parts, whole
         self.name, self.record = whole.name, whole.record
+        self._check(parts)
         state = model.state_dict()
         self._state, self._parameters = state, dict(model.named_parameters())
         self._names = {number: name for name, number in parts.numbers(numbered).items()}
@@ -98,6 +99,23 @@ class PartOfCheckpoint:
                 "optimizer_groups": _groups(self.record, len(self._parameters)),
                 "optimizer_scalars": mine,
             }
+
+    def _check(self, parts: Parts) -> None:
+        """Raises CheckpointError on all ranks alike where it is another model's, or cannot be told apart by stages."""
+        trained, expected = set(self.record["names"]), parts.whole.parameters
+        saved = {name.removeprefix("model/") for name in self._whole.shapes if name.startswith("model/")}
+        strange = [*(trained - set(expected)), *(name for name in expected if name not in saved)]
+        if strange:
+            raise CheckpointError(
+                f"{self.name} holds another model ({', '.join(sorted(strange)[:3])} on one side only): build it with "
+                "the --model, --hidden, --latent it was saved with"
+            )
+        groups = self.record["optimizer_groups"]
+        if parts.groups.stages.size > 1 and len(groups) > 1:
+            raise CheckpointError(
+                f"{self.name} has {len(groups)} groups of parameters in its optimizer, and stages hold some of each: "
+                "resume it with --pipeline 1"
+            )
 
     def each(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """As Source's: views of whole tensors, one after the other."""
@@ -150,12 +168,17 @@ def _gathered(
 ) -> Tensor:
     group = parts.groups.model
     mine = piece.get() if piece is not None else None
+    if dim is None and root == 0:
+        return mine if mine is not None else torch.empty(shape, dtype=dtype)
+    # However long the first rank has been at writing the last one.
+    group.barrier("gather of a part", patient=True)
     if dim is None:
-        whole = mine.detach().cpu().contiguous() if mine is not None else torch.empty(shape, dtype=dtype)
-        if root > 0:
-            # As bytes: whatever the dtype.
-            group.broadcast_(whole.reshape(-1).view(torch.uint8), root, "gather of a part")
-        return whole
+        # A tensor of one's own where another's comes: `mine` may be what is trained.
+        whole = torch.empty(shape, dtype=dtype)
+        if group.rank == root and mine is not None:
+            whole.copy_(mine)
+        # As bytes: whatever the dtype.
+        return group.broadcast_(whole.reshape(-1).view(torch.uint8), root, "gather of a part").view(dtype).view(shape)
     whole = torch.zeros(shape, dtype=dtype)
     if mine is not None:
         place = slice_of(shape[dim], parts.groups.layers.rank, parts.groups.layers.size)
@@ -170,6 +193,7 @@ def _merged_buffers(parts: Parts, mine: Piece, model: nn.Module) -> Piece:
 
     def get() -> Tensor:
         whole = torch.zeros(shape)
+        parts.groups.model.barrier("gather of buffers", patient=True)
         if parts.groups.layers.is_first:
             whole[:, parts.columns(name for name, _ in model.named_buffers())] = mine.get().cpu()
         return parts.groups.model.sum_(whole, "gather of buffers")

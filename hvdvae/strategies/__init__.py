@@ -78,7 +78,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
         world = World.create(servers=(servers or 1) * (1 + replicas)) if strategy == "ps" else World.create()
     options: dict[str, Any] = {"backward_passes_per_step": backward_passes_per_step, "clip_norm": clip_norm}
     if parts is not None:
-        _check_parts(optimizer, strategy, compression, reduce_op)
+        _check_parts(optimizer, model, parts, strategy, compression, reduce_op)
         if world.size == 1:
             alone = Local(optimizer, model, world, **options)
             alone.hold(parts)
@@ -143,7 +143,15 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     return wrapped
 
 
-def _check_parts(optimizer: Optimizer, strategy: str, compression: str, reduce_op: str) -> None:
+def _check_parts(
+    optimizer: Optimizer, model: nn.Module, parts: "Parts", strategy: str, compression: str, reduce_op: str
+) -> None:
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if parts.groups.stages.size > 1 and [*map(id, held)] != [*map(id, model.parameters())]:
+        raise ConfigError(
+            f"the optimizer has {len(held)} parameters, and a stage's are numbered as the model's "
+            f"{len([*model.parameters()])}: give it model.parameters(), frozen ones too, in their order"
+        )
     if strategy not in ("allreduce", "sharded") or compression != "none" or reduce_op != "average":
         raise ConfigError(
             f"models that are split over ranks train with --strategy allreduce or sharded, without --compression and "

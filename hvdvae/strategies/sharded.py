@@ -169,6 +169,8 @@ class Sharded(Strategy):
         whole = torch.zeros(place.stop - place.start, dtype=mine.dtype, device=mine.device)
         shared = overlap(place, group)
         whole[_within(shared, place)] = mine[_within(shared, group)]
+        # However long whoever writes has been at the last one.
+        self.world.barrier("gather of the optimizer's state", patient=True)
         self.world.sum_(whole, "gather of the optimizer's state")
         return self.flat.view(whole, number)
 

@@ -11,12 +11,12 @@ Shapes: B examples of a micro-batch, K samples of each, L latent dimensions of a
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from hvdvae.batch import Batch, examples_of
 from hvdvae.vae.gaussian import DiagonalGaussian
 from hvdvae.vae.model import VAE, Terms
+from hvdvae.vae.noise import BatchNoise
 from hvdvae.vae.objectives import Iwae, Losses, Objective
 from hvdvae.vae.pieces import Piece
 
@@ -37,8 +37,7 @@ class VaeChain:
         """`samples`: latents an example that the objective asks for."""
         self._model, self._objective, self._samples = model, objective, samples
         self._importance = isinstance(objective, Iwae)
-        self._noise: list[Tensor] = []
-        self._examples = 0
+        self._noise = BatchNoise(0)
         encoder = [_step("encoder", piece) for piece in model.encoder.pieces()]  # type: ignore[operator]
         decoder = [_step("decoder", piece) for piece in model.decoder.pieces()]  # type: ignore[operator]
         *first, last = encoder
@@ -50,7 +49,7 @@ class VaeChain:
 
     def begin(self, batch: Batch) -> None:
         """As Chain's."""
-        self._noise, self._examples = [], examples_of(batch)
+        self._noise = BatchNoise(examples_of(batch))
 
     def inputs(self, micro: Batch) -> Tensors:
         """As Chain's: x, (B, *shape)."""
@@ -68,11 +67,7 @@ class VaeChain:
     def _draw(self, payload: Tensors, place: slice) -> Tensors:
         """q (B, 2L) to z (K B, L), KL of each layer (1 or K, B, L), and where asked for log q - log p (K, B)."""
         q = DiagonalGaussian(payload[0])
-        if not self._noise:
-            self._noise = [
-                torch.randn(self._samples, self._examples, size, device=q.packed.device) for size in self._model.latent
-            ]
-        mine = [noise[:, place] for noise in self._noise]
+        mine = self._noise.rows(place, self._samples, self._model.latent, q.packed.device)
         drawn = self._model.draw(q, self._samples, self._importance, mine)
         ratio = () if drawn.log_ratio is None else (drawn.log_ratio,)
         return drawn.z.flatten(0, -2), *drawn.kl, *ratio

@@ -4,7 +4,8 @@ Letters in shapes: B examples, K samples of each, L latent dimensions of one lay
 decoder pass. Everything in nats is float32, also under autocast.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from hvdvae.errors import ConfigError
 from hvdvae.vae.gaussian import DiagonalGaussian
 from hvdvae.vae.likelihoods import Likelihood
+from hvdvae.vae.noise import BatchNoise
 
 Noise = Tensor | Sequence[Tensor] | None
 
@@ -73,6 +75,7 @@ class VAE(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.upper = nn.ModuleList(upper)
+        self._noise: BatchNoise | None = None
         if len(self.latent) != 1 + len(self.upper):
             raise ConfigError(f"latent: found {list(latent)} for a model of {1 + len(self.upper)} stochastic layers")
 
@@ -81,6 +84,18 @@ class VAE(nn.Module):
         """Names of the submodules whose layers run one after the other, each chain by itself."""
         above = [f"upper.{layer}.{part}" for layer in range(len(self.upper)) for part in ("infer", "generate")]
         return ["encoder", "decoder", *above]
+
+    @contextmanager
+    def parts_of_batch(self, examples: int) -> Iterator[None]:
+        """Inside, batches are parts of one of so many examples, in their order: noise is that of the whole.
+
+        Not where the model is compiled: it would be, anew, for every batch.
+        """
+        self._noise = BatchNoise(examples) if self._compiled_call_impl is None else None
+        try:
+            yield
+        finally:
+            self._noise = None
 
     def forward(
         self,
@@ -125,6 +140,8 @@ class VAE(nn.Module):
         the layers under it, log q - log p at the sample, since their prior depends on the layer above.
         """
         given = [noise] if isinstance(noise, Tensor) else noise
+        if given is None and generator is None and self._noise is not None:
+            given = self._noise.next(len(q.packed), samples, self.latent, q.packed.device)
         q = DiagonalGaussian(q.packed.unsqueeze(0))
         layers: list[tuple[DiagonalGaussian, Tensor, Tensor]] = []  # q, its sample, the noise in it; bottom up
         for layer in range(len(self.latent)):

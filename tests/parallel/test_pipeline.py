@@ -179,14 +179,13 @@ def test_wherever_it_is_cut_and_with_what_is_computed_again(groups: Groups, cuts
 
 
 def test_accumulated_batches_are_the_big_batch(groups: Groups) -> None:
-    if groups.mesh.pp == 1:
-        pytest.skip("a model that is not in stages draws noise of its own for each part of a batch")
-    model, expected = vae("mlp"), vae("mlp")
-    optimizer, pipeline = staged(groups, model, Elbo())
-    optimizer.backward_passes_per_step = 2
-    trainer(groups.replicas, model, optimizer, Elbo(), pipeline).fit(2)
-    unsplit(groups, expected, Elbo())
-    assert_same(groups, model, optimizer, expected)
+    for name, objective, samples in (("mlp", Elbo(), 1), ("mlp2", Iwae(samples=3), 3)):
+        model, expected = vae(name), vae(name)
+        optimizer, pipeline = staged(groups, model, objective, samples)
+        optimizer.backward_passes_per_step = 2
+        trainer(groups.replicas, model, optimizer, objective, pipeline).fit(2)
+        unsplit(groups, expected, objective)
+        assert_same(groups, model, optimizer, expected)
 
 
 @pytest.mark.parametrize("name", ["mlp2", "conv"])
@@ -254,7 +253,10 @@ def test_any_sequential_trains_in_stages(groups: Groups) -> None:
 
     def network() -> nn.Sequential:
         torch.manual_seed(2)
-        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 4), nn.Linear(4, 3))
+        block = Scaled(5)
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(6, 5), nn.Tanh(), block, nn.ReLU(), nn.Linear(5, 4), nn.Linear(4, 3)
+        )
 
     def loss(output: Tensor, batch: Batch, epoch: float) -> Tensor:
         return (output - batch[1]).square().mean()  # type: ignore[index]
@@ -282,6 +284,44 @@ def test_any_sequential_trains_in_stages(groups: Groups) -> None:
     found = whole(model, optimizer)
     for key, parameter in single.named_parameters():
         torch.testing.assert_close(found[f"model/{key}"], parameter.detach(), atol=2e-5, rtol=2e-4)
+    single.eval()
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), single(x), atol=2e-5, rtol=2e-4)
+
+
+class Scaled(nn.Module):
+    """A block with a parameter of its own, and a layer in it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((width,), 0.9))
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.layer(x)
+
+
+def test_what_has_no_parameters_is_no_step_of_its_own() -> None:
+    layers = nn.Flatten(), nn.Tanh(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2), nn.Identity()
+    chain = SequentialChain(nn.Sequential(*layers), lambda output, batch, epoch: output.sum())
+    assert [step.modules for step in chain.steps] == [("0", "1", "2", "3"), ("4", "5")]
+
+
+def test_stages_take_an_optimizer_of_all_parameters_in_their_order(groups: Groups) -> None:
+    if groups.mesh.pp == 1:
+        pytest.skip("no stages")
+    model = vae("mlp")
+    chain, remembered = VaeChain(model, Elbo(), 1), Whole.of(model)
+    places = choose_cuts("auto", model, chain, groups.mesh.pp, torch.rand(2, *SHAPE), groups.whole)
+    keep_stage(model, chain, places, groups)
+    first, *rest = model.parameters()
+    first.requires_grad = False
+    for chosen in ([*rest], [*rest, first]):
+        with pytest.raises(ConfigError, match=r"give it model\.parameters\(\), frozen ones too, in their order"):
+            DistributedOptimizer(
+                adam(chosen), model, world=groups.replicas, parts=Parts(groups, remembered, {}), engine="mpi"
+            )
 
 
 def test_the_trainer_of_a_sequential_needs_no_loss_besides_its_chains(groups: Groups) -> None:

@@ -52,14 +52,17 @@ def main(words: list[str]) -> None:
     me = psutil.Process()
     before = me.memory_info()
     groups = assemble.mesh(config, world)
-    model = assemble.model(config, SHAPE, world.device)
-    parts, pipeline = assemble.split(config, model, groups) if groups is not None else (None, None)
+    model = assemble.model(config, SHAPE, torch.device("meta") if groups is not None else world.device)
+    parts, pipeline = None, None
+    if groups is not None:
+        parts, pipeline = assemble.split(config, model, groups)
+        assemble.fill_part(config, model, parts.cuts, None, world.device)
     optimizer = assemble.distributed(config, model, world if groups is None else groups.replicas, parts)
     Trainer(model, optimizer, assemble.objective(config), Noise(config), pipeline=pipeline, ema_decay=config.ema).fit(1)
     mesh = Mesh.of(world.size, mesh=config.mesh, pipeline=config.pipeline, tensor=config.tensor)
     predicted = footprints(config, SHAPE, mesh)[mesh.place(world.rank)[1]]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found = {"predicted": predicted.total + predicted.mapped, "grew": peak - before.rss}
+    found = {"predicted": predicted.total, "grew": peak - before.rss}
     rows = world.gather_objects(found)
     if world.is_first:
         sys.stdout.write("\n" + json.dumps(rows) + "\n")

@@ -25,7 +25,7 @@ TWO_MINUTES = ROOT / "benchmarks" / "studies" / "two-minutes.yaml"
 pytestmark = pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun")
 
 
-def study(contenders: str, scenarios: str = "  uniform:", epochs: int = 4) -> str:
+def study(contenders: str, scenarios: str = "  uniform:", epochs: int = 4, seconds: int = 60) -> str:
     return f"""\
 title: A test
 data: digits
@@ -33,7 +33,7 @@ train: {{model: mlp, batch_size: 40, lr: 1e-3}}
 world_sizes: [2]
 seeds: [0]
 target: {{nats: -30}}
-budget: {{epochs: {epochs}, seconds: 60}}
+budget: {{epochs: {epochs}, seconds: {seconds}}}
 nll_samples: 2
 contenders:
 {contenders}
@@ -155,7 +155,7 @@ def test_the_table_can_be_sorted(page: Any) -> None:
 def test_a_study_that_was_killed_goes_on(tmp_path: Path) -> None:
     """SIGKILL: nobody can clean up but the kernel; the ranks must not stay."""
     path = tmp_path / "study.yaml"
-    path.write_text(study(OURS, epochs=400))
+    path.write_text(study(OURS, epochs=400, seconds=15))
     harness = start(tmp_path, path)
     family = await_second_cell(harness, tmp_path)
     os.kill(harness.process.pid, signal.SIGKILL)

@@ -170,6 +170,7 @@ def test_strategies_do_not_import_each_other() -> None:
         "flat_optimizer",
         "engine",
         "mean",
+        "messages",
         "optimizer_state",
         "same_model",
         "sharded",
