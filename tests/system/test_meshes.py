@@ -88,7 +88,7 @@ def test_what_cannot_be_split_is_said_before_training(
 @pytest.mark.parametrize(
     ("words", "signal_sent", "message"),
     [
-        ("--pipeline 2", signal.SIGKILL, r"rank 1 .*signal 9"),
+        ("--pipeline 2", signal.SIGKILL, r"(?s)rank 1 .*signal 9"),
         ("--pipeline 2", signal.SIGSTOP, r"rank 1 does not answer"),
         ("--tensor 2", signal.SIGSTOP, r"rank 1 does not answer"),
     ],
