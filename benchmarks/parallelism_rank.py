@@ -1,6 +1,6 @@
 """One side of parallelism.py on one rank: trains on synthetic images for some seconds, and prints what it did (rank 0).
 
-mpirun -n 2 python benchmarks/parallelism_rank.py '{"hidden": [2000, 2000], "batch": 64, ...}'
+mpirun -n 2 python benchmarks/parallelism_rank.py '{"hidden": [2000, 2000], "batch_size": 64, "seconds": 3, ...}'
 """
 
 import itertools
@@ -103,6 +103,7 @@ class Sums:
         layers.sum_ = self._noted  # type: ignore[method-assign]
 
     def _noted(self, tensor: torch.Tensor, what: str = "sum") -> torch.Tensor:
+        finish(tensor.device)
         begin = time.perf_counter()
         try:
             return self._sum(tensor, what)

@@ -62,8 +62,11 @@ def _gone(mpi: Any) -> set[int]:
     everyone = mpi.COMM_WORLD
     with suppress(mpi.Exception):  # The probe is for MPI to hear the news.
         everyone.Iprobe(mpi.ANY_SOURCE, mpi.ANY_TAG)
-    everyone.Ack_failed()
-    failed = everyone.Get_failed()
+    try:
+        everyone.Ack_failed()
+        failed = everyone.Get_failed()
+    except mpi.Exception:  # Who ends the job needs no answer.
+        return LEFT
     return LEFT.union(failed.Translate_ranks(list(range(failed.size)), everyone.Get_group()))
 
 

@@ -83,7 +83,9 @@ class Stepper:
         """Forward and backward, micro-batch by micro-batch; after each its losses and its number of examples."""
         examples = examples_of(batch)
         # A model that draws noise may draw that of the whole batch: the parts then come to what the batch does.
-        parts_of = getattr(self._model, "parts_of_batch", None)
+        # One that torch.compile has wrapped would be compiled anew for each.
+        is_wrapped = hasattr(self._model, "_orig_mod")
+        parts_of = getattr(self._model, "parts_of_batch", None) if not is_wrapped else None
         with parts_of(examples) if parts_of is not None and passes > 1 else nullcontext():
             yield from self._passes(chunks(batch, passes), epoch, passes, examples)
 

@@ -55,6 +55,7 @@ def save(path: Path, checkpoint: Checkpoint | Draft) -> None:
                 tensor = pieces[name].get().detach().cpu().contiguous()
                 _digest(digest, name, tensor)
                 file.write(_bytes(tensor))
+                del tensor  # Before the next one is there.
             file.seek(0)
             file.write(_head(pieces, written, digest.hexdigest()))
             file.flush()

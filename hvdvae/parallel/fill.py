@@ -1,7 +1,7 @@
 """A model that was split before it had numbers: built on torch's meta device, cut, and filled layer by layer.
 
 Each layer is drawn whole, as an unsplit model draws it, and cut: equal initial weights, and no rank ever holds more of
-the model than its part and one layer.
+the model than its part and one layer (one step and its gradients while rank 0 measures where to cut).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -31,7 +31,7 @@ class Step(Protocol):
 
     @property
     def modules(self) -> Sequence[str]:
-        """Names of the submodules that it computes, which no other step does."""
+        """Names of the submodules that it computes, which no other does; the model's forward calls each as a whole."""
 
     @property
     def run(self) -> Callable[[Payload, slice], Payload]:
@@ -166,6 +166,10 @@ def _called(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """`name`, or what is below it where it is a mere container, if it holds parameters or buffers."""
     module = model.get_submodule(name)
     if type(module).forward is nn.Module.forward:
+        if [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            raise ConfigError(
+                f"{name} holds parameters, and is never called: put them into a module that is, for stages"
+            )
         for child, _ in module.named_children():
             yield from _called(model, f"{name}.{child}")
     elif [*module.parameters(), *module.buffers()]:

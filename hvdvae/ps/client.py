@@ -70,8 +70,6 @@ class Client:
         """The last answer of the first server: totals of all workers."""
         self.staleness = 0
         """Of this worker's last push: the largest of all servers."""
-        self.dropped = False
-        """Whether the last push came too late."""
 
     @property
     def compression_error(self) -> float:
@@ -192,7 +190,6 @@ class Client:
             self._servers.ask(number, partial(self._send_push, request, options, vector if finite else None))
         answers = self._answers(pull=pull)
         self.staleness = int(max(answer[Answer.STALENESS] for answer in answers))
-        self.dropped = any(answer[Answer.DROPPED_MINE] for answer in answers)
         if self._pushes and finite:
             for message, answer in zip(self._pushes, answers, strict=True):
                 if not answer[Answer.DROPPED_MINE]:

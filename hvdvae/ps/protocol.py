@@ -102,7 +102,7 @@ class Answer(IntEnum):
     STALENESS = 3
     """Updates between this worker's pull and its push."""
     DROPPED_MINE = 4
-    """1: the push came too late for its step."""
+    """1: the push was not applied: it came too late for its step, or another worker's made all skip that."""
     SIGNAL = 5
     SHORT = 6
     """1: the weights that follow are a codec's message."""

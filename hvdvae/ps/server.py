@@ -221,6 +221,7 @@ class Server:
         if any(request[Request.KIND] == Kind.NOTHING for request in requests.values()):
             # In BSP all skip what one must skip, as under allreduce; otherwise it is that worker's affair.
             self.version += int(self._is_step)
+            self._late.update(worker for worker, one in requests.items() if one[Request.KIND] == Kind.PUSH)
             return
         for worker, staleness in stalenesses.items():
             self._staleness[worker] = staleness

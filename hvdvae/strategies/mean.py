@@ -4,8 +4,8 @@
     messages of all ranks -> the mean of what they say, the same bits everywhere
 
 Gathered codecs (compression/codec.py) send messages (messages.py); averaged ones let the World take means. Either way
-every rank decodes the same bytes in the same order. A vector that is not finite is said to all, and leaves what is
-remembered as it was.
+all ranks decode the same mean, or the same bytes in the same order. A vector that is not finite is said to all, and
+leaves what is remembered as it was.
 """
 
 from typing import Protocol

@@ -91,11 +91,12 @@ class VAE(nn.Module):
 
         Not where the model is compiled: it would be, anew, for every batch.
         """
-        self._noise = BatchNoise(examples) if self._compiled_call_impl is None else None
+        mine = self._noise = BatchNoise(examples) if self._compiled_call_impl is None else None
         try:
             yield
         finally:
-            self._noise = None
+            if self._noise is mine:
+                self._noise = None
 
     def forward(
         self,

@@ -23,8 +23,13 @@ class BatchNoise:
             self._drawn = [torch.randn(samples, self._examples, size, device=device) for size in sizes]
         return [noise[:, place] for noise in self._drawn]
 
-    def next(self, count: int, samples: int, sizes: Sequence[int], device: torch.device) -> list[Tensor]:
-        """The same for the next `count` examples."""
+    def next(self, count: int, samples: int, sizes: Sequence[int], device: torch.device) -> list[Tensor] | None:
+        """The same for the next `count` examples; None where there are not so many left, or K is another.
+
+        So a loss that asks more than once for an example draws for itself.
+        """
         place = slice(self._given, self._given + count)
+        if place.stop > self._examples or (self._drawn and len(self._drawn[0]) != samples):
+            return None
         self._given += count
         return self.rows(place, samples, sizes, device)

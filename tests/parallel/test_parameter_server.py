@@ -327,6 +327,27 @@ def test_workers_that_step_by_themselves_come_together(world: World, plan: Plan)
         assert loss_of(model, *data()).item() < loss_of(Smooth(100), *data()).item()
 
 
+def test_a_step_that_one_must_skip_costs_the_others_nothing_that_they_remember(world: World) -> None:
+    """Under bsp all skip it: what their pushes were to make up for is still to come."""
+    plan = Plan(consistency="bsp", compression="topk", compression_share=0.1)
+    with served(world, 1, plan, Smooth, OPTIMIZERS["adam"]) as connected:
+        if connected is None:
+            return
+        optimizer, model, mine = connected
+        kept = []
+
+        def spoil(step: int, optimizer: Any) -> None:
+            kept.append(optimizer.client._pushes[0]._feedback.remembered.clone())
+            if step == 2 and mine.rank == 0:
+                optimizer.param_groups[0]["params"][0].grad[0, 0] = float("nan")
+
+        train(optimizer, model, mine, spoil)
+        assert optimizer.skipped_steps == int(mine.rank == 0)
+        assert kept[2].any()
+        assert torch.equal(kept[3], kept[2])
+        assert not torch.equal(kept[4], kept[3])
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing(world: World) -> None:
     """Under ASP it is that worker's step; under BSP all skip it, as with allreduce."""
     for consistency, updates in (("asp", lambda n: STEPS * n - 1), ("bsp", lambda n: STEPS - 1)):
