@@ -11,6 +11,9 @@ from hvdvae.data import Dataset
 from hvdvae.parallel.mesh import Mesh
 from hvdvae.trainer import Trainer
 
+MOST_NAMED = 8
+"""Ranks in a line."""
+
 
 def opening(config: TrainConfig, trainer: Trainer, dataset: Dataset, folder: Path) -> str:
     """What is trained, how, and where results go. Local."""
@@ -21,7 +24,7 @@ def opening(config: TrainConfig, trainer: Trainer, dataset: Dataset, folder: Pat
     count = f"{optimizer.flat.parameters.numel():,} parameters{' on rank 0' if parts is not None else ''}"
     if world.size > 1:
         ranks += f" (mesh {mesh})"
-    held = "; ".join(f"{part}: {', '.join(map(str, ranks))}" for part, ranks in mesh.holders().items())
+    held = "; ".join(f"{part}: {several(ranks)}" for part, ranks in mesh.holders().items())
     placed = f"hvdvae: ranks of {held}\n" if parts is not None else ""
     resumed = f", resumed at step {trainer.position.step}" if trainer.position.step else ""
     return (
@@ -53,6 +56,13 @@ def closing(summary: dict[str, Any], folder: Path, pictures: list[Path]) -> str:
         f"  {'numbers:':<16} {folder / 'summary.json'}, {folder / 'metrics.jsonl'}",
     ]
     return "\n".join(lines)
+
+
+def several(ranks: list[int]) -> str:
+    """0, 4, 8, or the first ones and the last of so many that nobody would read them. Pure."""
+    if len(ranks) <= MOST_NAMED:
+        return ", ".join(map(str, ranks))
+    return f"{', '.join(map(str, ranks[:3]))}, ... {ranks[-1]} ({len(ranks)} ranks)"
 
 
 def stages(found: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ class GlorotLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draw weights, in place."""
+        # Its draws are overwritten, but count: a seed's weights stay what they were.
         super().reset_parameters()
         with torch.no_grad():
             for weight in self.weight.chunk(self._parts):

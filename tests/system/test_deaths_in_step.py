@@ -17,7 +17,7 @@ import torch
 
 from hvdvae.checkpoint import load
 from tests.system.conftest import Launch, clean_environment
-from tests.system.worker_jobs import await_first_epoch, has_ulfm, worker
+from tests.system.worker_jobs import await_first_epoch, has_ulfm, strike, worker
 
 EPOCHS, EXAMPLES, BATCH = 8, 1457, 10
 SPLIT = (
@@ -151,13 +151,7 @@ def test_a_new_rank_takes_the_place_of_the_dead(tmp_path: Path, engine: str) -> 
     run = f"--batch-size {BATCH} --epochs 30 --nll-samples 2 --pictures-every 0 --threads 1 --out run --replace-workers"
     launch = f"mpirun --with-ft ulfm --bind-to none --map-by :OVERSUBSCRIBE -n 3 {sys.executable} -m hvdvae train"
     job = Launch(f"{launch} --data digits --engine {engine} {run}".split(), clean_environment(), tmp_path)
-    try:
-        process = worker(job, 1)
-        await_first_epoch(tmp_path)
-        process.send_signal(signal.SIGKILL)
-        ended = job.finish(150)
-    finally:
-        job.kill()
+    ended = strike(job, tmp_path, 1, signal.SIGKILL, 150)
     assert ended.status == 0, ended.output
     assert re.search(r"rank 1 \(\S+\) has died, rank 2 \(.*process \d+\) has come; 3 ranks go on", ended.output)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -193,10 +187,7 @@ def test_a_strategy_that_cannot_go_on_says_who_is_missing(tmp_path: Path, plan: 
     run = f"--data digits --epochs 50 --batch-size {BATCH} --pictures-every 0 --threads 1 --out run {plan}"
     launch = f"mpirun --with-ft ulfm --bind-to none --map-by :OVERSUBSCRIBE -n 2 {sys.executable} -m hvdvae train"
     job = Launch(f"{launch} {run}".split(), clean_environment(), tmp_path)
-    process = worker(job, 1)
-    await_first_epoch(tmp_path)
-    process.send_signal(signal.SIGKILL)
-    ended = job.finish(60)
+    ended = strike(job, tmp_path, 1, signal.SIGKILL)
     assert ended.status == 75, ended.output
     part = {"--pipeline 2": " (stage 1)", "--tensor 2": " (slice 1)"}.get(plan, "")
     assert f"rank 1 ({os.uname().nodename}){part} has died: a rank died during" in ended.output

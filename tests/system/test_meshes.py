@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.system.conftest import Command, Launch, Start, clean_environment
-from tests.system.worker_jobs import await_first_epoch, worker
+from tests.system.worker_jobs import strike
 
 RUN = ("--hidden", "20", "20", "--latent", "5", "--threads", "1", "--nll-samples", "10")
 
@@ -100,13 +100,7 @@ def test_a_rank_that_dies_or_stops_ends_the_job_by_its_name(
     launch = f"mpirun --bind-to none --map-by :OVERSUBSCRIBE -n 2 {sys.executable} -m hvdvae train"
     run = f"--data digits --epochs 500 --batch-size 10 --threads 1 --deadline 4 --pictures-every 0 --out run {words}"
     job = Launch(f"{launch} {run}".split(), clean_environment(), tmp_path)
-    try:
-        process = worker(job, 1)
-        await_first_epoch(tmp_path)
-        process.send_signal(signal_sent)
-        ended = job.finish(60)
-    finally:
-        job.kill()
+    ended = strike(job, tmp_path, 1, signal_sent)
     assert ended.status != 0
     assert re.search(message, ended.output), ended.output
     assert f"ranks of {'stage' if 'pipeline' in words else 'slice'} 0: 0; " in ended.output

@@ -1,5 +1,6 @@
 """Jobs over parameter servers, on the embedded digits, whose ranks a test kills or stops."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from tests.system.conftest import Launch, clean_environment
+from tests.system.conftest import Finished, Launch, clean_environment
 
 WORKERS, EXAMPLES, BATCH = 3, 1457, 10
 MPIRUN_ULFM = "mpirun --with-ft ulfm"
@@ -51,6 +52,17 @@ def worker(job: Launch, rank: int) -> psutil.Process:
         time.sleep(0.05)
     job.kill()
     raise AssertionError(f"rank {rank} did not start; all that the job said:\n{job.finish().output}")
+
+
+def strike(job: Launch, folder: Path, rank: int, number: signal.Signals, seconds: float = 60) -> Finished:
+    """Send a rank a signal once an epoch has ended; returns how the job ended."""
+    try:
+        process = worker(job, rank)
+        await_first_epoch(folder)
+        process.send_signal(number)
+        return job.finish(seconds)
+    finally:
+        job.kill()
 
 
 def await_first_epoch(folder: Path) -> None:

@@ -5,6 +5,7 @@ import re
 import pytest
 from torch import nn
 
+from hvdvae.cli.narration import several
 from hvdvae.errors import ConfigError
 from hvdvae.parallel.mesh import Mesh, parse, places_of
 from hvdvae.parallel.tensor import pairs_of
@@ -17,6 +18,11 @@ def test_every_rank_has_a_place_of_its_own_and_models_stand_side_by_side() -> No
     places = [mesh.place(rank) for rank in range(8)]
     assert places[:4] == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)]
     assert places[4:] == [(1, stage, piece) for _, stage, piece in places[:4]]
+
+
+def test_of_many_ranks_the_first_and_the_last_are_named() -> None:
+    assert several([0, 4, 8]) == "0, 4, 8"
+    assert several([*range(0, 1000, 4)]) == "0, 4, 8, ... 996 (250 ranks)"
 
 
 def test_parts_are_named_with_their_ranks() -> None:
