@@ -8,7 +8,8 @@ ranks and their ratio to allreduce's, medians of rounds with the least and great
 state on the fullest rank. Then, against what theory allows:
 
     pipeline   independent processes, one a core, on micro-batches of the same size: what the cores give; times
-               (1 - bubble) / imbalance, which GPipe's formula and the measured times of the stages say
+               (1 - bubble) / imbalance, which GPipe's formula and the measured times of the stages say; and times
+               (1 - bubble) alone
     tensor     the same on whole batches, and a step's sums of activations as they take alone, which is what their bytes
                cost; and what part of the time it really waited in them
 """
@@ -59,6 +60,8 @@ def main() -> None:
         rate, megabytes = shown(spread(rates[name]), 0), [found[0][key] / 1e6 for key in ("parameters", "state")]
         print(f"{name:<26}{rate:>28}{ratio:>22}{megabytes[0]:>12.1f}{megabytes[1]:>10.1f}")
     print()
+    halved = paired_ratios(rates["sharded, weights too"], rates["allreduce, bf16"])
+    print(f"sharded, weights too: {shown(spread(halved), 2)} of allreduce, bf16")
     for name, found in turns.items():
         if name.startswith("pipeline"):
             allowed = [
@@ -66,8 +69,10 @@ def main() -> None:
                 for one, two in zip(turns["independent, micro-batches"], found, strict=True)
             ]
             idle = spread([one["pipeline"]["idle"] for one in found])
+            even = [rate * one["pipeline"]["imbalance"] for rate, one in zip(allowed, found, strict=True)]
             print(
-                f"{name}: {shown(spread(paired_ratios(rates[name], allowed)), 2)} of what is allowed; idle "
+                f"{name}: {shown(spread(paired_ratios(rates[name], allowed)), 2)} of what is allowed, "
+                f"{shown(spread(paired_ratios(rates[name], even)), 2)} were all stages alike; idle "
                 f"{shown(idle, 2)}, bubble {found[0]['pipeline']['bubble']:.2f}, imbalance "
                 f"{shown(spread([one['pipeline']['imbalance'] for one in found]), 2)}"
             )
@@ -93,6 +98,11 @@ def sides_of(ranks: int, batch: int) -> dict[str, tuple[int, dict[str, Any]]]:
         "allreduce": (ranks, {"batch_size": share}),
         "sharded": (ranks, {"batch_size": share, "strategy": "sharded"}),
         "sharded, gradients too": (ranks, {"batch_size": share, "strategy": "sharded", "zero_stage": 2}),
+        "allreduce, bf16": (ranks, {"batch_size": share, "precision": "bf16"}),
+        "sharded, weights too": (
+            ranks,
+            {"batch_size": share, "strategy": "sharded", "zero_stage": 2, "precision": "bf16", "weights": "bf16"},
+        ),
         "independent, whole batches": (cores, {**whole, "batch_size": batch}),
         "independent, micro-batches": (cores, {**whole, "batch_size": batch // MICROS, "accumulate": MICROS}),
     }

@@ -21,6 +21,7 @@ import torch
 from hvdvae.cli import assemble
 from hvdvae.config import TrainConfig
 from hvdvae.parallel.stages import finish
+from hvdvae.stepper import mixed_precision
 from hvdvae.world import World
 
 SHAPE = (1, 28, 28)
@@ -34,7 +35,9 @@ def main(order: dict[str, Any]) -> None:
     device = world.device
     independent = order.pop("independent", False)
     seconds = order.pop("seconds")
-    config = TrainConfig(model="mlp", latent=[20], activation="relu", engine="mpi", nll_samples=0, **order)
+    # On GPUs NCCL, which Horovod brings.
+    order["engine"] = "mpi" if device.type == "cpu" else "horovod"
+    config = TrainConfig(model="mlp", latent=[20], activation="relu", nll_samples=0, **order)
     mine = World.alone(device=str(device)) if independent else world
     groups = assemble.mesh(config, mine)
     model = assemble.model(config, SHAPE, device)
@@ -43,15 +46,17 @@ def main(order: dict[str, Any]) -> None:
     optimizer = assemble.distributed(config, model, replicas, parts)
     objective = assemble.objective(config)
     batch = torch.rand(config.batch_size * config.accumulate, *SHAPE, device=device)
-    plain = torch.autocast(device.type, enabled=False)
+    arithmetic = mixed_precision(config.precision, device)
 
     def step() -> None:
         optimizer.zero_grad()
         if pipeline is not None:
-            pipeline.run(batch, 0.0, config.accumulate, plain)
+            pipeline.run(batch, 0.0, config.accumulate, arithmetic)
         else:
             for micro in batch.chunk(config.accumulate):
-                objective(model, micro, 0.0)["loss"].backward()
+                with arithmetic:
+                    loss = objective(model, micro, 0.0)["loss"]
+                loss.backward()
         optimizer.step()
 
     for _ in range(WARM_UP):
@@ -75,7 +80,7 @@ def main(order: dict[str, Any]) -> None:
     found = {
         "rate": steps * len(batch) / took,
         "waited": sums.seconds / took,
-        "parameters": optimizer.flat.parameters.nbytes,
+        "parameters": optimizer.results().get("weight_bytes", optimizer.flat.parameters.nbytes),
         "state": state,
     }
     nbytes, alone = sums.of_a_step(steps)

@@ -135,6 +135,8 @@ class StrategyOptions:
     """Nesterov momentum of diloco's outer optimizer [0.9]."""
     zero_stage: Literal[1, 2] = 1
     """What ranks share with sharded: 1, the optimizer's state; 2, gradients too, which are sent during backward."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """What a rank has of all weights; bf16 (sharded, --zero-stage 2, --precision bf16): float32 of its share alone."""
     tensor: int = 1
     """Ranks that share each layer, by its neurons or channels; the others train copies (allreduce, sharded)."""
     pipeline: int = 1
@@ -199,7 +201,7 @@ class MachineOptions:
     threads: int | None = None
     """CPU threads a rank [the cores this rank has]."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of forward and backward (autocast; fp16 with loss scaling). Weights and sums stay fp32."""
+    """Arithmetic of forward and backward (autocast; fp16 with loss scaling). Sums stay fp32, weights as --weights."""
     compile: bool = False
     """Compile the model with torch.compile."""
     channels_last: bool = False

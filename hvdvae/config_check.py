@@ -44,6 +44,8 @@ AT_LEAST: dict[str, float] = {
 ABOVE_ZERO = ("sigma", "outer_lr", "lr", "eps", "clip_norm", "deadline", "step_epochs", "gamma")
 BELOW_ONE = ("momentum", "ema", "compression_momentum", "outer_momentum")
 AVERAGING = ("local-sgd", "diloco")
+REMEMBERING = ("sign", "topk", "randomk", "powersgd")
+"""Codecs with error feedback."""
 BELONGS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("sigma", "likelihood", ("gaussian",)),
     ("batch_norm", "model", ("conv",)),
@@ -51,11 +53,14 @@ BELONGS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("compression_share", "compression", ("topk", "randomk")),
     ("compression_rank", "compression", ("powersgd",)),
     ("compression_momentum", "compression", ("topk", "randomk")),
+    ("compression_momentum", "strategy", ("allreduce", "ps")),
     ("compression", "strategy", ("allreduce", *AVERAGING, "ps")),
     ("reduce_op", "strategy", ("allreduce",)),
     ("sync_batch_norm", "strategy", ("allreduce", "sharded")),
     ("replace_workers", "strategy", ("allreduce", "ps")),
     ("zero_stage", "strategy", ("sharded",)),
+    ("weights", "strategy", ("sharded",)),
+    ("weights", "precision", ("bf16",)),
     ("tensor", "strategy", ("allreduce", "sharded")),
     ("pipeline", "strategy", ("allreduce", "sharded")),
     ("mesh", "strategy", ("allreduce", "sharded")),
@@ -130,8 +135,19 @@ def _check_parallelism(config: "TrainConfig") -> None:
         raise ConfigError(
             "--compression-momentum takes the place of the optimizer's: use --optimizer sgd without --momentum"
         )
+    if config.precision == "fp16" and config.strategy == "allreduce" and config.compression in REMEMBERING:
+        raise ConfigError(
+            f"--compression {config.compression} remembers gradients, and --precision fp16 scales each step's "
+            "differently: use --precision bf16, or one of --compression fp16, bf16, int8"
+        )
     if config.zero_stage == 2 and config.precision == "fp16":
         raise ConfigError("--precision fp16 needs whole gradients, which --zero-stage 2 does not keep: use bf16")
+    if config.weights == "bf16":
+        if config.zero_stage != 2:
+            raise ConfigError("--weights bf16 goes with gradients that are sharded: give --zero-stage 2, too")
+        for key in ("ema", "batch_norm"):
+            if getattr(config, key):
+                raise ConfigError(f"{flag(key)} wants float32 weights on every rank, found --weights bf16: drop one")
     if config.strategy in AVERAGING and config.ema:
         raise ConfigError(f"--ema does not go with --strategy {config.strategy}: ranks have weights of their own")
     if config.strategy == "ps" and config.engine == "mpi":

@@ -35,7 +35,7 @@ class FlatModel:
         self.shapes = [tuple(parameter.shape) for parameter in self.tensors]
         first = _same_kind(self.names, self.tensors)
         self.parameters = torch.empty(sum(p.numel() for p in self.tensors), dtype=first.dtype, device=first.device)
-        self.gradient = torch.zeros_like(self.parameters)
+        self._gradient: Tensor | None = None
         self._gradient_views: list[Tensor] = []
         self.group_slices: list[slice] = []
         start = 0
@@ -45,7 +45,6 @@ class FlatModel:
                 for parameter in group:
                     view = _view_as(self.parameters, start, parameter)
                     view.copy_(parameter)
-                    self._gradient_views.append(_view_as(self.gradient, start, parameter))
                     parameter.data = view
                     start += parameter.numel()
                 self.group_slices.append(slice(group_start, start))
@@ -55,14 +54,22 @@ class FlatModel:
         self.rest = [tensor for name, tensor in state.items() if name not in in_vectors]
         self._layout = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in state.items()]
 
+    @property
+    def gradient(self) -> Tensor:
+        """(P,); made when it is first asked for, since who keeps a part of it never has the whole."""
+        if self._gradient is None:
+            self.move_gradient(torch.zeros_like(self.parameters))
+        assert self._gradient is not None
+        return self._gradient
+
     def move_gradient(self, vector: Tensor) -> None:
         """Let `vector` (P,), zeroed, be the gradient from now on. Call it before the first backward()."""
-        self.gradient = vector
+        self._gradient = vector
         self._gradient_views = list(self.views(vector).values())
 
     def keep_gradient(self, vector: Tensor) -> None:
         """Let `vector`, of any length, be all that is kept of gradients: they are gathered by somebody else. Local."""
-        self.gradient = vector
+        self._gradient = vector
         self._gradient_views = []
 
     def move_parameters(self, vector: Tensor) -> None:
@@ -77,6 +84,7 @@ class FlatModel:
 
         A parameter without a gradient contributes zeros, so that ranks agree on the length.
         """
+        whole = self.gradient
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         for parameter, view in zip(self.tensors, self._gradient_views, strict=True):
@@ -89,7 +97,7 @@ class FlatModel:
             parameter.grad = view
         if targets:
             torch._foreach_copy_(targets, sources)
-        return self.gradient
+        return whole
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of a vector (P,), by parameter name and in the parameters' shapes."""

@@ -114,6 +114,8 @@ def _catch_up(trainer: "Trainer", *, new: bool = False) -> None:
 
 def _take_state(trainer: "Trainer", leader: int, *, is_behind: bool, new: bool) -> None:
     world, optimizer = trainer.world, trainer.optimizer
+    if is_behind and not new:
+        optimizer.catch_up()
     # Float buffers, and what messages of this rank have left out, are each rank's own.
     own = [] if new else [optimizer.flat.buffers, *(optimizer.memory()[name] for name in optimizer.own_memory)]
     kept = [tensor.clone() for tensor in own]

@@ -46,7 +46,8 @@ class Stepper:
         self._schedule, self._ema, self._pipeline = schedule, ema, pipeline
         self._base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self._device = optimizer.world.device
-        self._autocast, self.scaler = _mixed_precision(precision, self._device)
+        self._autocast = mixed_precision(precision, self._device)
+        self.scaler = torch.amp.GradScaler(self._device.type) if precision == "fp16" else None
         self._skip_limit = skip_limit
         self.overflows = 0
         """Skipped steps in which fp16 was looking for its scale: they do not count towards the limit."""
@@ -133,11 +134,8 @@ class Stepper:
             group["lr"] = base * factor
 
 
-def _mixed_precision(
-    precision: str, device: torch.device
-) -> tuple[AbstractContextManager[None], torch.amp.GradScaler | None]:
+def mixed_precision(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """The arithmetic of forward and loss: fp32, bf16 or fp16. Local."""
     if precision == "fp32":
-        return nullcontext(), None
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
-    return torch.autocast(device.type, dtype=dtype), scaler
+        return nullcontext()
+    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])

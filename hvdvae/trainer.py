@@ -23,7 +23,7 @@ from hvdvae.batch import Batch, Batches, examples_of
 from hvdvae.checkpoint import Folder, Source
 from hvdvae.ema import MovingAverage
 from hvdvae.epoch_metrics import EpochSums
-from hvdvae.errors import HostsChanged, RankLost
+from hvdvae.errors import ConfigError, HostsChanged, RankLost
 from hvdvae.heartbeat import pulse_of
 from hvdvae.monitor import Monitor
 from hvdvae.outcome import Outcome
@@ -89,6 +89,11 @@ class Trainer:
         among them. `config`: saved in checkpoints. Periods are in epochs. `pipeline`: this rank's stage, where the
         model is split into stages; its chain has the loss then, and `loss` may be None.
         """
+        if optimizer.flat.parameters.dtype == torch.bfloat16 and (ema_decay or precision != "bf16"):
+            raise ConfigError(
+                f"weights='bf16' (--weights) goes with precision 'bf16' (--precision) and without ema_decay (--ema), "
+                f"found {precision!r} and {ema_decay}"
+            )
         keep_freed_memory()
         self.model, self.optimizer, self.batches = model, optimizer, batches
         self.world = optimizer.whole
@@ -288,7 +293,8 @@ class Trainer:
 
     def _run_validation(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
         self.model.eval()
-        with torch.no_grad(), self.optimizer.fetched(), self.evaluation_weights():
+        optimizer = self.optimizer
+        with torch.no_grad(), optimizer.fetched(), optimizer.arithmetic(), self.evaluation_weights():
             found = validate()
         self.model.train()
         return found

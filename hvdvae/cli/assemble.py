@@ -115,30 +115,37 @@ def optimizer(config: TrainConfig, trained: nn.Module, world: World) -> Optimize
 def mesh(config: TrainConfig, world: World) -> Groups | None:
     """The Worlds of a rank where several hold a model together; None where each holds one. Blocks; all must call it.
 
-    Raises ConfigError where the mesh is of another number of ranks, or where something does not go with it.
+    Raises ConfigError as `mesh_of`.
     """
-    found = Mesh.of(world.size, mesh=config.mesh, pipeline=config.pipeline, tensor=config.tensor)
+    found = mesh_of(config, world.size)
+    return groups_of(found, world) if found.pp * found.tp > 1 else None
+
+
+def mesh_of(config: TrainConfig, ranks: int) -> Mesh:
+    """Of so many ranks. Pure. Raises ConfigError where it is of another number, or something does not go with it."""
+    found = Mesh.of(ranks, mesh=config.mesh, pipeline=config.pipeline, tensor=config.tensor)
     defaults = TrainConfig.__dataclass_fields__
     for key in ("micro_batches", "pipeline_schedule", "recompute", "cuts"):
         if found.pp == 1 and getattr(config, key) != defaults[key].default:
             raise ConfigError(f"{flag(key)} is for models in stages: give --pipeline or a --mesh with pp, or drop it")
-    if found.pp * found.tp == 1:
-        return None
     refused = {
         "--compile": config.compile,
         "--precision fp16": config.precision == "fp16",
         "--compression": config.compression != "none",
         "--reduce-op adasum": config.reduce_op == "adasum",
         "--replace-workers": config.replace_workers,
-        "--zero-stage 2": config.zero_stage == 2 and found.pp > 1,
-        "--sync-batch-norm": config.sync_batch_norm and found.pp > 1,
     }
-    for name, is_set in refused.items():
-        if is_set:
-            raise ConfigError(f"{name} does not go with a model that is split (--tensor, --pipeline): drop one of them")
+    in_stages = {"--zero-stage 2": config.zero_stage == 2, "--sync-batch-norm": config.sync_batch_norm}
+    for what, options, is_so in (
+        ("that is split (--tensor, --pipeline)", refused, found.pp * found.tp > 1),
+        ("in stages (--pipeline)", in_stages, found.pp > 1),
+    ):
+        for name, is_set in options.items():
+            if is_so and is_set:
+                raise ConfigError(f"{name} does not go with a model {what}: drop one of them")
     if config.recompute and config.batch_norm:
         raise ConfigError("--recompute with --batch-norm would count each batch twice in its statistics: drop one")
-    return groups_of(found, world)
+    return found
 
 
 def split(config: TrainConfig, model: VAE, groups: Groups) -> tuple[Parts, "Pipeline | None"]:
@@ -204,6 +211,7 @@ def distributed(config: TrainConfig, trained: nn.Module, world: World, parts: Pa
         group_size=config.group_size,
         reduce_op=config.reduce_op,
         zero_stage=config.zero_stage,
+        weights=config.weights,
         plan=plan(config),
         parts=parts,
     )

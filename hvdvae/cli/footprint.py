@@ -1,6 +1,6 @@
 """What a rank of a run keeps in memory: predicted from the model without its numbers.
 
-The model is built on torch's meta device, split as it would be, and run once to see what autograd keeps for backward.
+The model is built of torch's fake tensors, split as it would be, and run once to see what autograd keeps for backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from hvdvae.cli import assemble
@@ -18,12 +19,13 @@ from hvdvae.parallel.mesh import Groups, Mesh
 from hvdvae.parallel.micro_batches import cut_points, order_of
 from hvdvae.parallel.stages import given_cuts, keep_stage
 from hvdvae.parallel.tensor import split_layers
+from hvdvae.stepper import mixed_precision
 from hvdvae.vae.chain import Tensors, VaeChain
 
 ENTRIES = {"adam": 2, "adamw": 2, "rmsprop": 1, "adagrad": 1, "sgd": 0}
 """Numbers of an optimizer's state for each parameter, without momentum of sgd and rmsprop."""
-FLOAT = 4
-"""Bytes: weights, gradients and state are float32 whatever --precision says."""
+FLOAT, HALF = 4, 2
+"""Bytes: gradients and state are float32 whatever --precision says, and weights but for --weights bf16."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,14 @@ class Footprint:
     """Kept for backward at most, of all micro-batches that are under way."""
     mapped: int
     """Of other ranks' vectors that this rank reads and writes in shared memory."""
+    start: int
+    """Before the first step at most, while the vector of parameters is made of the layers."""
 
     @property
     def total(self) -> int:
         """What its resident memory grows by."""
         own = self.parameters + self.gradients + self.optimizer + self.average + self.activations
-        return own + self.mapped
+        return max(self.start, own + self.mapped)
 
 
 class Imagined(NamedTuple):
@@ -66,42 +70,58 @@ def footprints(config: TrainConfig, shape: Sequence[int], mesh: Mesh) -> list[Fo
         raise ConfigError(
             f"hvdvae memory knows --strategy local, allreduce and sharded, found {config.strategy}: ask for one of them"
         )
-    found = []
-    for stage in range(mesh.pp):
-        model = assemble.model(config, tuple(shape), torch.device("meta"))
-        chain = VaeChain(model, assemble.objective(config), config.samples)
-        if mesh.tp > 1:
-            split_layers(model, model.chains, Imagined(0, mesh.tp))  # type: ignore[arg-type]
-        cuts = _cuts(config, model, chain, mesh.pp)
-        kept = _activations(config, chain, model, mesh, stage, cuts, shape)
-        if mesh.pp > 1:
-            imagined: Any = Imagined(stage, mesh.pp)
-            keep_stage(model, chain, cuts, Groups(mesh, imagined, imagined, imagined, imagined, imagined))
-        found.append(_footprint(config, model, mesh, kept))
-    return found
+    # Tensors without numbers: those of the meta device know no autocast.
+    with FakeTensorMode():
+        return [_of_stage(config, shape, mesh, stage) for stage in range(mesh.pp)]
+
+
+def _of_stage(config: TrainConfig, shape: Sequence[int], mesh: Mesh, stage: int) -> Footprint:
+    model = assemble.model(config, tuple(shape), torch.device("cpu"))
+    chain = VaeChain(model, assemble.objective(config), config.samples)
+    if mesh.tp > 1:
+        split_layers(model, model.chains, Imagined(0, mesh.tp))  # type: ignore[arg-type]
+    if config.weights == "bf16":
+        model.to(torch.bfloat16)
+    cuts = _cuts(config, model, chain, mesh.pp)
+    kept = _activations(config, chain, model, mesh, stage, cuts, shape)
+    if mesh.pp > 1:
+        imagined: Any = Imagined(stage, mesh.pp)
+        keep_stage(model, chain, cuts, Groups(mesh, imagined, imagined, imagined, imagined, imagined))
+    return _footprint(config, model, mesh, kept)
 
 
 def _footprint(config: TrainConfig, model: nn.Module, mesh: Mesh, activations: int) -> Footprint:
-    count = sum(parameter.numel() for parameter in model.parameters())
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    count, largest = sum(sizes), max(sizes)
     entries = ENTRIES[config.optimizer] + (config.optimizer in ("sgd", "rmsprop") and config.momentum > 0)
     owners = mesh.dp if config.strategy == "sharded" else 1
-    others = FLOAT * count * (mesh.dp - 1) // mesh.dp
-    vectors = {"local": 0, "allreduce": 1, "sharded": 2}[config.strategy] if config.engine != "horovod" else 0
-    adds_up = mesh.pp > 1 or config.accumulate > 1
-    largest = max(parameter.numel() for parameter in model.parameters()) if adds_up else 0
-    gradients = FLOAT * (2 * count + largest)
-    if config.zero_stage == 2:
-        # A slice, and what is on its way.
-        gradients = FLOAT * (count // mesh.dp + max(parameter.numel() for parameter in model.parameters()))
-        vectors = 0
+    weights, start = FLOAT * count, FLOAT * (count + largest)
+    if config.weights == "bf16":
+        weights = HALF * count + FLOAT * count // owners
+        start = max(start, FLOAT * count + weights)
     return Footprint(
-        parameters=FLOAT * count,
-        gradients=gradients,
+        parameters=weights,
+        gradients=_gradients(config, mesh, count, largest),
         optimizer=FLOAT * entries * count // owners,
         average=FLOAT * count if config.ema else 0,
         activations=activations,
-        mapped=vectors * others,
+        mapped=_vectors_in_shared_memory(config) * FLOAT * count * (mesh.dp - 1) // mesh.dp,
+        start=start,
     )
+
+
+def _gradients(config: TrainConfig, mesh: Mesh, count: int, largest: int) -> int:
+    if config.zero_stage == 1:
+        adds_up = mesh.pp > 1 or config.accumulate > 1
+        return FLOAT * (2 * count + adds_up * largest)
+    # A slice, what is on its way, and what autograd wrote.
+    return FLOAT * (count // mesh.dp + largest) + (HALF * largest if config.weights == "bf16" else 0)
+
+
+def _vectors_in_shared_memory(config: TrainConfig) -> int:
+    if config.engine == "horovod" or config.zero_stage == 2:
+        return 0
+    return {"local": 0, "allreduce": 1, "sharded": 2}[config.strategy]
 
 
 def _cuts(config: TrainConfig, model: nn.Module, chain: VaeChain, stages: int) -> list[int]:
@@ -127,7 +147,7 @@ def _activations(
     shape: Sequence[int],
 ) -> int:
     micros = (config.micro_batches or assemble.MICRO_BATCHES) if mesh.pp > 1 else 1
-    batch = torch.empty(max(1, config.batch_size // micros), *shape, device="meta")
+    batch = torch.empty(max(1, config.batch_size // micros), *shape)
     chain.begin(batch)
     payload: Tensors = chain.inputs(batch)
     ends = [*cuts[1:], len(chain.steps)]
@@ -139,9 +159,10 @@ def _activations(
             received = sum(tensor.nbytes for tensor in inputs) if stage else 0
 
         def run(step: Any = step, inputs: Tensors = inputs, is_last: bool = number + 1 == len(chain.steps)) -> Any:
-            outputs = step.run(inputs, slice(0, len(batch)))
-            # The loss belongs to the last step.
-            return outputs, chain.loss(outputs, batch, 0.0) if is_last else None
+            with mixed_precision(config.precision, batch.device):
+                outputs = step.run(inputs, slice(0, len(batch)))
+                # The loss belongs to the last step.
+                return outputs, chain.loss(outputs, batch, 0.0) if is_last else None
 
         saved, (payload, _) = _saved(run, parameters)
         total += saved if cuts[stage] <= number < ends[stage] else 0

@@ -2,6 +2,7 @@
 
 import sys
 
+from hvdvae.cli import assemble
 from hvdvae.cli.footprint import Footprint, footprints
 from hvdvae.cli.options import MemoryOptions
 from hvdvae.config import TrainConfig
@@ -9,7 +10,7 @@ from hvdvae.data import open_dataset
 from hvdvae.errors import ConfigError
 from hvdvae.parallel.mesh import Mesh
 
-COLUMNS = ("parameters", "gradients", "optimizer", "average", "activations", "mapped", "total")
+COLUMNS = ("parameters", "gradients", "optimizer", "average", "activations", "mapped", "start", "total")
 
 
 def memory(options: MemoryOptions) -> int:
@@ -21,7 +22,7 @@ def memory(options: MemoryOptions) -> int:
     if options.ranks < 1:
         raise ConfigError(f"--ranks is {options.ranks}, expected at least 1")
     shape = tuple(options.shape) if options.shape else open_dataset(config.data, validation=config.validation).shape
-    mesh = Mesh.of(options.ranks, mesh=config.mesh, pipeline=config.pipeline, tensor=config.tensor)
+    mesh = assemble.mesh_of(config, options.ranks)
     sys.stdout.write(table(footprints(config, shape, mesh), mesh))
     return 0
 
@@ -34,6 +35,7 @@ def table(found: list[Footprint], mesh: Mesh) -> str:
         lines.append(f"{stage:<7}" + "".join(f"{getattr(one, column) / 1e6:>13,.1f}" for column in COLUMNS))
     lines += [
         "mapped: other ranks' vectors, where ranks share a host: resident in all of them, and there once",
+        "start: before the first step, while the vector of parameters is made of the layers; not at the same time",
         "total: besides Python and its libraries (about 300 MB), the data, and what backward needs for a moment",
     ]
     return "\n".join(lines) + "\n"

@@ -85,14 +85,13 @@ def _mapping(path: Path, *, first_line: bool = False) -> dict[Any, Any]:
 
 
 def keep_speed(summary: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The summary of a run that was finished before: with the speed and times of the run that trained. Local."""
+    """The summary of a run that was finished before: that of the run that trained, with this one's test. Local."""
     if summary["training_seconds"]:
         return summary
-    earlier = _mapping(path)
-    return summary | {key: earlier[key] for key in _OF_TRAINING if key in earlier}
+    return summary | _mapping(path) | {key: summary[key] for key in _OF_TEST if key in summary}
 
 
-_OF_TRAINING = ("examples_per_second", "training_seconds", "seconds", "peak_rss_bytes", "world_size", "engine", "host")
+_OF_TEST = ("elbo", "rate", "distortion", "test_nll", "nll_samples", "active_units")
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

@@ -257,14 +257,15 @@ def _conclude(
     }
     if samples:
         binarization = assemble.binarization(config)
-        found = assess(
-            model,
-            dataset.test,
-            trainer.optimizer.world,
-            binarization=binarization,
-            samples=samples,
-            title=f"test NLL, k={samples}",
-        )
+        with trainer.optimizer.arithmetic():
+            found = assess(
+                model,
+                dataset.test,
+                trainer.optimizer.world,
+                binarization=binarization,
+                samples=samples,
+                title=f"test NLL, k={samples}",
+            )
         summary |= {
             "elbo": found.elbo,
             "rate": found.rate,
@@ -283,7 +284,8 @@ def _conclude(
         "host": world.host,
     }
     if trainer.optimizer.world.is_first:
-        pictures.draw()
+        with trainer.optimizer.arithmetic():
+            pictures.draw()
     if world.is_first:
         written = pictures.to_files(folder)
         board = TensorBoard(folder / "tensorboard")

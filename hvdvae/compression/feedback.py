@@ -9,6 +9,22 @@ section 3.1) a velocity is remembered too, and what has been sent is taken out o
 import torch
 from torch import Tensor
 
+from hvdvae.errors import ConfigError
+
+WITH_MOMENTUM = ("topk", "randomk")
+"""Codecs that its correction was made for."""
+
+
+def check_momentum(compression: str, momentum: float) -> None:
+    """Raises ConfigError where a codec has no momentum correction, or not of this size. Pure."""
+    if momentum and compression not in WITH_MOMENTUM:
+        raise ConfigError(
+            f"--compression-momentum is for --compression {' and '.join(WITH_MOMENTUM)}, found {compression}: it "
+            "corrects for elements that are sent late"
+        )
+    if not 0 <= momentum < 1:
+        raise ConfigError(f"--compression-momentum is {momentum}, expected 0 to below 1")
+
 
 class Feedback:
     """Of one rank. Shapes: P elements."""

@@ -68,7 +68,9 @@ class PowerSgd(Averaged):
             vector[part].copy_(values)
         if bool(torch.isfinite(second).all()):  # Else the step is skipped, and the next begins where this one did.
             for kept, q in zip(self._q, q_means, strict=True):
-                kept.copy_(q)
+                # A column of zeros would stay one: where there was nothing to send, the next begins where this one did.
+                sent_columns = q.any(0)
+                kept[:, sent_columns] = q[:, sent_columns]
 
     def memory(self) -> dict[str, Tensor]:
         """As Averaged's: each matrix's Q."""

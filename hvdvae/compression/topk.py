@@ -42,6 +42,8 @@ class TopK(Gathered):
 
     def _largest(self, sizes: Tensor) -> Tensor:
         """Places (k,), rising. To sort all of them would take several times as long."""
+        if not sizes.numel():
+            return torch.empty(0, dtype=torch.int64)
         sample = sizes[self._sample]
         # Half as many again as are wanted: rarely too few.
         rank = min(sample.numel(), 1 + int(1.5 * self._k / sizes.numel() * sample.numel()) + 3)

@@ -110,7 +110,9 @@ class Parts:
             return
         # The step is taken already: whoever hears of a death here hears of it again in the next.
         with suppress(RankLost):
-            message = self.groups.layers.broadcast_(torch.cat(same), what="parameters that are not split")
+            # As bytes: whatever the dtype.
+            message = torch.cat(same)
+            self.groups.layers.broadcast_(message.view(torch.uint8), what="parameters that are not split")
             for vector, values in zip(same, torch.split(message, [len(vector) for vector in same]), strict=True):
                 vector.copy_(values)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from hvdvae.compression.feedback import check_momentum
 from hvdvae.errors import ConfigError
 from hvdvae.ps.rules import RULES
 
@@ -78,6 +79,7 @@ class Plan:
         self._check_compression()
 
     def _check_compression(self) -> None:
+        check_momentum(self.compression, self.compression_momentum)
         if self.compression == "none":
             return
         if self.compression not in COMPRESSIONS:
@@ -89,6 +91,11 @@ class Plan:
             raise ConfigError(
                 f"--compression {self.compression} is for gradients, and --rule easgd pushes weights: use --strategy "
                 "local-sgd, which compresses differences"
+            )
+        if self.compression == "fp16" and self.push_every > 1:
+            raise ConfigError(
+                f"--compression fp16 ends at 65504, and the sum of --push-every {self.push_every} gradients may be "
+                "beyond: use --compression bf16"
             )
         if self.replicas:
             raise ConfigError(

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from hvdvae.errors import ConfigError
 from hvdvae.ps.plan import Plan
 from hvdvae.strategies.engine import choose_engine
+from hvdvae.strategies.fitting_options import check_options
 from hvdvae.strategies.flat_optimizer import is_elementwise
 from hvdvae.strategies.local import Local
 from hvdvae.strategies.strategy import Strategy
@@ -45,6 +46,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     process_set: Any = None,
     servers: int | None = None,
     zero_stage: int = 1,
+    weights: str = "fp32",
     plan: Plan | None = None,
     parts: "Parts | None" = None,
 ) -> Strategy:
@@ -67,19 +69,33 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     process_set: the horovod ProcessSet that trains this model (engine horovod; default all ranks).
     servers: pieces of the weights, each with a rank that serves it, the last ones (ps; default those of `world`, or 1).
     zero_stage: what ranks share (sharded): 1, the optimizer's state; 2, gradients too.
+    weights: what a rank holds of all weights: fp32, or (sharded, zero_stage 2) bf16, and fp32 of its share alone;
+        train and evaluate under torch.autocast then (`optimizer.arithmetic()`); the model's state_dict has what is
+        rounded, the exact ones are in `optimizer.master_weights()`.
     plan: consistency, rule and periods of the parameter server (ps; default asynchronous).
     parts: where `model` is this rank's part of one that several ranks hold (hvdvae.parallel), with allreduce and
         sharded; `world` has the ranks that hold the same part then.
 
     Raises ConfigError for options that do not go together, WorldError where ranks or libraries do not.
     """
+    check_options(
+        strategy,
+        compression=compression,
+        compression_share=compression_share,
+        compression_rank=compression_rank,
+        compression_momentum=compression_momentum,
+        reduce_op=reduce_op,
+        process_set=process_set,
+        zero_stage=zero_stage,
+        weights=weights,
+    )
     if world is None:
         replicas = plan.replicas if plan is not None else 0
         world = World.create(servers=(servers or 1) * (1 + replicas)) if strategy == "ps" else World.create()
     options: dict[str, Any] = {"backward_passes_per_step": backward_passes_per_step, "clip_norm": clip_norm}
     if parts is not None:
         _check_parts(optimizer, model, parts, strategy, compression, reduce_op)
-        if world.size == 1:
+        if world.size == 1 and weights == "fp32":
             alone = Local(optimizer, model, world, **options)
             alone.hold(parts)
             return alone
@@ -90,7 +106,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
                 "use --strategy allreduce, or start one process"
             )
         return Local(optimizer, model, world, **options)
-    short: dict[str, Any] = {"share": compression_share, "rank": compression_rank, "momentum": compression_momentum}
+    short: dict[str, Any] = {"share": compression_share, "rank": compression_rank}
     if strategy in SYNC_EVERY:
         from hvdvae.strategies.local_sgd import DiLoCo, LocalSgd
 
@@ -117,16 +133,15 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
         return _ps(optimizer, model, world, servers, plan, options)
     if strategy not in ("allreduce", "sharded"):
         raise ConfigError(f"strategy (--strategy) is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
-    if strategy == "sharded" and (compression != "none" or reduce_op != "average" or process_set is not None):
-        raise ConfigError(
-            "strategy 'sharded' (--strategy) averages plain gradients over all ranks: drop --compression, --reduce-op "
-            "and process_set, or use --strategy allreduce"
-        )
     chosen = choose_engine(engine, world, compression=compression, reduce_op=reduce_op, process_set=process_set)
-    if strategy == "sharded" and zero_stage == 2:
+    if strategy == "sharded" and weights == "bf16":
+        from hvdvae.strategies.master_weights import MasterWeights
+
+        wrapped: Strategy = MasterWeights(optimizer, model, world, engine=chosen.name, **options)
+    elif strategy == "sharded" and zero_stage == 2:
         from hvdvae.strategies.sharded_gradients import ShardedGradients
 
-        wrapped: Strategy = ShardedGradients(optimizer, model, world, engine=chosen.name, **options)
+        wrapped = ShardedGradients(optimizer, model, world, engine=chosen.name, **options)
     elif strategy == "sharded":
         from hvdvae.strategies.sharded import Sharded
 
@@ -134,7 +149,8 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     elif chosen.name == "mpi" and compression != "none":
         from hvdvae.strategies.allreduce_compressed import CompressedAllreduce
 
-        wrapped = CompressedAllreduce(optimizer, model, world, compression=compression, **short, **options)
+        options |= {"compression": compression, "momentum": compression_momentum, **short}
+        wrapped = CompressedAllreduce(optimizer, model, world, **options)
     else:
         wrapped = _wrap(chosen.name, optimizer, model, world, compression, reduce_op, process_set, options)
     wrapped.engine, wrapped.engine_reason = chosen

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hvdvae.errors import ConfigError
 from hvdvae.strategies.mean import CompressedMean
 from hvdvae.strategies.strategy import Strategy
 from hvdvae.world import World
@@ -49,7 +50,12 @@ class CompressedAllreduce(Strategy):
         self._mean.mean_(gradient)
 
     def update(self) -> None:
-        """Step; what messages left out is remembered from now on."""
+        """Step; what messages left out is remembered from now on. Raises ConfigError under a GradScaler."""
+        if self._mean.remembers and getattr(self, "found_inf", None) is not None:
+            raise ConfigError(
+                f"compression {self._compression!r} (--compression) remembers gradients, and a GradScaler (--precision "
+                "fp16) scales each step's differently: use bf16, or one of --compression fp16, bf16, int8"
+            )
         self._mean.keep()
         self._steps += 1
         self._errors += self._mean.error
@@ -59,6 +65,10 @@ class CompressedAllreduce(Strategy):
         """As Strategy's: what the dead remembered is lost."""
         super().recover()
         self._mean.recover()
+
+    def catch_up(self) -> None:
+        """As Strategy's: what its message told is not told again."""
+        self._mean.catch_up()
 
     @contextmanager
     def fetched(self, *, state: bool = False) -> Iterator[Tensor]:

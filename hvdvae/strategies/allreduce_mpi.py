@@ -29,7 +29,7 @@ class MpiAllreduce(Strategy):
         self._share_memory()
 
     def _share_memory(self) -> None:
-        self._shared = self.world.shared_vectors(self.flat.gradient)
+        self._shared = self.world.shared_vectors(self.flat.parameters)
         if self._shared is not None:
             self.flat.move_gradient(self._shared.mine)
             self.follow_gradient()

@@ -44,7 +44,8 @@ def choose_engine(
         raise ConfigError("process_set does not go with reduce_op (--reduce-op) adasum, which is over all ranks")
     if compression not in ("none", "fp16") and process_set is not None:
         raise ConfigError(f"process_set does not go with --compression {compression}: only fp16 does")
-    if compression not in ("none", "fp16") or (compression == "fp16" and engine == "mpi"):
+    alone = world.launcher == "none" and process_set is None
+    if compression not in ("none", "fp16") or (compression == "fp16" and (engine == "mpi" or alone)):
         carrier = "Horovod's Gloo" if world.launcher == "horovodrun-gloo" else "MPI"
         return Engine("mpi", f"--compression {compression} is ours, its messages are carried by {carrier}")
     only_horovod = compression != "none" or reduce_op != "average" or process_set is not None

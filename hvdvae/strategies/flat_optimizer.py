@@ -51,7 +51,7 @@ def is_elementwise(optimizer: Optimizer) -> bool:
 
 
 def flat_optimizer(optimizer: Optimizer, flat: FlatModel, places: Sequence[slice] = ()) -> Optimizer:
-    """An optimizer of the same class over one vector a group, with `.grad` a slice of `flat.gradient`.
+    """An optimizer of the same class over one vector a group; their `.grad` is whoever's who steps it to set.
 
     `places`: of the vectors in `flat.parameters` (default: the whole groups).
     Returns the optimizer itself where it is not elementwise. The state of `optimizer` is not carried over here
@@ -62,7 +62,6 @@ def flat_optimizer(optimizer: Optimizer, flat: FlatModel, places: Sequence[slice
     groups: list[dict[str, Any]] = []
     for group, part in zip(optimizer.param_groups, places or flat.group_slices, strict=True):
         vector = nn.Parameter(flat.parameters[part])
-        vector.grad = flat.gradient[part]
         groups.append({**group, "params": [vector], **_fused(optimizer, group)})
     accepted = inspect.signature(type(optimizer)).parameters
     defaults = {key: value for key, value in optimizer.defaults.items() if key in accepted}

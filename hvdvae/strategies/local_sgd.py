@@ -48,22 +48,26 @@ class LocalSgd(Strategy):
         compression: str = "none",
         share: float | None = None,
         rank: int | None = None,
-        momentum: float = 0.0,
         **options: Any,
     ) -> None:
-        """As Strategy. `sync_every`: H, and the largest one if `adaptive`; `compression` to `momentum` as in mean.py.
+        """As Strategy. `sync_every`: H, and the largest one if `adaptive`; `compression` to `rank` as in mean.py.
 
         `group_size`: ranks that average gradients at every step, 0 for those of a host; one of each then averages with
         the others' (Lin et al. 2020, hierarchical local SGD). Raises ConfigError, WorldError for unequal groups.
         """
         if sync_every < 1:
             raise ConfigError(f"sync_every (--sync-every) is {sync_every}, expected at least 1 step")
+        if not 0 < outer_lr < math.inf:
+            raise ConfigError(f"outer_lr (--outer-lr) is {outer_lr}, expected a finite number above 0")
+        if not 0 <= outer_momentum < 1:
+            raise ConfigError(f"outer_momentum (--outer-momentum) is {outer_momentum}, expected 0 to below 1")
         super().__init__(optimizer, model, world, **options)
         flat = self.flat
         self._group, leaders = _groups(world, group_size)
         """Ranks that step alike."""
+        # Without momentum correction: what is remembered are differences, and the outer optimizer has a momentum.
         self._mean = mean_over_ranks(
-            leaders, flat.parameters, flat.shapes, compression, share=share, rank=rank, momentum=momentum
+            leaders, flat.parameters, flat.shapes, compression, share=share, rank=rank, momentum=0.0
         )
         self._compression = compression
         self._sync_every, self._adaptive = sync_every, adaptive
@@ -72,8 +76,8 @@ class LocalSgd(Strategy):
         """Weights at the last average."""
         self._difference = torch.zeros_like(flat.parameters)
         self._velocity = torch.zeros_like(flat.parameters) if outer_momentum else torch.zeros(0)
-        self._pace = torch.tensor([sync_every, 0.0], dtype=torch.float64)
-        """H of now, and the first mean loss; 0: not known yet."""
+        self._pace = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        """H of now as a part of the largest, and the first mean loss; 0: not known yet."""
         self._since = 0
         """Steps since the last average."""
         self._losses = torch.zeros(2, dtype=torch.float64)
@@ -149,7 +153,7 @@ class LocalSgd(Strategy):
                 self._mean.settle()
         own = self.flat.parameters.clone() if self._since else None
         if own is not None:
-            self.world.sum_(self.flat.parameters, "average of weights").div_(self.world.size)
+            self._average_plainly(self.flat.parameters, "average of weights")
         try:
             with super().fetched(state=state) as rows:
                 yield rows
@@ -159,7 +163,9 @@ class LocalSgd(Strategy):
 
     def memory(self) -> dict[str, Tensor]:
         """As Strategy's."""
-        return {"outer_velocity": self._velocity, "pace": self._pace, **self._mean.memory()}
+        # Named apart from what strategies remember of gradients.
+        remembered = {f"difference_{name}": vector for name, vector in self._mean.memory().items()}
+        return {"outer_velocity": self._velocity, "pace": self._pace, **remembered}
 
     def traffic(self) -> dict[str, float]:
         """As Strategy's, and the mean size of what messages left out, as a part of the difference's."""
@@ -184,8 +190,17 @@ class LocalSgd(Strategy):
     def _count(self) -> None:
         self._steps += 1
         self._since += 1
-        if self._since >= int(self._pace[0]):
+        if self._since >= self._period:
             self.average()
+
+    @property
+    def _period(self) -> int:
+        """H of now."""
+        return max(1, math.ceil(self._sync_every * float(self._pace[0]))) if self._adaptive else self._sync_every
+
+    def _average_plainly(self, vector: Tensor, what: str) -> None:
+        self.world.sum_(vector, what).div_(self.world.size)
+        self._mean.traffic.ring(vector.nbytes, self.world.size)
 
     def _set_pace(self) -> None:
         """All ranks come to the same H, since they have the same mean loss."""
@@ -195,9 +210,8 @@ class LocalSgd(Strategy):
             loss = total / count
             if self._pace[1] == 0:
                 self._pace[1] = loss
-            share = loss / float(self._pace[1])
-            if share > 0:  # A loss may be negative: then nothing is known, and H stays.
-                self._pace[0] = min(max(1, math.ceil(self._sync_every * math.sqrt(share))), self._sync_every)
+            if min(loss, float(self._pace[1])) > 0:  # A loss may be negative: then nothing is known, and H stays.
+                self._pace[0] = min(1.0, math.sqrt(loss / float(self._pace[1])))
 
     def _share_state(self) -> None:
         """Every rank's optimizer goes on with the mean of all their states, once all have one."""
@@ -209,7 +223,7 @@ class LocalSgd(Strategy):
             # Sorted: what was loaded from a checkpoint comes in another order on each rank.
             for _, value in sorted(entries.items()):
                 if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1:
-                    self.world.sum_(value, "average of the optimizers' states").div_(self.world.size)
+                    self._average_plainly(value, "average of the optimizers' states")
 
 
 def _groups(world: World, group_size: int) -> tuple[World, World]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hvdvae.compression import Averaged, Gathered, codec_of
-from hvdvae.compression.feedback import Feedback
+from hvdvae.compression.feedback import Feedback, check_momentum
 from hvdvae.errors import ConfigError
 from hvdvae.seeding import stream
 from hvdvae.strategies.messages import messages_of
@@ -90,18 +90,22 @@ class CompressedMean:
             raise ConfigError(
                 f"--compression {compression} works on float32 vectors, found {like.dtype}: use --compression none"
             )
-        if momentum and compression not in ("topk", "randomk"):
-            raise ConfigError(
-                f"--compression-momentum is for --compression topk and randomk, found {compression}: it corrects for "
-                "elements that are sent late"
-            )
+        check_momentum(compression, momentum)
         self._world, self.traffic, self.error = world, Traffic(), 0.0
         self._codec = codec_of(compression, shapes, share=share, rank=rank)
         self._feedback = Feedback(like.numel(), momentum) if self._codec.needs_feedback else None
         self._sent = torch.zeros(like.numel())
         self._calls = torch.zeros(1, dtype=torch.int64)
         """That were used; decides what is random."""
+        self._said: Tensor | None = None
+        """The vector of a mean that is not used yet, (P,)."""
+        self._has_left_out = False
         self.recover()
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a message says what earlier ones left out."""
+        return self._feedback is not None
 
     def recover(self) -> None:
         """Go on with the ranks that the World has now. Local."""
@@ -119,6 +123,7 @@ class CompressedMean:
         # By the number that a step decides by.
         is_finite = bool(torch.isfinite(torch.dot(vector, vector)))
         whole = vector if self._feedback is None else self._feedback.compensate(vector)
+        self._said, self._has_left_out = whole, False
         if isinstance(self._codec, Gathered):
             self._messages.say(whole, self._sent, stream(key, self._world.rank), is_finite=is_finite)
             self._leave_out(whole)
@@ -130,8 +135,16 @@ class CompressedMean:
         """As Mean's."""
         # Here, so that ranks that have taken as many steps draw alike, also where one died between two of them.
         self._calls += 1
+        self._said = None
         if self._feedback is not None:
             self._feedback.keep()
+
+    def catch_up(self) -> None:
+        """Where others have used a mean that this rank did not come to: its message was in it. Local."""
+        if self._said is not None:
+            if not self._has_left_out:
+                self._leave_out(self._said)
+            self.keep()
 
     def memory(self) -> dict[str, Tensor]:
         """As Mean's."""
@@ -143,6 +156,7 @@ class CompressedMean:
         if self._feedback is not None:
             for vector in self._feedback.memory().values():
                 self._world.sum_(vector, "average of what is remembered").div_(self._world.size)
+                self.traffic.ring(vector.nbytes, self._world.size)
 
     def _average(self, codec: Averaged, whole: Tensor, vector: Tensor, key: int, *, is_finite: bool) -> None:
         vector.copy_(whole)
@@ -157,6 +171,7 @@ class CompressedMean:
         size = float(torch.linalg.vector_norm(whole))
         left = self._feedback.remember(self._sent) if self._feedback is not None else whole - self._sent
         self.error = float(torch.linalg.vector_norm(left)) / size if size else 0.0
+        self._has_left_out = True
 
 
 def mean_over_ranks(

@@ -168,7 +168,8 @@ class ParameterServer(Strategy):
         """
         self.start()
         self._exchange.settle()
-        keeps = self._exchange.steps_itself
+        # Without short messages' rounding the weights here would be others than those of workers that do not look.
+        keeps = self._exchange.steps_itself or self.plan.compression != "none"
         own_weights = self.flat.parameters.clone() if keeps else None
         own_state, own_buffers = dict(self.inner.state), self.flat.buffers.clone()
         with self.world.watchdog.waiting("copy of the parameter servers' weights"):

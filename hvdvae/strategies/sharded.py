@@ -31,6 +31,7 @@ class Sharded(Strategy):
     """Synchronous SGD whose optimizer is split over the ranks."""
 
     name = "sharded"
+    steps_whole = False
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, world: World, *, engine: str, **options: Any) -> None:
         """As Strategy; `engine`: mpi or horovod. Raises ConfigError for optimizers that are not elementwise."""
@@ -46,11 +47,11 @@ class Sharded(Strategy):
         self._whole = self.inner
         """Over all parameters; has a state only while that is saved or loaded."""
         self._slices: Slices = self._carrier(engine)
-        self.follow_gradient()
         self.follow_parameters()
         self._places = [overlap(group, self.part) for group in flat.group_slices]
         """What my slice has of each group, in the whole vector."""
         self.inner = flat_optimizer(optimizer, flat, self._places)
+        self._take_gradient()
         self._take_state()
 
     def exchange(self, gradient: Tensor) -> None:
@@ -75,8 +76,7 @@ class Sharded(Strategy):
     def update(self) -> None:
         """Step this rank's slice, and get the others'. Blocks; every rank must call it."""
         super().update()
-        self._slices.gather_(self.flat.parameters)
-        self._count(self.flat.parameters.nbytes)
+        self._spread()
 
     @contextmanager
     def fetched(self, *, state: bool = False) -> Iterator[Tensor]:
@@ -110,7 +110,7 @@ class Sharded(Strategy):
             for key, value in sorted(self.inner.state.get(mine, {}).items()):
                 name = f"{self.numbers[number]}/{key}"
                 if _is_vector(value, mine):
-                    get = partial(self._put_together, number, place, value, group)
+                    get = partial(self._put_together, "the optimizer's state", number, place, value, group)
                     pieces[name] = Piece(tuple(like.shape), value.dtype, get)
                 elif isinstance(value, Tensor):
                     pieces[name] = Piece.of(value)
@@ -137,7 +137,7 @@ class Sharded(Strategy):
                 # In the order of the vector, which channels_last has otherwise.
                 ordered = torch.empty(value.numel(), dtype=mine.dtype, device=mine.device)
                 self.flat.view(ordered, number).copy_(value)
-                kept[_within(shared, group)] = ordered[_within(shared, place)]
+                kept[within(shared, group)] = ordered[within(shared, place)]
 
     def traffic(self) -> dict[str, float]:
         """As Strategy's."""
@@ -148,6 +148,16 @@ class Sharded(Strategy):
         tensors = [value for entries in self.inner.state.values() for value in entries.values()]
         nbytes = sum(value.nbytes for value in tensors if isinstance(value, Tensor))
         return {**super().results(), "optimizer_state_bytes": nbytes}
+
+    def _take_gradient(self) -> None:
+        """Point the optimizer at this rank's slice of it. Local."""
+        for group, place in zip(self.inner.param_groups, self._places, strict=True):
+            group["params"][0].grad = self.flat.gradient[place]
+
+    def _spread(self) -> None:
+        """All ranks' slices of the parameters to all. Blocks; every rank must call it."""
+        self._slices.gather_(self.flat.parameters)
+        self._count(self.flat.parameters.nbytes)
 
     def _carrier(self, engine: str) -> Slices:
         return slices_of(self.flat, self.world, engine)
@@ -164,14 +174,14 @@ class Sharded(Strategy):
                 yield number, places[number], self.inner.param_groups[index], self._places[index]
                 number += 1
 
-    def _put_together(self, number: int, place: slice, mine: Tensor, group: slice) -> Tensor:
-        """An entry of one parameter's state. Blocks; every rank must call it."""
+    def _put_together(self, what: str, number: int, place: slice, mine: Tensor, group: slice) -> Tensor:
+        """What ranks have of one parameter, or of an entry of its state. Blocks; every rank must call it."""
         whole = torch.zeros(place.stop - place.start, dtype=mine.dtype, device=mine.device)
         shared = overlap(place, group)
-        whole[_within(shared, place)] = mine[_within(shared, group)]
+        whole[within(shared, place)] = mine[within(shared, group)]
         # However long whoever writes has been at the last one.
-        self.world.barrier("gather of the optimizer's state", patient=True)
-        self.world.sum_(whole, "gather of the optimizer's state")
+        self.world.barrier(f"gather of {what}", patient=True)
+        self.world.sum_(whole, f"gather of {what}")
         return self.flat.view(whole, number)
 
     def _groups(self) -> Iterator[tuple[Tensor, Tensor, slice]]:
@@ -194,7 +204,7 @@ class Sharded(Strategy):
             for key, value in sorted(self.inner.state.get(mine, {}).items()):
                 entry = value
                 if _is_vector(value, mine):
-                    entry = torch.zeros_like(whole, requires_grad=False)
+                    entry = torch.zeros_like(whole, dtype=value.dtype, requires_grad=False)
                     entry[piece] = value
                     self.world.sum_(entry, "gather of the optimizer's state")
                 if self.world.is_first:
@@ -207,7 +217,7 @@ def overlap(group: slice, part: slice) -> slice:
     return slice(start, max(start, min(group.stop, part.stop)))
 
 
-def _within(place: slice, whole: slice) -> slice:
+def within(place: slice, whole: slice) -> slice:
     """The same, counted from the start of `whole`."""
     return slice(place.start - whole.start, place.stop - whole.start)
 

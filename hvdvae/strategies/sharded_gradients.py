@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdvae.errors import ConfigError
-from hvdvae.strategies.sharded import Sharded, overlap
+from hvdvae.strategies.sharded import Sharded, overlap, within
 from hvdvae.strategies.slices import HorovodSlices, MessageSlices, OneSlice, Slices
 from hvdvae.world import World
 from hvdvae.world.collectives import slice_of
@@ -47,12 +47,6 @@ class ShardedGradients(Sharded):
         super().__init__(optimizer, model, world, engine=engine, **options)
         self._hvd = world.horovod() if engine == "horovod" and world.size > 1 else None
         self._mine, self.part = self.part, slice(None)
-        own = torch.zeros(self._mine.stop - self._mine.start, dtype=self.flat.gradient.dtype, device=world.device)
-        self.flat.keep_gradient(own)
-        for group in self._whole.param_groups:
-            group["params"][0].grad = None
-        for group, place in zip(self.inner.param_groups, self._places, strict=True):
-            group["params"][0].grad = own[place.start - self._mine.start : place.stop - self._mine.start]
         self._buckets: list[_Bucket] = []
         self._bucket_of: dict[int, _Bucket] = {}
         self._make_buckets()
@@ -97,6 +91,13 @@ class ShardedGradients(Sharded):
             return OneSlice()
         return HorovodSlices(self.world) if engine == "horovod" else MessageSlices(self.world)
 
+    def _take_gradient(self) -> None:
+        start, stop = self.part.start, self.part.stop
+        own = torch.zeros(stop - start, dtype=self.flat.parameters.dtype, device=self.world.device)
+        self.flat.keep_gradient(own)
+        for group, place in zip(self.inner.param_groups, self._places, strict=True):
+            group["params"][0].grad = own[within(place, self.part)]
+
     def _exchange_once(self) -> None:
         if self._exchanged:
             return
@@ -110,7 +111,7 @@ class ShardedGradients(Sharded):
         """From the end of the vector, since backward begins at the last layers."""
         room = 0
         for number, place in reversed(list(enumerate(self.flat.places().values()))):
-            size = (place.stop - place.start) * self.flat.parameters.element_size()
+            size = (place.stop - place.start) * self.flat.gradient.element_size()
             if not self._buckets or size > room:
                 self._buckets.append(_Bucket(slice(place.stop, place.stop)))
                 room = BUCKET_BYTES
@@ -137,7 +138,7 @@ class ShardedGradients(Sharded):
         gradient = gradient.to_dense() if gradient.layout != torch.strided else gradient
         is_plain = gradient.is_contiguous() and parameter.is_contiguous()
         if bucket.sum is None and len(bucket.members) == 1 and is_plain:
-            bucket.sum = gradient.view(-1)  # No copy of what is alone.
+            bucket.sum = gradient.view(-1).to(self.flat.gradient.dtype)  # No copy of what is alone.
         else:
             self.flat.view(self._room(bucket)[bucket.members[number]], number).add_(gradient)
         bucket.calls += 1

@@ -30,7 +30,7 @@ def slices_of(flat: FlatModel, world: World, engine: str) -> Slices:
         return OneSlice()
     if engine == "horovod":
         return HorovodSlices(world)
-    gradients, parameters = world.shared_vectors(flat.gradient), None
+    gradients, parameters = world.shared_vectors(flat.parameters), None
     if gradients is not None:
         parameters = world.shared_vectors(flat.parameters)
     if parameters is None:

@@ -49,6 +49,8 @@ class Strategy(Optimizer):
     """What this rank steps of the parameter vector."""
     parts: "Parts | None" = None
     """Where several ranks hold a model together: this rank's part."""
+    steps_whole = True
+    """Whether a rank's optimizer is over all of the vectors."""
     recovers = False
     """Whether those that are left can go on when a rank has died (ULFM)."""
     engine = "none"
@@ -101,6 +103,8 @@ class Strategy(Optimizer):
         self.wrapped_class = type(optimizer).__name__
         self.inner = flat_optimizer(optimizer, self.flat)
         self._is_flat = is_elementwise(optimizer)
+        if self.steps_whole:
+            self.follow_gradient()
         if saved is not None and self._is_flat:
             groups, entries = saved["param_groups"], entries_of(saved["state"])
             load_state(optimizer, self.inner, self.flat, self.numbers, groups, entries)
@@ -282,6 +286,9 @@ class Strategy(Optimizer):
             self.parts.survival.regroup()
         self.zero_grad()
 
+    def catch_up(self) -> None:
+        """Others have taken a step that this rank had its part in, and did not come to take. Local."""
+
     @property
     def share(self) -> tuple[int, int]:
         """This rank's place among those that train, and their number: changes where one dies and the others go on."""
@@ -334,6 +341,17 @@ class Strategy(Optimizer):
     def load_entries(self, groups: Groups, entries: Entries) -> None:
         """As `load_state_dict`: the groups, and the state, entry by entry. Local; `entries` may block."""
         load_state(self._wrapped, self.inner, self.flat, self.numbers, groups, entries)
+
+    def master_weights(self) -> dict[str, Piece]:
+        """Weights that are kept in more digits than the model's, by name; for a checkpoint, inside `saving`."""
+        return {}
+
+    def load_master_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Take them from a checkpoint's, by name, after the model has taken its own. Local; `weights` may block."""
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        """What a model with these weights is to be evaluated in. Local."""
+        return nullcontext()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once wrapped: the vectors are laid out. Raises ConfigError."""

@@ -1,6 +1,7 @@
 """Compressed exchange and averages now and then: the same bits on all ranks, and nothing lost."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdvae.compression import CODECS
-from hvdvae.errors import ConfigError, NonFiniteError
+from hvdvae.errors import ConfigError, NonFiniteError, RankLost
 from hvdvae.strategies import DistributedOptimizer, Strategy
 from hvdvae.strategies.mean import CompressedMean, mean_over_ranks
 from hvdvae.world import World
@@ -68,6 +69,42 @@ def test_sent_and_remembered_are_all_that_was_given(world: World, codec: str) ->
     mean.settle()
     assert same_on_all(world, mean.memory()["remembered"])
     torch.testing.assert_close(sum_of(world, mean.memory()["remembered"]), left, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("codec", FEEDBACK)
+def test_a_rank_that_did_not_come_to_a_mean_that_others_used_remembers_what_they_do(
+    world: World, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank died as the last answer came: its message was in the mean, and must not be told again."""
+    came, missed = mean_of(world, codec), mean_of(world, codec)
+    for mean in (came, missed):
+        for step in range(2):
+            mean.mean_(own(world, step))
+            mean.keep()
+    came.mean_(own(world, 2))
+    came.keep()
+    calls, last = 0, 2 if codec == "powersgd" else 1
+
+    def breaking(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def broken(*given: Any) -> Tensor:
+            nonlocal calls
+            calls, found = calls + 1, real(*given)
+            if calls == last:
+                raise RankLost("somebody has died")
+            return found
+
+        return broken
+
+    monkeypatch.setattr(world, "sum_", breaking(world.sum_))
+    monkeypatch.setattr(world, "gather_rows", breaking(world.gather_rows))
+    with pytest.raises(RankLost):
+        missed.mean_(own(world, 2))
+    monkeypatch.undo()
+    missed.recover()
+    missed.catch_up()
+    assert torch.equal(missed.memory()["remembered"], came.memory()["remembered"])
+    missed.catch_up()
+    assert torch.equal(missed.memory()["remembered"], came.memory()["remembered"]), "once"
 
 
 @pytest.mark.parametrize("codec", ["fp16", "bf16", "int8"])
@@ -291,6 +328,63 @@ def test_an_adaptive_period_gets_shorter_as_the_loss_falls(world: World) -> None
     assert set(world.gather_objects(found["averages"])) == {found["averages"]}
 
 
+def test_an_adaptive_period_stays_where_losses_are_below_zero(world: World) -> None:
+    model = network(seed=100)
+    optimizer = wrapped(world, model, "local-sgd", sync_every=8, adaptive_sync=True)
+    x, y = (tensor[share(world)] for tensor in examples())
+    for step in range(40):
+        take_step(optimizer, model, x, y)
+        optimizer.watch(torch.tensor(-100.0 / (1 + step)))
+    assert optimizer.results()["averages"] == 40 / 8
+
+
+def test_a_resumed_run_averages_as_often_as_it_is_told(world: World) -> None:
+    seldom = wrapped(world, network(seed=100), "local-sgd", sync_every=8)
+    model = network(seed=100)
+    often = wrapped(world, model, "local-sgd", sync_every=2)
+    for name, tensor in often.memory().items():
+        tensor.copy_(seldom.memory()[name])
+    for _ in range(8):
+        take_step(often, model, *(tensor[share(world)] for tensor in examples()))
+    assert often.results()["averages"] == 4
+
+
+@pytest.mark.parametrize("codec", FEEDBACK)
+def test_what_is_remembered_of_gradients_is_not_taken_for_differences_of_weights(world: World, codec: str) -> None:
+    names = [
+        set(wrapped(world, network(0), strategy, compression=codec).memory()) for strategy in ("allreduce", "local-sgd")
+    ]
+    assert not names[0] & names[1]
+
+
+def test_averages_to_look_at_and_to_save_are_counted(world: World) -> None:
+    model = network(seed=100)
+    optimizer = wrapped(world, model, "local-sgd", sync_every=100, compression="sign")
+    take_step(optimizer, model, *(tensor[share(world)] for tensor in examples()))
+    ring = 2 * 4 * len(weights(model)) * (world.size - 1) / world.size
+    with optimizer.fetched():
+        looked = optimizer.traffic()["bytes_sent"]
+    assert looked == pytest.approx(ring, abs=4)
+    with optimizer.fetched(state=True):
+        saved = optimizer.traffic()["bytes_sent"] - looked
+    assert saved > ring if world.size > 1 else saved == 0, "a message, and what is remembered"
+
+
+def test_a_gradient_scaler_does_not_go_with_what_is_remembered(world: World) -> None:
+    for codec in ("int8", "topk"):
+        model = network(seed=100)
+        optimizer = wrapped(world, model, compression=codec)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        x, y = (tensor[share(world)] for tensor in examples())
+        scaler.scale(loss_of(model, x, y)).backward()  # type: ignore[no-untyped-call]
+        optimizer.synchronize()
+        if codec == "int8":
+            scaler.step(optimizer)
+            continue
+        with pytest.raises(ConfigError, match=r"a GradScaler .* scales each step's differently"):
+            scaler.step(optimizer)
+
+
 def test_weights_that_are_not_finite_end_the_run_on_all_ranks(world: World) -> None:
     model = network(seed=100)
     optimizer = wrapped(world, model, "local-sgd", sync_every=2)
@@ -308,6 +402,9 @@ def test_what_does_not_go_together_is_refused(world: World) -> None:
         wrapped(world, network(0), "local-sgd", sync_every=2, group_size=3)
     with pytest.raises(ConfigError, match="sync_every"):
         wrapped(world, network(0), "local-sgd", sync_every=-1)
+    for option in ({"outer_lr": 0.0}, {"outer_lr": float("nan")}, {"outer_momentum": 1.0}, {"outer_momentum": -0.1}):
+        with pytest.raises(ConfigError, match=next(iter(option))):
+            wrapped(world, network(0), "diloco", sync_every=2, **option)
     with pytest.raises(ConfigError, match="--compression-momentum is for"):
         wrapped(world, network(0), compression="sign", compression_momentum=0.9)
     with pytest.raises(ConfigError, match="--compression-rank is 9"):

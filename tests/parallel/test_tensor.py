@@ -117,6 +117,25 @@ def test_the_norm_is_of_the_whole_gradient(groups: Groups, way: str) -> None:
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-4)
 
 
+def test_float32_weights_of_split_layers_are_split_over_their_copies(groups: Groups) -> None:
+    found: list[dict[str, Tensor]] = []
+    for way in ({}, {"strategy": "sharded", "zero_stage": 2, "weights": "bf16"}):
+        model = network(seed=100)
+        optimizer = wrapped(groups, model, OPTIMIZERS["adamw"], **way)
+        x, y = (tensor[share(groups.replicas)] for tensor in examples())
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = loss_of(model, x, y)
+            loss.backward()
+            optimizer.step()
+        found.append({name: parameter.detach() for name, parameter in model.named_parameters()})
+    assert {tensor.dtype for tensor in found[1].values()} == {torch.bfloat16}
+    masters = {name: piece.get() for name, piece in sorted(optimizer.master_weights().items())}
+    for name, expected in found[0].items():
+        torch.testing.assert_close(masters[name], expected, atol=2e-5, rtol=2e-4)
+
+
 def trainer(world: World, model: VAE, optimizer: Strategy, **options: Any) -> Trainer:
     return Trainer(model, optimizer, Elbo(), loader(world), seed=3, **options)
 

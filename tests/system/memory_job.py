@@ -58,7 +58,8 @@ def main(words: list[str]) -> None:
         parts, pipeline = assemble.split(config, model, groups)
         assemble.fill_part(config, model, parts.cuts, None, world.device)
     optimizer = assemble.distributed(config, model, world if groups is None else groups.replicas, parts)
-    Trainer(model, optimizer, assemble.objective(config), Noise(config), pipeline=pipeline, ema_decay=config.ema).fit(1)
+    options = {"pipeline": pipeline, "ema_decay": config.ema, "precision": config.precision}
+    Trainer(model, optimizer, assemble.objective(config), Noise(config), **options).fit(1)
     mesh = Mesh.of(world.size, mesh=config.mesh, pipeline=config.pipeline, tensor=config.tensor)
     predicted = footprints(config, SHAPE, mesh)[mesh.place(world.rank)[1]]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.study.namespaces import NoNetwork, network
+from hvdvae.compression import CODECS
 from hvdvae.parallel.tensor import pairs_of
 from hvdvae.vae import build_model
 from tests.system.conftest import ROOT, Launch, clean_environment
@@ -28,9 +29,9 @@ def output_of(folder: Path, *command: str) -> str:
 def test_parallelism_has_every_side_and_what_theory_allows(tmp_path: Path) -> None:
     words = ["--rounds", "1", "--seconds", "0.2", "--hidden", "40", "40", "--batch", "64"]
     output = output_of(tmp_path, str(BENCHMARKS / "parallelism.py"), *words)
-    for side in ("allreduce", "sharded", "pipeline, 1f1b", "pipeline, gpipe", "tensor"):
+    for side in ("allreduce", "sharded", "sharded, weights too", "pipeline, 1f1b", "pipeline, gpipe", "tensor"):
         assert re.search(rf"^{side} +[\d,]+ \[", output, re.MULTILINE), output
-    assert len(re.findall(r"of what is allowed; idle \d\.\d\d \[.*bubble 0\.11, imbalance", output)) == 2
+    assert len(re.findall(r"of what is allowed, \d\.\d\d \[.*; idle \d\.\d\d \[.*bubble 0\.11, imbalance", output)) == 2
     assert re.search(r"tensor: .* of what is allowed; its sums, of \d+\.\d MB a step and rank", output)
 
 
@@ -50,6 +51,14 @@ def test_layers_that_are_split_sum_the_bytes_that_theory_says(tmp_path: Path) ->
             numbers += model.get_submodule(other).out_features + (0 if first else model.get_submodule(one).in_features)
             first = False
     assert found["sum_bytes"] == batch * numbers * torch.float32.itemsize
+
+
+def test_codecs_are_timed_against_targets_and_a_copy(tmp_path: Path) -> None:
+    words = ["--rounds", "1", "--seconds", "0.01", "--elements", "100000"]
+    output = output_of(tmp_path, str(BENCHMARKS / "codecs.py"), *words)
+    rates = re.findall(r"^(\w+)(?: encode| decode| both)? +\d+\.\d\d \[", output, re.MULTILINE)
+    assert {*rates} == {*CODECS, "copy"}, output
+    assert len(re.findall(r"target [\d.]+: (?:reached|missed)$", output, re.MULTILINE)) == 4
 
 
 def test_slow_link_measures_both_settings(tmp_path: Path) -> None:

@@ -190,6 +190,28 @@ def test_powersgd_goes_on_where_it_was_after_a_vector_that_is_not_finite() -> No
     assert all(torch.equal(kept, before[name]) for name, kept in codec.memory().items())
 
 
+def test_powersgd_sends_what_was_zero_for_a_while() -> None:
+    """A layer that begins at zero has no gradient before it, and a branch may be used later."""
+    matrix = vector(40).view(40, 1) @ vector(30, 1).view(1, 30)
+    codec = codec_of("powersgd", [(40, 30)], rank=2)
+    assert isinstance(codec, Averaged)
+    averaged(codec, [torch.zeros(1200)])
+    averaged(codec, [matrix.reshape(-1)])  # Of rank 1: one column is enough, and the other must not be lost.
+    both = (matrix + vector(40, 2).view(40, 1) @ vector(30, 3).view(1, 30)).reshape(-1)
+    for _ in range(4):
+        (end,), _ = averaged(codec, [both])
+    torch.testing.assert_close(end, both, atol=1e-2, rtol=1e-2)
+
+
+def test_topk_of_nothing_says_nothing() -> None:
+    codec = codec_of("topk", [(0,)])
+    assert isinstance(codec, Gathered)
+    message, total = torch.zeros(codec.nbytes, dtype=torch.uint8), torch.zeros(0)
+    codec.encode(torch.zeros(0), message, 0)
+    codec.add(message, total)
+    assert codec.nbytes == 0
+
+
 def test_orthonormal_columns() -> None:
     columns = vector(60).view(20, 3)
     columns[:, 2] = columns[:, 0] + 1e-5 * columns[:, 2]

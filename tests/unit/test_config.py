@@ -71,6 +71,18 @@ def test_rates_and_times_are_finite_and_above_zero(key: str, value: float) -> No
         ({"compression_rank": 2, "compression": "int8"}, ["--compression-rank", "powersgd"]),
         ({"compression_momentum": 0.9, "compression": "topk"}, ["--compression-momentum", "--optimizer sgd"]),
         ({"compression_momentum": 1.0, "compression": "topk"}, ["--compression-momentum", "below 1"]),
+        (
+            {"compression_momentum": 0.9, "compression": "topk", "optimizer": "sgd", "strategy": "diloco"},
+            ["--compression-momentum", "allreduce or ps", "--strategy diloco"],
+        ),
+        ({"compression": "topk", "precision": "fp16"}, ["--compression topk", "--precision fp16", "bf16"]),
+        ({"weights": "bf16", "precision": "bf16"}, ["--weights", "sharded", "--strategy allreduce"]),
+        ({"weights": "bf16", "strategy": "sharded", "zero_stage": 2}, ["--weights", "bf16", "--precision fp32"]),
+        ({"weights": "bf16", "strategy": "sharded", "precision": "bf16"}, ["--weights bf16", "--zero-stage 2"]),
+        (
+            {"weights": "bf16", "strategy": "sharded", "precision": "bf16", "zero_stage": 2, "ema": 0.9},
+            ["--ema", "--weights bf16"],
+        ),
         ({"sync_every": 4}, ["--sync-every", "local-sgd or diloco", "--strategy allreduce"]),
         ({"sync_every": 0, "strategy": "local-sgd"}, ["--sync-every", "at least 1"]),
         ({"outer_lr": 0.5, "strategy": "local-sgd"}, ["--outer-lr", "diloco"]),

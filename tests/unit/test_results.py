@@ -68,7 +68,8 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
 def test_a_resume_of_a_finished_run_keeps_the_speed_of_the_run_that_trained(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     trained = {"examples_per_second": 1000.0, "training_seconds": 3.5, "world_size": 2, "test_nll": 90.0}
-    again = {"examples_per_second": None, "training_seconds": 0.0, "world_size": 1, "test_nll": 91.0}
+    trained |= {"bytes_sent": 12, "compression_error": 0.1}
+    again = {"examples_per_second": None, "training_seconds": 0.0, "world_size": 1, "test_nll": 91.0, "bytes_sent": 0}
     assert keep_speed(again, path) == again, "there is none to keep"
     path.write_text(json.dumps(trained))
     assert keep_speed(again, path) == {**trained, "test_nll": 91.0}

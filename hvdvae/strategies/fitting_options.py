@@ -1,0 +1,40 @@
+"""Which options of DistributedOptimizer belong to which strategies; the command's are checked in config_check.py."""
+
+from typing import Any
+
+from hvdvae.errors import ConfigError
+
+_STRATEGIES: dict[str, tuple[str, ...]] = {
+    "compression": ("allreduce", "local-sgd", "diloco", "ps"),
+    "compression_share": ("allreduce", "local-sgd", "diloco", "ps"),
+    "compression_rank": ("allreduce", "local-sgd", "diloco"),
+    "compression_momentum": ("allreduce", "ps"),
+    "reduce_op": ("allreduce",),
+    "process_set": ("allreduce",),
+    "zero_stage": ("sharded",),
+    "weights": ("sharded",),
+}
+_DEFAULTS = {
+    "compression": "none",
+    "compression_momentum": 0.0,
+    "reduce_op": "average",
+    "zero_stage": 1,
+    "weights": "fp32",
+}
+"""None for the others."""
+
+
+def check_options(strategy: str, **options: Any) -> None:
+    """Raises ConfigError for options that this strategy does not have, and values that none has. Pure."""
+    for name, value in options.items():
+        if value != _DEFAULTS.get(name) and strategy not in _STRATEGIES[name]:
+            raise ConfigError(
+                f"{name} (--{name.replace('_', '-')}) is for strategy {' or '.join(_STRATEGIES[name])} (--strategy), "
+                f"found {strategy!r}: drop one"
+            )
+    stage, weights = options["zero_stage"], options["weights"]
+    if (stage, weights) not in ((1, "fp32"), (2, "fp32"), (2, "bf16")):
+        raise ConfigError(
+            f"zero_stage (--zero-stage) is {stage} and weights (--weights) {weights!r}, expected 1 or 2 and 'fp32', or "
+            "2 and 'bf16'"
+        )
