@@ -20,6 +20,7 @@ from hvdvae.parallel.micro_batches import cut_points, order_of
 from hvdvae.parallel.stages import given_cuts, keep_stage
 from hvdvae.parallel.tensor import split_layers
 from hvdvae.stepper import mixed_precision
+from hvdvae.vae import VAE
 from hvdvae.vae.chain import Tensors, VaeChain
 
 ENTRIES = {"adam": 2, "adamw": 2, "rmsprop": 1, "adagrad": 1, "sgd": 0}
@@ -70,18 +71,30 @@ def footprints(config: TrainConfig, shape: Sequence[int], mesh: Mesh) -> list[Fo
         raise ConfigError(
             f"hvdvae memory knows --strategy local, allreduce and sharded, found {config.strategy}: ask for one of them"
         )
-    # Tensors without numbers: those of the meta device know no autocast.
-    with FakeTensorMode():
-        return [_of_stage(config, shape, mesh, stage) for stage in range(mesh.pp)]
+    return [_of_stage(config, shape, mesh, stage) for stage in range(mesh.pp)]
 
 
 def _of_stage(config: TrainConfig, shape: Sequence[int], mesh: Mesh, stage: int) -> Footprint:
-    model = assemble.model(config, tuple(shape), torch.device("cpu"))
+    model = assemble.model(config, tuple(shape), torch.device("meta"))
+    if config.weights == "bf16":
+        model.to(torch.bfloat16)
+    with FakeTensorMode():
+        _move_to_cpu(model)
+        return _of_model(config, model, shape, mesh, stage)
+
+
+def _move_to_cpu(model: nn.Module) -> None:
+    """Give a model of the meta device fake tensors of a CPU's, which know autocast. Mutates it."""
+    for module in model.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            setattr(module, name, nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake)
+
+
+def _of_model(config: TrainConfig, model: VAE, shape: Sequence[int], mesh: Mesh, stage: int) -> Footprint:
     chain = VaeChain(model, assemble.objective(config), config.samples)
     if mesh.tp > 1:
         split_layers(model, model.chains, Imagined(0, mesh.tp))  # type: ignore[arg-type]
-    if config.weights == "bf16":
-        model.to(torch.bfloat16)
     cuts = _cuts(config, model, chain, mesh.pp)
     kept = _activations(config, chain, model, mesh, stage, cuts, shape)
     if mesh.pp > 1:

@@ -40,12 +40,14 @@ def test_the_model_is_large() -> None:
     [
         (1, ("--strategy", "local")),
         (1, ("--strategy", "local", "--optimizer", "sgd", "--ema", "0.99")),
+        (1, ("--strategy", "local", "--precision", "bf16")),
+        # Mostly activations.
+        (1, ("--strategy", "local", "--hidden", "2000", "2000", "--batch-size", "3000")),
         (2, ()),
         (2, ("--strategy", "sharded")),
         (2, ("--strategy", "sharded", "--zero-stage", "2", "--precision", "bf16", "--weights", "bf16")),
-        (2, ("--strategy", "sharded", "--zero-stage", "2", "--accumulate", "2")),
         (2, ("--pipeline", "2")),
-        (2, ("--tensor", "2")),
+        (4, ("--mesh", "dp=2,tp=2")),
     ],
     ids=str,
 )
