@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -146,8 +147,10 @@ def stop_trainer(job: Job, way: Way) -> None:
 
 
 def fill_disk(job: Job, way: Way) -> None:
-    """The file system of the results has no byte left when a checkpoint is written."""
+    """The file system of the results has no byte left when a checkpoint is written, not the first one."""
     job.may_end = True
+    while not list((job.out / "checkpoints").glob("step-*.safetensors")) and job.process.poll() is None:
+        time.sleep(0.05)
     with (job.out / "ballast").open("wb") as ballast:
         try:
             while True:
@@ -242,12 +245,16 @@ def outcome(fault: str, name: str, job: Job) -> Outcome:
         return Outcome(fault, name, "hangs", broken=True)
     status = status if status >= 0 else 128 - status
     before = [step for at, step in job.beats() if at <= job.fault_at]
-    after = [(at, step) for at, step in job.beats() if at > job.fault_at]
+    # A beat may have been agreed on before a rank was killed, and told after it.
+    went_on = re.search(r"go on from step (\d+)", (job.folder / "log").read_text())
+    least = int(went_on[1]) if went_on else -1
+    after = [(at, step) for at, step in job.beats() if at > job.fault_at and step > least]
     finished = (job.out / "summary.json").exists()
     good = Folder(job.out / "checkpoints", 3).newest_good() is not None
     if finished:
         seconds = after[0][0] - job.fault_at if after else None
-        lost = max(0, before[-1] - min(step for _, step in after)) if before and after else None
+        goes_on_from = least if went_on else min((step for _, step in after), default=0)
+        lost = max(0, before[-1] - goes_on_from) if before and after else None
         words = "started again" if "restart 1 of" in (job.folder / "log").read_text() else "goes on"
         return Outcome(fault, name, words, seconds, lost, status, broken=status != 0 or not good)
     broken = status == 0 or not good or not job.may_end

@@ -1,7 +1,7 @@
 """How many threads a rank may use without taking another's cores."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,22 +18,46 @@ def available_cores() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
-def cgroup_cores() -> float:
-    """CPU seconds a second that this process's control group and those around it grant; infinite without a limit."""
-    try:
-        own = next(line for line in _OWN_CGROUP.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        own = "0::/"
-    group = Path(own.removeprefix("0::"))
-    # Slurm and containers nest them: each level may set a limit.
-    levels = [_CGROUPS / str(level).lstrip("/") for level in (group, *group.parents)]
-    return min(_quota(level / "cpu.max") for level in levels)
+def granted_cores(environ: Mapping[str, str]) -> float:
+    """CPU seconds a second that this process's control group, those around it, and Slurm grant its host's ranks.
+
+    Infinite without a limit. Slurm's number counts where no affinity holds a job to its cores (TaskPlugin=task/none).
+    """
+    slurm = environ.get("SLURM_CPUS_ON_NODE", "")
+    return min(_cgroup_cores(), int(slurm) if slurm.isdecimal() and int(slurm) > 0 else float("inf"))
 
 
-def _quota(file: Path) -> float:
+def _cgroup_cores() -> float:
     try:
-        quota, period = file.read_text().split()
+        lines = _OWN_CGROUP.read_text().splitlines()
+    except OSError:
+        lines = []
+    found = [_levels(_CGROUPS, line.removeprefix("0::"), _quota) for line in lines if line.startswith("0::")]
+    # Version 1 has a tree for each controller.
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if "cpu" in controllers.split(","):
+            found.append(_levels(_CGROUPS / "cpu", group, _quota_of_version_1))
+    return min(found or [_quota(_CGROUPS)])
+
+
+def _levels(root: Path, group: str, quota: Callable[[Path], float]) -> float:
+    """Slurm and containers nest groups: each level may set a limit."""
+    return min(quota(root / str(level).lstrip("/")) for level in (Path(group), *Path(group).parents))
+
+
+def _quota(group: Path) -> float:
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
         return float("inf") if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return float("inf")
+
+
+def _quota_of_version_1(group: Path) -> float:
+    try:
+        quota, period = (int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return quota / period if quota > 0 else float("inf")
     except (OSError, ValueError):
         return float("inf")
 
@@ -53,7 +77,8 @@ def threads_of_rank(world: World) -> int:
     if asked.isdecimal() and int(asked) > 0:
         return int(asked)
     rank = world.everyone.rank if world.servers else world.rank
-    return fair_threads(rank, [Seat(host, set(cores), serves) for host, cores, serves in everyone], cgroup_cores())
+    seats = [Seat(host, set(cores), serves) for host, cores, serves in everyone]
+    return fair_threads(rank, seats, granted_cores(os.environ))
 
 
 class Seat(NamedTuple):

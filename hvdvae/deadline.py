@@ -80,6 +80,8 @@ class Watchdog:
         self.waited = 0.0
         """Seconds spent in waits so far."""
         self.seconds = seconds
+        self.part_of: Callable[[int], str] = lambda rank: ""
+        """What a rank holds of a model that several hold together, for messages."""
         self._rank, self._size = rank, size
         self._host = socket.gethostname()
         self._inquiry = inquiry
@@ -199,8 +201,9 @@ class Watchdog:
             lines.append(f"  {'also there' if together else 'waited for'}: {other}")
         if self._inquiry is not None:
             for rank in missing:
+                part = f" ({held})" if (held := self.part_of(rank)) else ""
                 lines.append(
-                    f"  waited for: rank {rank} does not answer: stopped, swapping, or its host or link is gone"
+                    f"  waited for: rank {rank}{part} does not answer: stopped, swapping, or its host or link is gone"
                 )
         elif missing:
             lines.append(

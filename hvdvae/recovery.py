@@ -11,13 +11,16 @@ Ranks that hold a model together take a step all or none of them (parallel/survi
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
 
 from hvdvae import checkpoint as checkpoints
-from hvdvae.errors import HostsChanged, PartLost, RankLost
+from hvdvae.errors import ConfigError, HostsChanged, PartLost, RankLost
 from hvdvae.resume import Position, restore, snapshot
+from hvdvae.version import __version__
 from hvdvae.world import deaths
 
 if TYPE_CHECKING:
@@ -97,9 +100,10 @@ def _catch_up(trainer: "Trainer", *, new: bool = False) -> None:
     """
     world, optimizer = trainer.world, trainer.optimizer
     mine = [trainer.stage.number, trainer.position.step]
-    found = world.gather_objects(
-        [mine, new, asdict(trainer.stage), asdict(trainer.position), trainer.best], "stages of those that are left"
-    )
+    told = [mine, new, asdict(trainer.stage), asdict(trainer.position), trainer.best, _identity(trainer)]
+    found = world.gather_objects(told, "stages of those that are left")
+    if new:
+        _check_fits(found[world.rank][-1], next(theirs for _, is_new, *_, theirs in found if not is_new))
     furthest = max(place for place, is_new, *_ in found if not is_new)
     behind = [is_new or place < furthest for place, is_new, *_ in found]
     if not any(behind):
@@ -108,8 +112,27 @@ def _catch_up(trainer: "Trainer", *, new: bool = False) -> None:
     if optimizer.parts is None:
         _take_state(trainer, leader, is_behind=behind[world.rank], new=new)
     if behind[world.rank]:
-        _, _, stage, position, trainer.best = found[leader]
+        _, _, stage, position, trainer.best, _ = found[leader]
         trainer.stage, trainer.position = type(trainer.stage)(**stage), Position(**position)
+
+
+def _identity(trainer: "Trainer") -> dict[str, Any]:
+    """What ranks that train together have alike, JSON-able."""
+    own = {key: value for key, value in trainer.configuration.items() if key not in _OF_A_RANK}
+    return {**own, "version of hvdvae": __version__, "version of torch": torch.__version__}
+
+
+_OF_A_RANK = ("device", "threads", "out", "resume", "overwrite")
+
+
+def _check_fits(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a new rank is not as those that train. Pure."""
+    for key, value in theirs.items():
+        if mine.get(key) != value:
+            raise ConfigError(
+                f"this new rank has {key} {mine.get(key)}, and those that train have {value}: start it with the same "
+                "flags, data and libraries"
+            )
 
 
 def _take_state(trainer: "Trainer", leader: int, *, is_behind: bool, new: bool) -> None:

@@ -152,7 +152,7 @@ def part_of(trainer: "Trainer", checkpoint: Source) -> Source:
     return PartOfCheckpoint(optimizer.parts, checkpoint, optimizer.numbered, trainer.model)
 
 
-FIXED = ("seed", "binarization", "likelihood")
+FIXED = ("seed", "binarization", "likelihood", "data_digest")
 """Keys of the configuration that a resume may not change: data order and what the loss measures follow from them."""
 
 
@@ -164,7 +164,8 @@ def _check_same_run(trainer: "Trainer", checkpoint: Source) -> None:
     for key, value in mine.items():
         if key in saved and saved[key] != value:
             what = "an epoch of" if key == "examples" else f"--{key}"
-            hint = "the same --data and --validation" if key == "examples" else f"--{key} {saved[key]}"
+            what = "data of digest" if key == "data_digest" else what
+            hint = "the same --data and --validation" if key in ("examples", "data_digest") else f"--{key} {saved[key]}"
             raise CheckpointError(
                 f"{file} was trained with {what} {saved[key]}{' examples' if key == 'examples' else ''}, this run has "
                 f"{value}: resume with {hint}, or start anew in another --out"

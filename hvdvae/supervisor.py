@@ -2,14 +2,15 @@
 
 One process beside the launcher, for what no rank can do: all ranks may be dead, and the launcher may not have noticed.
 
-    the command ends with 0 and has its results, or with an error
-    that only its user can mend                                         the same status
+    the command ends with 0 and has its results, whatever signal came,
+    or with an error that only its user can mend                        the same status
     it ends with 0 and without results: a launcher that has lost a
     host has been seen to do so                                         taken to have failed
     it fails, or is ended below                                        once more with --resume, after a pause
-    it says that it ends (DYING), and does not within DYING_SECONDS    it is ended
+    it says that it ends (DYING), and for DYING_SECONDS nothing more   it is ended
     it says nothing for `silence` seconds                              it is ended
-    SIGINT, SIGTERM or SIGUSR1 comes                                   it gets SIGUSR1: save, leave, and stay away
+    SIGINT, SIGTERM, SIGHUP or SIGUSR1 comes                           it gets SIGUSR1: save, leave, and stay away
+    the supervisor is killed                                           the kernel sends it SIGTERM
 """
 
 import ctypes
@@ -32,6 +33,8 @@ from hvdvae.signals import STOPPING
 
 DYING = re.compile(rb"hvdvae: (deadline of .* exceeded|uncaught exception on rank|error)")
 """What ranks say before they end the job. A launcher that lost a host has been seen to go on without any rank."""
+FINISHED = b"hvdvae: finished, results in "
+"""What rank 0 says last."""
 DYING_SECONDS = 60.0
 END_SECONDS = 10.0
 """Between SIGTERM and SIGKILL."""
@@ -40,7 +43,8 @@ MENDED_BY_USERS = (2, 126, 127)
 """Exit statuses that would be the same again: our own errors, and a command that cannot be run."""
 LOST_STATUS = 75
 """EX_TEMPFAIL, as of a deadline."""
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,24 +66,32 @@ class End(NamedTuple):
     status: int
     """As a shell has it: 128 and the number of the signal that ended it."""
     signal: int
-    """That somebody sent to the supervisor, or to the ranks, to stop it; 0: nobody."""
+    """That somebody sent to the supervisor, or to the ranks, to stop it; 0: nobody, or it was done by then."""
+    said_finished: bool = False
+    """Whether it said that it has its results (FINISHED)."""
+    for_good: bool = False
+    """Whether a signal came that does not announce a later stretch: not SIGUSR1 alone."""
 
 
-def supervise(command: Sequence[str], policy: Policy, has_results: Callable[[float], bool]) -> End:
+def supervise(command: Sequence[str], policy: Policy, results: Callable[[], object] | None) -> End:
     """Run a command until it has done its work, or nothing helps. Blocks; only the main thread can call it.
 
-    `has_results`: whether a command that has ended with 0, and was started at this time (seconds since the epoch), has.
-    Mutates the signal handlers of the process while it runs, and makes orphans of the command children of this process.
+    `results`: what stands where its results will, another value once they do, and None for nothing; no function where
+    its status is proof enough. Mutates the signal handlers of the process while it runs, and makes orphans of the
+    command children of this process.
     """
     _adopt_orphans()
     with _noted_signals() as received:
         for failures in range(policy.restarts + 1):
-            words, start = list(command) if not failures else _resuming(command), time.time()
-            end = _run(words, policy, received)
-            if end.status == 0 and not end.signal and not has_results(start):
-                _say("the launcher ended with 0, and the job has no results")
-                end = End(LOST_STATUS, 0)
-            if end.signal or end.status == 0 or end.status in MENDED_BY_USERS:
+            before = results() if results is not None else None
+            end = _run(list(command) if not failures else _resuming(command), policy, received)
+            if end.status == 0:
+                if results is None or end.said_finished or results() not in (None, before):
+                    return End(0, 0)
+                if not end.signal:
+                    _say("the launcher ended with 0, and the job has no results")
+                end = end._replace(status=128 + end.signal if end.signal else LOST_STATUS)
+            if end.signal or end.status in MENDED_BY_USERS:
                 return end
             if failures == policy.restarts:
                 _say(f"ended with status {end.status}; no restart is left of {policy.restarts} (--restarts)")
@@ -88,7 +100,7 @@ def supervise(command: Sequence[str], policy: Policy, has_results: Callable[[flo
             _say(f"ended with status {end.status}; restart {failures + 1} of {policy.restarts} in {pause:g} s")
             _sleep(pause, until=lambda: bool(received))
             if received:
-                return End(128 + received[0], received[0])
+                return End(128 + received[0], received[0], for_good={*received} != {signal.SIGUSR1})
     raise AssertionError("a loop of at least one turn returns")
 
 
@@ -96,7 +108,12 @@ def _run(command: Sequence[str], policy: Policy, received: list[int]) -> End:
     """Once."""
     try:
         job = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
     except OSError as error:
         _say(f"{command[0]}: {error.strerror or error}")
@@ -121,17 +138,18 @@ def _run(command: Sequence[str], policy: Policy, received: list[int]) -> End:
     words.close()
     status = job.returncode if job.returncode >= 0 else 128 - job.returncode
     if received:
-        return End(status or 128 + received[0], received[0])
+        return End(status, received[0], words.said_finished, {*received} != {signal.SIGUSR1})
     # Ranks that got the signal themselves, as from `scancel --signal` or sbatch's --signal without B:.
     stopped = status - 128 if status - 128 in STOPPING and not reason else 0
-    return End(status, stopped)
+    return End(status, stopped, words.said_finished, stopped not in (0, signal.SIGUSR1))
 
 
 def _reason_to_end(words: "_Words", policy: Policy, asked_at: float | None, now: float) -> str:
     if asked_at is not None and now - asked_at > policy.grace:
         return f"the job has not left {policy.grace:g} s after a signal (--grace)"
-    if words.dying_since and now - words.dying_since > DYING_SECONDS:
-        return f"the job said {DYING_SECONDS:g} s ago that it ends, and its launcher goes on"
+    # Who goes on talking lives: it was one rank of those that others go on without.
+    if words.said_dying and now - words.last > DYING_SECONDS:
+        return f"the job said that it ends, and nothing for {DYING_SECONDS:g} s, and its launcher goes on"
     if now - words.last > policy.silence:
         return f"the job has said nothing for {policy.silence:g} s (--silence)"
     return ""
@@ -142,7 +160,7 @@ class _Words:
 
     def __init__(self, job: "subprocess.Popen[bytes]") -> None:
         self.last = time.monotonic()
-        self.dying_since = 0.0
+        self.said_dying = self.said_finished = False
         pipes = ((job.stdout, sys.stdout), (job.stderr, sys.stderr))
         self._threads = [threading.Thread(target=self._pass_on, args=pair, daemon=True) for pair in pipes]
         for thread in self._threads:
@@ -154,8 +172,8 @@ class _Words:
             self.last = time.monotonic()
             # A line may come in two pieces.
             tail = (tail + some)[-200 - len(some) :]
-            if not self.dying_since and DYING.search(tail):
-                self.dying_since = self.last
+            self.said_dying |= bool(DYING.search(tail))
+            self.said_finished |= FINISHED in tail
             with suppress(OSError):  # Whoever listened has gone; the job goes on, and must not block on a full pipe.
                 os.write(to.fileno(), some)
 
@@ -206,7 +224,9 @@ def _noted_signals() -> Iterator[list[int]]:
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in STOPPING}
+    # Ignored where nohup, or a shell, wants the job to outlive a terminal.
+    heard = [*STOPPING, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield received
     finally:
@@ -222,8 +242,14 @@ def _sleep(seconds: float, *, until: Callable[[], bool]) -> None:
 
 def _adopt_orphans() -> None:
     """Whatever a launcher leaves behind becomes a child of this process, which can then end it. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _end_with_parent() -> None:
+    """In the command, before it begins: SIGTERM for it where its supervisor is killed."""
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _say(text: str) -> None:

@@ -13,4 +13,7 @@ case $(mpirun --version 2>&1 || true) in
 esac
 [ -z "${HOSTS:-}" ] || flags+=(-H "$HOSTS")
 read -r -a more <<< "${HVDVAE_HOROVODRUN_FLAGS:-}"
-exec horovodrun -np "$ranks" "${flags[@]}" "${more[@]}" hvdvae "$@"
+launch=(horovodrun -np "$ranks" "${flags[@]}" "${more[@]}" hvdvae "$@")
+# The mpirun below has been seen to end with 0, and not to end at all, where it had lost a host.
+[ "${1:-}" != train ] || launch=(hvdvae supervise --restarts 0 -- "${launch[@]}")
+exec "${launch[@]}"

@@ -47,8 +47,8 @@ class Folder:
         return path
 
     def newest_good(self) -> Path | None:
-        """The newest whole checkpoint, or None; torn ones are named on stderr and passed over."""
-        for path in self.steps():
+        """The newest whole checkpoint, else the best, or None; torn ones are named on stderr and passed over."""
+        for path in [*self.steps(), *([self.best] if self.best.exists() else [])]:
             try:
                 with opened(path):
                     return path

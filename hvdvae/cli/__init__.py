@@ -44,9 +44,11 @@ def _fail(message: str, status: int) -> int:
     if launch.rank > 0:
         # Most errors are the same on all ranks: the first says it, and its abort ends the others before they repeat it.
         time.sleep(1.0)
+    # Of one that the others train on without, a supervisor must not think that the job ends.
+    what = "error" if not launch.enters else "a new rank cannot join"
     where = f" (rank {launch.rank} of {launch.size})" if launch.size > 1 else ""
     sys.stdout.flush()
-    sys.stderr.write(f"hvdvae: error{where}: {message}\n")
+    sys.stderr.write(f"hvdvae: {what}{where}: {message}\n")
     sys.stderr.flush()
     if launch.size > 1 and not launch.enters:  # Those whom a new rank was to join go on without it.
         abort_job(status)

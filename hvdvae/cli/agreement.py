@@ -54,7 +54,7 @@ def check_same_data(dataset: Dataset, world: World) -> None:
             "shape": list(source.shape),
             "dtype": str(source.dtype),
             "peak": source.peak,
-            "digest": _digest(source),
+            "digest": digest(source),
         }
         for split, source in (("train", dataset.train), ("validation", dataset.validation), ("test", dataset.test))
     }
@@ -73,7 +73,7 @@ def _words(form: dict[str, Any]) -> str:
     return f"{content}, digest {form['digest']}"
 
 
-def _digest(source: Source) -> str:
+def digest(source: Source) -> str:
     """Of examples spread over all of it: reading it whole could take longer than training on it."""
     if not len(source):
         return "none"

@@ -50,10 +50,10 @@ def examine() -> Iterator[Finding]:
 
     yield checks.launcher(os.environ)
     if not torch.error:
-        from hvdvae.cores import available_cores, cgroup_cores
+        from hvdvae.cores import available_cores, granted_cores
 
         ranks = max(2, detect(os.environ).local_size)
-        yield checks.cores(len(available_cores()), cgroup_cores(), ranks)
+        yield checks.cores(len(available_cores()), granted_cores(os.environ), ranks)
     for engine, code, needed in (("mpi", probes.PAIR_MPI, mpi), ("horovod", probes.PAIR_HOROVOD, horovod)):
         if path is not None and not needed.error:
             yield checks.pair(engine, _launch(path, maker, code))

@@ -54,6 +54,8 @@ def closing(summary: dict[str, Any], folder: Path, pictures: list[Path]) -> str:
         f"  {'checkpoints:':<16} {folder / 'checkpoints'}",
         f"  {'curves:':<16} tensorboard --logdir {folder / 'tensorboard'}",
         f"  {'numbers:':<16} {folder / 'summary.json'}, {folder / 'metrics.jsonl'}",
+        # A supervisor waits for these words (supervisor.py).
+        f"hvdvae: finished, results in {folder}",
     ]
     return "\n".join(lines)
 

@@ -1,12 +1,13 @@
 """Where every rank runs, as a table at the start of a run, and what is wrong with it."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
 from hvdvae.cli.results import versions
-from hvdvae.cores import available_cores, cgroup_cores
+from hvdvae.cores import available_cores, granted_cores
 from hvdvae.errors import WorldError
 from hvdvae.launcher import Launch
 from hvdvae.world import World
@@ -35,7 +36,7 @@ def placement(world: World, threads: int) -> list[Place]:
     """All ranks, by rank, on all ranks. Blocks; every rank, servers too, must call it."""
     if world.everyone is not None:
         from hvdvae.world.mpi import library_version
-    quota = cgroup_cores()
+    quota = granted_cores(os.environ)
     mine = Place(
         world.everyone.rank if world.servers else world.rank,
         world.host,
@@ -107,10 +108,16 @@ def table(places: Sequence[Place]) -> str:
 
 
 def crowded(places: Sequence[Place]) -> list[str]:
-    """A warning for each host whose ranks have more threads than it has cores for them. Pure."""
+    """A warning for each host whose ranks share a GPU, or have more threads than it has cores for them. Pure."""
     warnings = []
     for host in dict.fromkeys(place.host for place in places):
         here = [place for place in places if place.host == host]
+        for device, together in Counter(place.device for place in here if place.device.startswith("cuda")).items():
+            if together > 1:
+                warnings.append(
+                    f"{host}: {together} ranks share {device}: start as many ranks there as it has GPUs, or give "
+                    "--device"
+                )
         cores = min(len(set[int]().union(*(place.cores for place in here))), here[0].quota or float("inf"))
         threads = sum(place.threads for place in here)
         if threads > cores:

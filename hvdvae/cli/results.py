@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from hvdvae.cli.config_file import CONFIG_FILE
+from hvdvae.cli.folder_lock import hold, release
 from hvdvae.config import TrainConfig
 from hvdvae.errors import ConfigError
 from hvdvae.monitor.jsonl import finite
@@ -37,19 +38,24 @@ def prepare_folder(config: TrainConfig, world: World) -> Path:
     default = f"runs/{data}-{config.model}-{config.strategy}-{stamp}"
     folder = Path(world.gather_objects(config.out or default, "agreement on --out")[0])
     if world.is_first:
-        _claim(folder, config)
+        earlier = _claim(folder, config)
+        # Before anything is deleted: another run may be writing it.
+        hold(folder)
+        _delete(folder, earlier)
+        world.on_close(lambda: release(folder))
     world.barrier("rank 0 makes the folder of results")
     return folder
 
 
-def _claim(folder: Path, config: TrainConfig) -> None:
+def _claim(folder: Path, config: TrainConfig) -> list[str]:
+    """Make the folder; returns what may be deleted in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {folder}: cannot be made a folder ({error.strerror or error})") from error
     earlier = [name for name in RESULTS if (folder / name).exists()]
     if not earlier or config.resume:
-        return
+        return []
     if not config.overwrite:
         raise ConfigError(
             f"--out {folder} holds an earlier run ({', '.join(earlier)}): continue it with --resume, delete it with "
@@ -60,9 +66,14 @@ def _claim(folder: Path, config: TrainConfig) -> None:
             f"--overwrite: {folder} holds {', '.join(earlier)}, but no config.yaml, summary.json or metrics.jsonl of a "
             "training run: delete them yourself if they may go, or choose another folder with --out"
         )
-    for name in earlier:
+    return earlier
+
+
+def _delete(folder: Path, names: list[str]) -> None:
+    for name in names:
         path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # Of a link, the link alone.
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _is_a_run(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 The scripts in launch/slurm/ are its output with "$@" for the options of train.
 """
 
+import re
 import shlex
 import sys
 
@@ -24,6 +25,11 @@ def slurm(options: SlurmOptions) -> int:
     """Print the script. Returns the exit status; raises ConfigError."""
     if not any(word.split("=")[0] == "--out" for word in options.train):
         raise ConfigError("slurm: found no --out among the options of train, expected one: each stretch goes on there")
+    if _seconds(options.time) <= 2 * WARNING_SECONDS:
+        raise ConfigError(
+            f"--time is {options.time}, expected more than {2 * WARNING_SECONDS // 60} minutes: a job is warned "
+            f"{WARNING_SECONDS // 60} before its end, and has to come further before that"
+        )
     if options.gpus_per_node and options.ntasks_per_node - options.servers // options.nodes > options.gpus_per_node:
         raise ConfigError(
             f"--ntasks-per-node {options.ntasks_per_node} with --gpus-per-node {options.gpus_per_node}: ranks would "
@@ -36,6 +42,17 @@ def slurm(options: SlurmOptions) -> int:
         )
     sys.stdout.write(script(options, shlex.join(options.train)))
     return 0
+
+
+def _seconds(time: str) -> int:
+    """Of a limit as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises ConfigError. Pure."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if found is None:
+        raise ConfigError(f"--time is {time!r}, expected minutes, H:MM:SS or D-H:MM:SS, as sbatch takes it")
+    days, *rest = found.groups()
+    numbers = [int(number) for number in rest if number is not None]
+    units = (3600, 60, 1) if days is not None or len(numbers) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(number * unit for number, unit in zip(numbers, units, strict=False))
 
 
 def script(options: SlurmOptions, train: str) -> str:
@@ -82,6 +99,6 @@ while [ "$status" -eq 138 ] && kill -0 "$job" 2>/dev/null; do  # A signal ends `
     wait "$job" || status=$?
 done
 if [ "$status" -eq 0 ]; then  # All epochs are done: what is left of the array is not needed.
-    scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"
+    scancel --state=PENDING "$SLURM_ARRAY_JOB_ID" || true
 fi
 exit "$status\""""

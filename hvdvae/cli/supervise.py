@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hvdvae.cli.options import SuperviseOptions
 from hvdvae.errors import ConfigError
-from hvdvae.supervisor import Policy
+from hvdvae.supervisor import MENDED_BY_USERS, Policy
 from hvdvae.supervisor import supervise as run
 
 NAMES_A_FOLDER = ("--out", "--config")
@@ -30,23 +30,42 @@ def supervise(options: SuperviseOptions) -> int:
     if options.requeue and job is None:
         raise ConfigError("--requeue: found no SLURM_JOB_ID, expected a Slurm job: use sbatch, or drop --requeue")
     policy = Policy(restarts=options.restarts, backoff=options.backoff, silence=options.silence, grace=options.grace)
-    end = run(command, policy, lambda start: _has_results(command, start))
-    # Not after SIGTERM: that is how scancel ends a job for good, and Slurm requeues by itself what it preempts.
-    if end.signal == signal.SIGUSR1 and options.requeue and job is not None:
-        return _requeue(job)
-    return end.status
-
-
-def _has_results(command: Sequence[str], start: float) -> bool:
-    """Whether the run wrote its summary since then; for commands that are no `hvdvae train --out DIR`, their status."""
-    words = list(itertools.chain.from_iterable(word.split("=", 1) if word[:2] == "--" else [word] for word in command))
+    words = _words(command)
+    folder = Path(words[len(words) - words[::-1].index("--out")]) if "--out" in words[:-1] else None
+    before = _checkpoints(folder)
     # A launch on other hosts may be one word, for their shell.
     trains = any("train" in word.split() for word in words)
-    if not trains or "--out" not in words[:-1]:
-        return True
-    summary = Path(words[len(words) - words[::-1].index("--out")]) / "summary.json"
-    # File systems round times.
-    return summary.exists() and summary.stat().st_mtime >= start - 2
+    end = run(command, policy, (lambda: _written(folder and folder / "summary.json")) if trains else None)
+    # Not after SIGTERM: that is how scancel ends a job for good, and Slurm requeues by itself what it preempts.
+    if not options.requeue or job is None or end.signal != signal.SIGUSR1 or end.for_good:
+        return end.status
+    if end.status in MENDED_BY_USERS:
+        return end.status
+    if folder is not None and folder.is_dir() and _checkpoints(folder) == before:
+        sys.stderr.write(
+            f"hvdvae supervise: {folder} has no checkpoint of this stretch: the next would not come further, so it is "
+            "not requeued; ask for more time\n"
+        )
+        return end.status
+    return _requeue(job)
+
+
+def _words(command: Sequence[str]) -> list[str]:
+    """With --flag=value as two."""
+    return list(itertools.chain.from_iterable(word.split("=", 1) if word[:2] == "--" else [word] for word in command))
+
+
+def _written(path: Path | None) -> tuple[int, int] | None:
+    """What tells one writing of a file from another, whatever the clocks say; None where there is none."""
+    try:
+        found = path.stat() if path is not None else None
+    except OSError:
+        return None
+    return (found.st_ino, found.st_mtime_ns) if found is not None else None
+
+
+def _checkpoints(folder: Path | None) -> set[tuple[int, int] | None]:
+    return {_written(path) for path in folder.glob("checkpoints/step-*.safetensors")} if folder is not None else set()
 
 
 def _requeue(job: str) -> int:

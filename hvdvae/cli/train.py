@@ -12,7 +12,7 @@ from torch import nn
 from hvdvae import checkpoint as checkpoints
 from hvdvae.checkpoint import Source
 from hvdvae.cli import assemble
-from hvdvae.cli.agreement import agreed_config
+from hvdvae.cli.agreement import agreed_config, digest
 from hvdvae.cli.asked import Asked
 from hvdvae.cli.assessment import Pictures, assess, validation_numbers
 from hvdvae.cli.config_file import CONFIG_FILE, write_config
@@ -22,7 +22,7 @@ from hvdvae.cli.results import keep_speed, prepare_folder, versions, write_json
 from hvdvae.config import TrainConfig
 from hvdvae.cores import threads_of_rank
 from hvdvae.data import Dataset, Loader, check_dataset, mean_example
-from hvdvae.errors import ConfigError
+from hvdvae.errors import CheckpointError, ConfigError
 from hvdvae.launcher import detect
 from hvdvae.monitor import Monitor
 from hvdvae.monitor.jsonl import JsonLines
@@ -111,6 +111,8 @@ def train(asked: Asked) -> int:
             )
         world.close()
         return exit_status(outcome)
+    # A warning that time is up: all is saved, and the test may still end in time.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     surviving(trainer, lambda: _conclude(config, trainer, model, dataset, pictures, folder, outcome, started))
     world.close()
     return 0
@@ -205,7 +207,10 @@ def _trainer(
         checkpoint_every=config.checkpoint_every,
         validate=validate,
         validate_every=config.validate_every,
-        config={name: getattr(config, name) for name in TrainConfig.__dataclass_fields__},
+        config={
+            **{name: getattr(config, name) for name in TrainConfig.__dataclass_fields__},
+            "data_digest": digest(dataset.train),
+        },
         pipeline=pipeline,
     )
     if resumed is not None:
@@ -219,7 +224,12 @@ def _newest(folder: Path, config: TrainConfig, world: World) -> Source | None:
         return None
     found: Path | None = None
     if world.is_first:
-        found = checkpoints.Folder(folder / "checkpoints", config.keep).newest_good()
+        kept = checkpoints.Folder(folder / "checkpoints", config.keep)
+        found = kept.newest_good()
+        if found is None and kept.steps():
+            raise CheckpointError(
+                f"--resume: no checkpoint in {kept.folder} is whole: delete them to start anew, or choose another --out"
+            )
         if found is None:
             say(f"--resume: no checkpoint in {folder / 'checkpoints'} yet, starting anew")
     return checkpoints.spread(found, world)

@@ -30,7 +30,8 @@ _libc.sem_open.restype = ctypes.c_void_p
 _libc.sem_open.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_uint)
 for _name in ("sem_post", "sem_trywait", "sem_close"):
     getattr(_libc, _name).argtypes = (ctypes.c_void_p,)
-_libc.sem_timedwait.argtypes = (ctypes.c_void_p, ctypes.POINTER(_Timespec))
+# Not sem_timedwait: its clock may be set back while somebody sleeps by it.
+_libc.sem_clockwait.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_Timespec))
 
 
 class Doorbell:
@@ -63,9 +64,9 @@ class Doorbell:
 
     def sleep(self) -> None:
         """Return when rung, or after a while. Rings that came before are spent by it."""
-        until = time.time() + self._sleep
+        until = time.clock_gettime(time.CLOCK_MONOTONIC) + self._sleep
         limit = _Timespec(int(until), int(until % 1 * 1e9))
-        if _libc.sem_timedwait(self._mine, ctypes.byref(limit)) == 0:
+        if _libc.sem_clockwait(self._mine, time.CLOCK_MONOTONIC, ctypes.byref(limit)) == 0:
             while _libc.sem_trywait(self._mine) == 0:
                 pass
 

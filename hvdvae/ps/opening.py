@@ -37,9 +37,13 @@ def open_channel(
     rank: int = comm.rank
     token = _token(comm)
     host: Any = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    neighbours: list[int] = host.allgather(rank)
+    ranks = np.zeros(host.size, np.int64)
+    host.Allgather(np.array([rank], np.int64), ranks)
+    neighbours = ranks.tolist()
     mine = (2 * lengths[0] + lengths[1]) * dtype.itemsize if rank < workers else 0
-    shares = may_share and host.size > 1 and fits(host, host.allreduce(mine, MPI.MAX))
+    largest = np.array([mine], np.int64)
+    host.Allreduce(MPI.IN_PLACE, largest, op=MPI.MAX)
+    shares = may_share and host.size > 1 and fits(host, int(largest[0]))
     bell = Doorbell(token, rank)
     vectors = {}
     if mine:

@@ -242,6 +242,7 @@ class Strategy(Optimizer):
         """Train this part of a model that several ranks hold: norm and checkpoints are the whole model's. Local."""
         parts.check(self.param_groups)
         self.parts, self.own = parts, parts.own(self.flat)
+        parts.groups.whole.watchdog.part_of = lambda rank: parts.groups.mesh.part(rank)
         # Who dies takes a part of the model along: others must hold it, too.
         self.recovers = self.recovers and parts.groups.whole.survives_deaths
         if self.recovers:

@@ -268,8 +268,10 @@ class World:
             try:
                 yield
             except Exception as error:
-                if self.size == 1 or not self.survives_deaths or not deaths.tells_of_a_death(error):
+                if self.size == 1 or not deaths.tells_of_a_death(error):
                     raise
+                if not self.survives_deaths:
+                    raise deaths.failed(self, what, error) from error
                 deaths.end_waits(self)
                 raise deaths.lost(self, what) from error
 

@@ -33,6 +33,14 @@ def lost(world: "World", what: str) -> RankLost:
     )
 
 
+def failed(world: "World", what: str, error: Exception) -> RankLost:
+    """The error where nobody can go on, nor tell whether a rank has died or two disagree. Local."""
+    return RankLost(
+        f"{type(error).__name__} during {what}, step {world.watchdog.step} ({str(error).strip().splitlines()[0]}): "
+        "where a rank has died, continue from the last checkpoint with --resume"
+    )
+
+
 def end_waits(world: "World") -> None:
     """End the others' waits for this rank, which leaves what it is in, as a rank has died. Blocks for Horovod."""
     for one in world.kin:

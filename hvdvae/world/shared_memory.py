@@ -11,8 +11,8 @@ is summed by one rank, so all ranks hold the same bits. The memory is given back
 
 import shutil
 from collections.abc import Iterator
-from typing import Any
 
+import numpy as np
 import torch
 from mpi4py import MPI
 from torch import Tensor
@@ -112,5 +112,7 @@ def fits(comm: MPI.Intracomm, bytes_each: int) -> bool:
         room = shutil.disk_usage(_BACKING).free
     except OSError:
         room = 0
-    good: Any = comm.allreduce(int(same_host and 2 * bytes_each * comm.size < room), op=MPI.MIN)
-    return bool(good) and bytes_each > 0
+    # An array: MPI would pickle a number.
+    good = np.array([same_host and 2 * bytes_each * comm.size < room], np.int32)
+    comm.Allreduce(MPI.IN_PLACE, good, op=MPI.MIN)
+    return bool(good[0]) and bytes_each > 0

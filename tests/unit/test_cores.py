@@ -43,13 +43,37 @@ def test_the_control_groups_quota(
 ) -> None:
     monkeypatch.setattr(cores, "_CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(cores, "_OWN_CGROUP", tmp_path / "own")
-    assert cores.cgroup_cores() == UNLIMITED
+    assert cores.granted_cores({}) == UNLIMITED
     (tmp_path / "cgroup" / "job" / "step").mkdir(parents=True)
     for place in ("cgroup", "cgroup/job", "cgroup/job/step"):
         (tmp_path / "own").write_text("0::/job/step\n")
         (tmp_path / place / "cpu.max").write_text(content)
-        assert cores.cgroup_cores() == expected
+        assert cores.granted_cores({}) == expected
         (tmp_path / place / "cpu.max").unlink()
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("150000", 1.5), ("-1", UNLIMITED)])
+def test_the_quota_of_control_groups_of_version_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, expected: float
+) -> None:
+    monkeypatch.setattr(cores, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(cores, "_OWN_CGROUP", tmp_path / "own")
+    (tmp_path / "own").write_text("11:memory:/other\n4:cpu,cpuacct:/job/step\n0::/\n")
+    job = tmp_path / "cgroup" / "cpu" / "job"
+    job.mkdir(parents=True)
+    (job / "cpu.cfs_quota_us").write_text(quota + "\n")
+    (job / "cpu.cfs_period_us").write_text("100000\n")
+    assert cores.granted_cores({}) == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"), [({"SLURM_CPUS_ON_NODE": "3"}, 3.0), ({"SLURM_CPUS_ON_NODE": ""}, 8.0)]
+)
+def test_slurm_counts_where_no_affinity_holds_a_job_to_its_cores(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], expected: float
+) -> None:
+    monkeypatch.setattr(cores, "_cgroup_cores", lambda: 8.0)
+    assert cores.granted_cores(environ) == expected
 
 
 def test_one_process_takes_what_it_may_run_on() -> None:

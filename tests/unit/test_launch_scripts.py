@@ -58,7 +58,8 @@ def test_mpirun(tmp_path: Path, version: str, flags: list[str]) -> None:
 def test_horovodrun(tmp_path: Path, version: str, flags: list[str]) -> None:
     status, words = run(tmp_path, "horovodrun.sh", version, "4", "train", "--out", "a folder", HOSTS="a:2,b:2")
     assert status == 0
-    assert words == ["-np", "4", *flags, "-H", "a:2,b:2", "hvdvae", "train", "--out", "a folder"]
+    supervised = ["supervise", "--restarts", "0", "--", "horovodrun"]
+    assert words == [*supervised, "-np", "4", *flags, "-H", "a:2,b:2", "hvdvae", "train", "--out", "a folder"]
 
 
 @pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh"])

@@ -1,11 +1,14 @@
 """Which rank stands where, and what a mesh that does not fit is told."""
 
 import re
+from typing import Any
 
 import pytest
 from torch import nn
 
+from hvdvae.cli.assemble import mesh_of
 from hvdvae.cli.narration import several
+from hvdvae.config import TrainConfig
 from hvdvae.errors import ConfigError
 from hvdvae.parallel.mesh import Mesh, parse, places_of
 from hvdvae.parallel.tensor import pairs_of
@@ -52,6 +55,35 @@ def test_what_is_left_out_is_one(text: str, expected: dict[str, int]) -> None:
 def test_what_is_no_mesh_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--mesh is .*expected dp=\.\.,pp=\.\.,tp=\.\. with counts from 1"):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor": 3}, "--tensor 3: a model takes 3 ranks then, and 2 are no multiple"),
+        ({"mesh": "dp=2,tp=2"}, "--mesh dp=2,tp=2 is of 4 ranks, but 2 train"),
+        ({"mesh": "rows=2"}, "--mesh is 'rows=2'"),
+        ({"tensor": 2, "compile": True}, "--compile does not go with a model that is split (--tensor, --pipeline)"),
+        ({"pipeline": 2, "precision": "fp16"}, "--precision fp16 does not go with a model that is split"),
+        ({"tensor": 2, "compression": "int8"}, "--compression does not go with a model that is split"),
+        (
+            {"pipeline": 2, "strategy": "sharded", "zero_stage": 2},
+            "--zero-stage 2 does not go with a model in stages (--pipeline)",
+        ),
+        ({"micro_batches": 4}, "--micro-batches is for models in stages"),
+        (
+            {"pipeline": 2, "recompute": True, "model": "conv", "batch_norm": True},
+            "--recompute with --batch-norm would count each batch twice",
+        ),
+    ],
+)
+def test_what_does_not_go_with_a_split_model_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        mesh_of(TrainConfig(**options), 2)
+
+
+def test_sharded_gradients_go_with_split_layers() -> None:
+    assert mesh_of(TrainConfig(tensor=2, strategy="sharded", zero_stage=2), 4) == Mesh(2, tp=2)
 
 
 def test_a_mesh_is_read_back_from_its_text() -> None:

@@ -36,6 +36,13 @@ def test_a_host_with_more_threads_than_cores_is_named() -> None:
     assert "a has 1.5 cores for 2 threads" in warning
 
 
+def test_ranks_that_share_a_gpu_are_named() -> None:
+    assert crowded([place(0, device="cuda:0"), place(1, "b", device="cuda:0"), place(2, role="serves")]) == []
+    shared = [place(rank, device=f"cuda:{rank % 2}", cores=[0, 1, 2]) for rank in range(3)]
+    (warning,) = crowded(shared)
+    assert "a: 2 ranks share cuda:0: start as many ranks there as it has GPUs" in warning
+
+
 def test_hosts_with_other_libraries_are_named() -> None:
     check_versions([place(0), place(1, "b")])
     with pytest.raises(WorldError, match=r"torch is 3 on rank 1 \(b\) and 2 on rank 0 \(a\)"):

@@ -51,7 +51,7 @@ def test_overwrite_deletes_the_results_of_a_run(tmp_path: Path, mark: str) -> No
     else:
         (tmp_path / mark).write_text(MARKS[mark])
     assert prepared(tmp_path, overwrite=True) == tmp_path
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "lock", "notes.txt"]
 
 
 def test_json_has_no_nan(tmp_path: Path) -> None:

@@ -53,3 +53,15 @@ def test_options_reach_the_script_as_they_are(
 def test_bad_requests(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["slurm", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("time", ["4", "00:04:00", "3:59", "0-00:02:30", "soon", "1:2:3:4:5"])
+def test_times_that_leave_no_room_to_come_further_are_refused(time: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["slurm", "--time", time, "--", "--out", "run"]) == 2
+    assert "--time is" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("time", ["5", "4:01", "00:10:00", "1-0", "2-12:30", "2-12:30:05"])
+def test_times_as_sbatch_takes_them(time: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["slurm", "--time", time, "--", "--out", "run"]) == 0
+    assert f"#SBATCH --time={time}\n" in capfd.readouterr().out

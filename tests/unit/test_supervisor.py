@@ -191,6 +191,78 @@ def test_a_job_is_requeued_after_a_signal(tmp_path: Path) -> None:
     assert "requeueing Slurm job 7" in said
 
 
+@pytest.mark.parametrize(
+    ("body", "status", "requeued"),
+    [
+        # Saved, and left.
+        ("pathlib.Path('here/checkpoints/step-2.safetensors').write_text(''); sys.exit(138)", 0, True),
+        # Left without a step further, as at a final test that takes longer than a stretch.
+        ("sys.exit(138)", 138, False),
+        # Came to its end meanwhile.
+        ("finish()", 0, False),
+        # Could not save.
+        ("pathlib.Path('here/checkpoints/step-2.safetensors').write_text(''); sys.exit(2)", 2, False),
+    ],
+)
+def test_what_would_come_no_further_is_not_requeued(tmp_path: Path, body: str, status: int, requeued: bool) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    (tmp_path / "here" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "here" / "checkpoints" / "step-1.safetensors").write_text("")
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    warned = f"def warned(number, frame):\n    {body}\nsignal.signal(signal.SIGUSR1, warned)\ntime.sleep(60)"
+    job = Supervised(tmp_path, warned, "--requeue", SLURM_JOB_ID="7", PATH=path)
+    job.await_calls(1)
+    time.sleep(0.2)
+    job.process.send_signal(signal.SIGUSR1)
+    found, said = job.finish()
+    assert found == status, said
+    assert (tmp_path / "asked").exists() == requeued
+    assert ("has no checkpoint of this stretch" in said) == (status == 138)
+
+
+def test_a_job_that_is_cancelled_while_it_saves_is_not_requeued(tmp_path: Path) -> None:
+    body = "def save(number, frame):\n    time.sleep(1.0)\n    sys.exit(138)\nsignal.signal(signal.SIGUSR1, save)\n"
+    job = Supervised(tmp_path, body + "time.sleep(60)", "--requeue", SLURM_JOB_ID="7")
+    job.await_calls(1)
+    time.sleep(0.2)
+    job.process.send_signal(signal.SIGUSR1)
+    time.sleep(0.3)
+    job.process.send_signal(signal.SIGTERM)
+    status, said = job.finish()
+    assert status == 138
+    assert "requeueing" not in said
+
+
+def test_the_job_does_not_outlive_a_supervisor_that_is_killed(tmp_path: Path) -> None:
+    job = Supervised(tmp_path, "print(os.getpid(), flush=True); time.sleep(60)")
+    assert job.process.stdout is not None
+    rank = int(job.process.stdout.readline())
+    job.process.kill()
+    psutil.Process(rank).wait(20)
+    job.finish()
+
+
+def test_a_terminal_that_is_closed_makes_the_job_save_and_leave(tmp_path: Path) -> None:
+    job = Supervised(tmp_path, "time.sleep(60)")
+    job.await_calls(1)
+    time.sleep(0.2)
+    job.process.send_signal(signal.SIGHUP)
+    status, said = job.finish()
+    assert status == 138
+    assert "saved" in said
+
+
+def test_a_run_that_names_no_folder_has_to_say_that_it_is_finished(tmp_path: Path) -> None:
+    """As under launch/mpirun.sh."""
+    for words, status in (("'hvdvae: finished, results in runs/x'", 0), ("'hm'", 75)):
+        script = f"print({words})"
+        command = ["supervise", "--restarts", "0", "--", sys.executable, "-c", script, "train"]
+        ended = subprocess.run([sys.executable, "-m", "hvdvae", *command], cwd=tmp_path, timeout=60, check=False)
+        assert ended.returncode == status
+
+
 def test_a_job_that_is_cancelled_is_not_requeued(tmp_path: Path) -> None:
     job = Supervised(tmp_path, "time.sleep(60)", "--requeue", SLURM_JOB_ID="7")
     job.await_calls(1)

@@ -1,0 +1,56 @@
+"""Two runs never write to one folder."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hvdvae.cli import folder_lock
+from hvdvae.cli.folder_lock import hold, release
+from hvdvae.errors import ConfigError
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from hvdvae.cli.folder_lock import hold
+hold(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_lock, "PATIENCE_SECONDS", 0.3)
+
+
+def test_another_process_is_named_until_it_has_ended(tmp_path: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=f"is written by process {other.pid} on "):
+            hold(tmp_path)
+    finally:
+        other.kill()
+        other.wait()
+    hold(tmp_path)
+    release(tmp_path)
+
+
+def test_a_process_may_hold_what_it_held_and_lets_go(tmp_path: Path) -> None:
+    hold(tmp_path)
+    hold(tmp_path)
+    release(tmp_path)
+    release(tmp_path)
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    other.kill()
+    other.wait()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--out .*none: cannot write there"):
+        hold(tmp_path / "none")
