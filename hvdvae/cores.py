@@ -1,4 +1,4 @@
-"""How many threads a rank may use without taking another's cores."""
+"""Which cores are a rank's, and how many threads it may use without taking another's."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +9,7 @@ from hvdvae.world import World
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
+_CORES = Path("/sys/devices/system/cpu")
 
 
 def available_cores() -> set[int]:
@@ -65,7 +66,8 @@ def _quota_of_version_1(group: Path) -> float:
 def threads_of_rank(world: World) -> int:
     """Threads for this rank: its cores, divided among the ranks of its host that share them. At least 1.
 
-    OMP_NUM_THREADS, where the user has set it, rules. Blocks; every rank, servers too, must call it.
+    Where a launcher has left all cores of a host to all of its ranks, this one keeps to its own from now on
+    (`own_cores`). OMP_NUM_THREADS, where the user has set it, rules. Blocks; every rank, servers too, must call it.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if world.joins:  # It cannot ask how many share its host.
@@ -74,10 +76,13 @@ def threads_of_rank(world: World) -> int:
     everyone = (
         world.gather_from_everyone(mine, "gather of cores") if world.servers else world.gather_objects(mine, "cores")
     )
-    if asked.isdecimal() and int(asked) > 0:
-        return int(asked)
     rank = world.everyone.rank if world.servers else world.rank
     seats = [Seat(host, set(cores), serves) for host, cores, serves in everyone]
+    own = own_cores(rank, seats, _neighbourhood(seats[rank].cores))
+    if own and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, own)
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
     return fair_threads(rank, seats, granted_cores(os.environ))
 
 
@@ -100,6 +105,35 @@ def fair_threads(rank: int, everyone: Sequence[Seat], quota: float) -> int:
     sharing = [seat for seat in neighbours if seat.cores & mine.cores]
     by_affinity = _share(len(mine.cores), sharing)
     return max(1, int(min(by_affinity, _share(quota, neighbours))))
+
+
+def own_cores(rank: int, everyone: Sequence[Seat], ordered: Sequence[int]) -> set[int]:
+    """Those of `ordered` that a rank among `everyone` should keep to, by its place on its host; empty: all. Pure.
+
+    Ranks that train share what servers leave equally, two each at least: with one each, threads that wait for messages
+    would take it from those that compute. Where a launcher has given ranks different cores, it has placed them.
+    """
+    mine = everyone[rank]
+    neighbours = [seat for seat in everyone if seat.host == mine.host]
+    if mine.serves or len(neighbours) < 2 or any(seat.cores != mine.cores for seat in neighbours):
+        return set()
+    each = int(_share(len(ordered), neighbours))
+    if each < 2:
+        return set()
+    place = sum(seat.host == mine.host and not seat.serves for seat in everyone[:rank])
+    return set(ordered[place * each : (place + 1) * each])
+
+
+def _neighbourhood(cores: set[int]) -> list[int]:
+    """By socket and physical core, so that neighbours share caches and memory."""
+    return sorted(cores, key=lambda core: (*(_topology(core, of) for of in ("physical_package_id", "core_id")), core))
+
+
+def _topology(core: int, of: str) -> int:
+    try:
+        return int((_CORES / f"cpu{core}" / "topology" / of).read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 def _share(cores: float, seats: Sequence[Seat]) -> float:

@@ -35,6 +35,38 @@ def test_cores_are_shared_fairly(everyone: list[tuple[Any, ...]], quota: float, 
 
 
 @pytest.mark.parametrize(
+    ("everyone", "expected"),
+    [
+        ([("a", ALL), ("a", ALL)], [{0, 1, 2, 3}, {4, 5, 6, 7}]),
+        ([("a", ALL), ("b", ALL), ("a", ALL), ("b", ALL)], [{0, 1, 2, 3}, {0, 1, 2, 3}, {4, 5, 6, 7}, {4, 5, 6, 7}]),
+        ([("a", ALL)] * 3, [{0, 1}, {2, 3}, {4, 5}]),
+        ([("a", ALL), ("a", ALL), ("a", ALL, True)], [{0, 1, 2}, {3, 4, 5}, set()]),
+        # One of its own is too few; alone, or placed by a launcher, there is nothing to do.
+        ([("a", ALL)] * 5, [set()] * 5),
+        ([("a", ALL), ("b", ALL)], [set(), set()]),
+        ([("a", {0, 1, 2, 3}), ("a", {4, 5, 6, 7})], [set(), set()]),
+    ],
+)
+def test_ranks_keep_to_cores_by_their_place_on_the_host(
+    everyone: list[tuple[Any, ...]], expected: list[set[int]]
+) -> None:
+    seats = [cores.Seat(*seat) for seat in everyone]
+    assert [cores.own_cores(rank, seats, sorted(ALL)) for rank in range(len(seats))] == expected
+
+
+def test_neighbouring_cores_are_of_one_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sockets of two cores with two threads each, numbered as Linux often does: threads last."""
+    monkeypatch.setattr(cores, "_CORES", tmp_path)
+    for number in range(8):
+        folder = tmp_path / f"cpu{number}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "physical_package_id").write_text(f"{number // 2 % 2}\n")
+        (folder / "core_id").write_text(f"{number % 2}\n")
+    assert cores._neighbourhood(ALL) == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert cores._neighbourhood({9, 8}) == [8, 9], "where nothing is known"
+
+
+@pytest.mark.parametrize(
     ("content", "expected"),
     [("200000 100000\n", 2.0), ("50000 100000\n", 0.5), ("max 100000\n", UNLIMITED), ("what\n", UNLIMITED)],
 )
