@@ -210,8 +210,14 @@ class ParameterServer(Strategy):
         return {"servers": len(self.ledgers), **chosen, **self.ledgers[0], **total, **mine}
 
     def traffic(self) -> dict[str, float]:
-        """Mean size of what pushes left out, as a part of this worker's gradients; every beat has bytes. Local."""
-        return {"compression_error": self.client.compression_error} if self.plan.compression != "none" else {}
+        """Bytes of a push and of a pull, all shards together, mean over all workers' so far, as every beat has them in
+        all; and the mean size of what pushes left out, as a part of this worker's gradients. Local.
+        """
+        answer = self.client.answer
+        pushes = max(float(answer[Answer.PUSHES] + answer[Answer.DROPPED]), 1.0)
+        ways = {"pushed": Answer.BYTES_PUSHED, "pulled": Answer.BYTES_PULLED}
+        found = {f"bytes_{way}_per_push": float(answer[field]) / pushes for way, field in ways.items()}
+        return found | ({"compression_error": self.client.compression_error} if self.plan.compression != "none" else {})
 
     def finish(self) -> None:
         """Tell the servers that this worker's run is over; return when all are, with the final weights."""

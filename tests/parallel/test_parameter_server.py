@@ -210,6 +210,8 @@ def test_short_messages_train_and_all_end_with_the_servers_weights(world: World,
         assert found["compression"] == codec
         assert 0 < found["compression_error"] < 1
         assert 0 < found["bytes_pushed"] < 0.8 * whole
+        for name in ("bytes_pushed_per_push", "bytes_pulled_per_push"):
+            assert optimizer.traffic()[name] == pytest.approx(found[name], rel=0.2), "as every epoch tells it"
         assert 0 < found["bytes_pulled"] < whole
 
 
