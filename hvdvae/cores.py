@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,7 +81,8 @@ def threads_of_rank(world: World) -> int:
     seats = [Seat(host, set(cores), serves) for host, cores, serves in everyone]
     own = own_cores(rank, seats, _neighbourhood(seats[rank].cores))
     if own and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, own)
+        with suppress(OSError):  # Where a rank may not choose, it computes as well where it is put.
+            os.sched_setaffinity(0, own)
     if asked.isdecimal() and int(asked) > 0:
         return int(asked)
     return fair_threads(rank, seats, granted_cores(os.environ))

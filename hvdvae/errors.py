@@ -24,8 +24,16 @@ class WorldError(HvdvaeError):
     """The launch: too few ranks, a launcher and an MPI that disagree, a missing MPI or Horovod."""
 
 
+class MisfitError(HvdvaeError):
+    """A new rank that those that train cannot take in, and go on without."""
+
+
+class BusyError(HvdvaeError):
+    """Another run holds what this one needs; it may have let go of it later."""
+
+
 class RankLost(HvdvaeError):
-    """A rank has died where MPI lets the others go on (ULFM); raised on all of them, whatever they waited in."""
+    """A rank has died, as MPI (ULFM) or Horovod tells those that wait, where they can go on on all of them."""
 
 
 class PartLost(RankLost):

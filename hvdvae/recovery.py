@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from hvdvae import checkpoint as checkpoints
-from hvdvae.errors import ConfigError, HostsChanged, PartLost, RankLost
+from hvdvae.errors import HostsChanged, MisfitError, PartLost, RankLost
 from hvdvae.resume import Position, restore, snapshot
 from hvdvae.version import __version__
 from hvdvae.world import deaths
@@ -55,7 +55,7 @@ def recover(trainer: "Trainer", lost: RankLost, *, new: bool = False) -> None:
 
     Mutates the trainer where others were further. Raises `lost` where the strategy cannot go on, or nobody is missing.
     """
-    if not trainer.optimizer.recovers:
+    if not (trainer.optimizer.recovers and trainer.world.survives_deaths):
         if missing := deaths.missing(trainer.world):
             parts = trainer.optimizer.parts
             held = {rank: f" ({parts.groups.mesh.part(rank)})" if parts is not None else "" for rank in missing}
@@ -100,11 +100,13 @@ def _catch_up(trainer: "Trainer", *, new: bool = False) -> None:
     """
     world, optimizer = trainer.world, trainer.optimizer
     mine = [trainer.stage.number, trainer.position.step]
-    told = [mine, new, asdict(trainer.stage), asdict(trainer.position), trainer.best, _identity(trainer)]
+    told = [mine, new, asdict(trainer.stage), asdict(trainer.position), trainer.best]
     found = world.gather_objects(told, "stages of those that are left")
-    if new:
-        _check_fits(found[world.rank][-1], next(theirs for _, is_new, *_, theirs in found if not is_new))
     furthest = max(place for place, is_new, *_ in found if not is_new)
+    if any(is_new for _, is_new, *_ in found):
+        everyone = world.gather_objects(_identity(trainer), "comparison of new ranks")
+        if new:
+            _check_fits(everyone[world.rank], everyone[[is_new for _, is_new, *_ in found].index(False)])
     behind = [is_new or place < furthest for place, is_new, *_ in found]
     if not any(behind):
         return
@@ -112,7 +114,7 @@ def _catch_up(trainer: "Trainer", *, new: bool = False) -> None:
     if optimizer.parts is None:
         _take_state(trainer, leader, is_behind=behind[world.rank], new=new)
     if behind[world.rank]:
-        _, _, stage, position, trainer.best, _ = found[leader]
+        _, _, stage, position, trainer.best = found[leader]
         trainer.stage, trainer.position = type(trainer.stage)(**stage), Position(**position)
 
 
@@ -126,10 +128,10 @@ _OF_A_RANK = ("device", "threads", "out", "resume", "overwrite")
 
 
 def _check_fits(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Raises ConfigError where a new rank is not as those that train. Pure."""
+    """Raises MisfitError where a new rank is not as those that train. Pure."""
     for key, value in theirs.items():
         if mine.get(key) != value:
-            raise ConfigError(
+            raise MisfitError(
                 f"this new rank has {key} {mine.get(key)}, and those that train have {value}: start it with the same "
                 "flags, data and libraries"
             )
@@ -137,14 +139,15 @@ def _check_fits(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
 
 def _take_state(trainer: "Trainer", leader: int, *, is_behind: bool, new: bool) -> None:
     world, optimizer = trainer.world, trainer.optimizer
-    if is_behind and not new:
+    rows = optimizer.flat.buffers.clone()[None]
+    state = snapshot(trainer, rows, trainer.configuration).taken() if world.rank == leader else None
+    told = checkpoints.shared(state, leader, world)
+    has_skipped = told.record["skipped_steps"] > optimizer.skipped_steps
+    if is_behind and not new and told.record["step"] > trainer.position.step and not has_skipped:
         optimizer.catch_up()
     # Float buffers, and what messages of this rank have left out, are each rank's own.
     own = [] if new else [optimizer.flat.buffers, *(optimizer.memory()[name] for name in optimizer.own_memory)]
     kept = [tensor.clone() for tensor in own]
-    rows = optimizer.flat.buffers.clone()[None]
-    state = snapshot(trainer, rows, trainer.configuration).taken() if world.rank == leader else None
-    told = checkpoints.shared(state, leader, world)
     if is_behind:
         restore(trainer, told)
         for tensor, before in zip(own, kept, strict=True):

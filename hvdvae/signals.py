@@ -42,3 +42,16 @@ def caught() -> Iterator[Caught]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def deaf_to_warnings() -> Iterator[None]:
+    """Inside, a SIGUSR1 (time is nearly up) does nothing: all is saved, and what is left may still end in time."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before or signal.SIG_DFL)

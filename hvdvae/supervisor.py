@@ -188,10 +188,14 @@ def _ask_to_leave(job: "subprocess.Popen[bytes]", command: Sequence[str]) -> Non
     if not any(os.path.basename(word) == "horovodrun" for word in command):
         job.send_signal(signal.SIGUSR1)
         return
+    asked = 0
     for process in psutil.Process(job.pid).children(recursive=True):
         with suppress(psutil.Error):
             if {"HOROVOD_RANK", "OMPI_COMM_WORLD_RANK"} & process.environ().keys() and "train" in process.cmdline():
                 process.send_signal(signal.SIGUSR1)
+                asked += 1
+    if not asked:  # All are on other hosts, and nobody can ask them.
+        job.terminate()
 
 
 def _end(job: "subprocess.Popen[bytes]") -> None:

@@ -89,10 +89,10 @@ class Trainer:
         among them. `config`: saved in checkpoints. Periods are in epochs. `pipeline`: this rank's stage, where the
         model is split into stages; its chain has the loss then, and `loss` may be None.
         """
-        if optimizer.flat.parameters.dtype == torch.bfloat16 and (ema_decay or precision != "bf16"):
+        if optimizer.precision not in (None, precision) or (optimizer.precision and ema_decay):
             raise ConfigError(
-                f"weights='bf16' (--weights) goes with precision 'bf16' (--precision) and without ema_decay (--ema), "
-                f"found {precision!r} and {ema_decay}"
+                f"weights {optimizer.precision!r} (--weights) go with precision {optimizer.precision!r} (--precision) "
+                f"and without ema_decay (--ema), found {precision!r} and {ema_decay}"
             )
         keep_freed_memory()
         self.model, self.optimizer, self.batches = model, optimizer, batches

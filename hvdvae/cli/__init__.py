@@ -10,13 +10,13 @@ import time
 from collections.abc import Sequence
 
 from hvdvae.abort import abort_job
-from hvdvae.errors import HvdvaeError, RankLost, WorldError
+from hvdvae.errors import BusyError, HvdvaeError, MisfitError, RankLost, WorldError
 from hvdvae.launcher import Launch, detect
 
 USAGE_STATUS = 2
 """Exit status of an error that the user can mend."""
 LOST_STATUS = 75
-"""Of a job that a rank's death has ended (EX_TEMPFAIL, as that of a deadline): restart from the checkpoint."""
+"""Of a job that a rank's death has ended, or that came too early (EX_TEMPFAIL, as of a deadline): start it again."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,8 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command, options = parse(list(sys.argv[1:] if argv is None else argv))
         return command(options)
-    except RankLost as error:
+    except (RankLost, BusyError) as error:
         return _fail(str(error), LOST_STATUS)
+    except MisfitError as error:
+        return _fail(str(error), USAGE_STATUS, joins=True)
     except HvdvaeError as error:
         return _fail(str(error), USAGE_STATUS)
     except KeyboardInterrupt:
@@ -35,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted", 128 + signal.SIGINT)
 
 
-def _fail(message: str, status: int) -> int:
-    """Say the error, and end the other ranks, which may be waiting for this one."""
+def _fail(message: str, status: int, *, joins: bool = False) -> int:
+    """Say the error, and end the other ranks, which may be waiting for this one; not those that it was to join."""
     try:
         launch = detect(os.environ)
     except WorldError:  # The message says it already, or will once the user has mended the first error.
@@ -45,11 +47,12 @@ def _fail(message: str, status: int) -> int:
         # Most errors are the same on all ranks: the first says it, and its abort ends the others before they repeat it.
         time.sleep(1.0)
     # Of one that the others train on without, a supervisor must not think that the job ends.
-    what = "error" if not launch.enters else "a new rank cannot join"
+    joins = joins or launch.enters
+    what = "a new rank cannot join" if joins else "error"
     where = f" (rank {launch.rank} of {launch.size})" if launch.size > 1 else ""
     sys.stdout.flush()
     sys.stderr.write(f"hvdvae: {what}{where}: {message}\n")
     sys.stderr.flush()
-    if launch.size > 1 and not launch.enters:  # Those whom a new rank was to join go on without it.
+    if launch.size > 1 and not joins:
         abort_job(status)
     return status

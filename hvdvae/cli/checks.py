@@ -127,7 +127,7 @@ def launcher(environ: Mapping[str, str]) -> Finding:
 
 
 def cores(available: int, quota: float, ranks: int) -> Finding:
-    """Cores for each of `ranks` ranks of this host. `quota`: cores that the control group grants."""
+    """Cores for each of `ranks` ranks of this host. `quota`: cores that are granted."""
     here = min(float(available), quota)
     text = f"{here:g} here, {here / ranks:g} a rank with {ranks} ranks"
     if here < ranks:

@@ -17,7 +17,8 @@ from hvdvae.world import World
 def evaluate(options: EvaluateOptions) -> int:
     """Evaluate, print, and write DIR/evaluation.json. Blocks; every rank must call it. Returns the exit status."""
     world = World.create(device=options.device, deadline=options.deadline)
-    torch.set_num_threads(options.threads or threads_of_rank(world))
+    fair = threads_of_rank(world)
+    torch.set_num_threads(options.threads or fair)
     run = open_run(options.folder, options.checkpoint, world, data=options.data)
     started = time.perf_counter()
     found = assess(

@@ -115,7 +115,7 @@ class SuperviseOptions(Checked):
     """Seconds before the first restart; twice as long before each further one."""
     silence: float = 1800.0
     """Seconds without a word after which it is taken to hang."""
-    grace: float = 110.0
+    grace: float = 90.0
     """Seconds that it has after a signal, to save and leave."""
     requeue: bool = False
     """Requeue the Slurm job after a SIGUSR1, so that it goes on later, where it has come further."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+import torch
+
 from hvdvae.cli.results import versions
 from hvdvae.cores import available_cores, granted_cores
 from hvdvae.errors import WorldError
@@ -27,9 +29,11 @@ class Place(NamedTuple):
     device: str
     cores: list[int]
     quota: float | None
-    """Cores that the control group grants to the host's ranks together; None: no limit."""
+    """Cores that control groups and Slurm grant to the host's ranks together; None: no limit."""
     threads: int
     versions: dict[str, str]
+    gpu: str = ""
+    """Which one it is, whatever it is called in this process."""
 
 
 def placement(world: World, threads: int) -> list[Place]:
@@ -46,6 +50,7 @@ def placement(world: World, threads: int) -> list[Place]:
         None if quota == float("inf") else quota,
         threads if world.role == "trainer" else 1,
         versions() | ({"MPI": library_version()} if world.everyone is not None else {}),
+        str(torch.cuda.get_device_properties(world.device).uuid) if world.device.type == "cuda" else "",
     )
     everyone = (
         world.gather_from_everyone(mine, "gather of places") if world.servers else world.gather_objects(mine, "places")
@@ -112,10 +117,10 @@ def crowded(places: Sequence[Place]) -> list[str]:
     warnings = []
     for host in dict.fromkeys(place.host for place in places):
         here = [place for place in places if place.host == host]
-        for device, together in Counter(place.device for place in here if place.device.startswith("cuda")).items():
+        for gpu, together in Counter(place.gpu for place in here if place.gpu).items():
             if together > 1:
                 warnings.append(
-                    f"{host}: {together} ranks share {device}: start as many ranks there as it has GPUs, or give "
+                    f"{host}: {together} ranks share the GPU {gpu}: start as many ranks there as it has GPUs, or give "
                     "--device"
                 )
         cores = min(len(set[int]().union(*(place.cores for place in here))), here[0].quota or float("inf"))

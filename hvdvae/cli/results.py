@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from hvdvae.cli.config_file import CONFIG_FILE
-from hvdvae.cli.folder_lock import hold, release
+from hvdvae.cli.folder_lock import hold
 from hvdvae.config import TrainConfig
 from hvdvae.errors import ConfigError
 from hvdvae.monitor.jsonl import finite
@@ -38,11 +38,10 @@ def prepare_folder(config: TrainConfig, world: World) -> Path:
     default = f"runs/{data}-{config.model}-{config.strategy}-{stamp}"
     folder = Path(world.gather_objects(config.out or default, "agreement on --out")[0])
     if world.is_first:
-        earlier = _claim(folder, config)
+        _claim(folder, config)
         # Before anything is deleted: another run may be writing it.
         hold(folder)
-        _delete(folder, earlier)
-        world.on_close(lambda: release(folder))
+        _delete(folder, _claim(folder, config))
     world.barrier("rank 0 makes the folder of results")
     return folder
 
@@ -99,7 +98,15 @@ def keep_speed(summary: dict[str, Any], path: Path) -> dict[str, Any]:
     """The summary of a run that was finished before: that of the run that trained, with this one's test. Local."""
     if summary["training_seconds"]:
         return summary
-    return summary | _mapping(path) | {key: summary[key] for key in _OF_TEST if key in summary}
+    return summary | _summary(path) | {key: summary[key] for key in _OF_TEST if key in summary}
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 _OF_TEST = ("elbo", "rate", "distortion", "test_nll", "nll_samples", "active_units")

@@ -3,6 +3,7 @@
 The scripts in launch/slurm/ are its output with "$@" for the options of train.
 """
 
+import math
 import re
 import shlex
 import sys
@@ -44,8 +45,10 @@ def slurm(options: SlurmOptions) -> int:
     return 0
 
 
-def _seconds(time: str) -> int:
-    """Of a limit as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises ConfigError. Pure."""
+def _seconds(time: str) -> float:
+    """Of a limit as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; 0 is none. Raises ConfigError. Pure."""
+    if time.upper() in ("0", "UNLIMITED", "INFINITE"):
+        return math.inf
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if found is None:
         raise ConfigError(f"--time is {time!r}, expected minutes, H:MM:SS or D-H:MM:SS, as sbatch takes it")

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from hvdvae.cli.options import SuperviseOptions
 from hvdvae.errors import ConfigError
 from hvdvae.supervisor import MENDED_BY_USERS, Policy
@@ -31,7 +33,7 @@ def supervise(options: SuperviseOptions) -> int:
         raise ConfigError("--requeue: found no SLURM_JOB_ID, expected a Slurm job: use sbatch, or drop --requeue")
     policy = Policy(restarts=options.restarts, backoff=options.backoff, silence=options.silence, grace=options.grace)
     words = _words(command)
-    folder = Path(words[len(words) - words[::-1].index("--out")]) if "--out" in words[:-1] else None
+    folder = _folder(words)
     before = _checkpoints(folder)
     # A launch on other hosts may be one word, for their shell.
     trains = any("train" in word.split() for word in words)
@@ -53,6 +55,19 @@ def supervise(options: SuperviseOptions) -> int:
 def _words(command: Sequence[str]) -> list[str]:
     """With --flag=value as two."""
     return list(itertools.chain.from_iterable(word.split("=", 1) if word[:2] == "--" else [word] for word in command))
+
+
+def _folder(words: Sequence[str]) -> Path | None:
+    """Where the run's results will be, as far as its command says."""
+    if "--out" in words[:-1]:
+        return Path(words[len(words) - words[::-1].index("--out")])
+    if "--config" not in words[:-1]:
+        return None
+    try:
+        found = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None  # The run will say it.
+    return Path(found["out"]) if isinstance(found, dict) and isinstance(found.get("out"), str) else None
 
 
 def _written(path: Path | None) -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ from hvdvae.cli.agreement import agreed_config, digest
 from hvdvae.cli.asked import Asked
 from hvdvae.cli.assessment import Pictures, assess, validation_numbers
 from hvdvae.cli.config_file import CONFIG_FILE, write_config
+from hvdvae.cli.folder_lock import release
 from hvdvae.cli.narration import closing, opening, say
 from hvdvae.cli.placement import announce, check_slurm
 from hvdvae.cli.results import keep_speed, prepare_folder, versions, write_json
@@ -33,6 +34,7 @@ from hvdvae.parallel.mesh import Groups
 from hvdvae.quick_start import spare_the_compiler
 from hvdvae.recovery import surviving
 from hvdvae.resume import load_weights, part_of
+from hvdvae.signals import deaf_to_warnings
 from hvdvae.strategies import Strategy
 from hvdvae.strategies.sync_batch_norm import convert_sync_batch_norm
 from hvdvae.trainer import Trainer
@@ -45,6 +47,13 @@ if TYPE_CHECKING:
 
 def train(asked: Asked) -> int:
     """Run the whole job. Blocks; every rank must call it. Returns the exit status."""
+    try:
+        return _train(asked)
+    finally:
+        release()
+
+
+def _train(asked: Asked) -> int:
     started = time.time()
     launch = detect(os.environ)
     asked.check(launch)
@@ -58,7 +67,8 @@ def train(asked: Asked) -> int:
     world.members.replaces = config.replace_workers
     if config.replace_workers and world.role == "trainer" and not world.survives_deaths:
         raise ConfigError("--replace-workers: a death ends this job; start it with mpirun --with-ft ulfm (Open MPI 5)")
-    threads = config.threads or threads_of_rank(world)
+    fair = threads_of_rank(world)
+    threads = config.threads or fair
     if not world.joins:
         announce(world, config.strategy, launch, threads)
     if world.servers:
@@ -69,7 +79,8 @@ def train(asked: Asked) -> int:
             from hvdvae.ps.serve import serve
 
             serve(world, plan)
-            world.close()
+            with deaf_to_warnings():
+                world.close()
             return 0
     torch.set_num_threads(threads)
     groups = assemble.mesh(config, world)
@@ -100,7 +111,8 @@ def train(asked: Asked) -> int:
         say(opening(config, trainer, dataset, folder))
     outcome = trainer.fit(config.epochs)
     if world.joins:
-        world.close()  # Those who were there from the start evaluate.
+        with deaf_to_warnings():
+            world.close()  # Those who were there from the start evaluate.
         return exit_status(outcome)
     if outcome.signal:
         if world.is_first:
@@ -111,10 +123,9 @@ def train(asked: Asked) -> int:
             )
         world.close()
         return exit_status(outcome)
-    # A warning that time is up: all is saved, and the test may still end in time.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    surviving(trainer, lambda: _conclude(config, trainer, model, dataset, pictures, folder, outcome, started))
-    world.close()
+    with deaf_to_warnings():
+        surviving(trainer, lambda: _conclude(config, trainer, model, dataset, pictures, folder, outcome, started))
+        world.close()
     return 0
 
 

@@ -30,8 +30,11 @@ _libc.sem_open.restype = ctypes.c_void_p
 _libc.sem_open.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_uint)
 for _name in ("sem_post", "sem_trywait", "sem_close"):
     getattr(_libc, _name).argtypes = (ctypes.c_void_p,)
-# Not sem_timedwait: its clock may be set back while somebody sleeps by it.
-_libc.sem_clockwait.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_Timespec))
+_libc.sem_timedwait.argtypes = (ctypes.c_void_p, ctypes.POINTER(_Timespec))
+# The clock of sem_timedwait may be set back while somebody sleeps by it; glibc has this one from 2.30 on.
+_sem_clockwait = getattr(_libc, "sem_clockwait", None)
+if _sem_clockwait is not None:
+    _sem_clockwait.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_Timespec))
 
 
 class Doorbell:
@@ -64,11 +67,17 @@ class Doorbell:
 
     def sleep(self) -> None:
         """Return when rung, or after a while. Rings that came before are spent by it."""
-        until = time.clock_gettime(time.CLOCK_MONOTONIC) + self._sleep
-        limit = _Timespec(int(until), int(until % 1 * 1e9))
-        if _libc.sem_clockwait(self._mine, time.CLOCK_MONOTONIC, ctypes.byref(limit)) == 0:
+        if self._is_rung():
             while _libc.sem_trywait(self._mine) == 0:
                 pass
+
+    def _is_rung(self) -> bool:
+        clock = time.CLOCK_MONOTONIC if _sem_clockwait is not None else time.CLOCK_REALTIME
+        until = time.clock_gettime(clock) + self._sleep
+        limit = _Timespec(int(until), int(until % 1 * 1e9))
+        if _sem_clockwait is not None:
+            return bool(_sem_clockwait(self._mine, clock, ctypes.byref(limit)) == 0)
+        return bool(_libc.sem_timedwait(self._mine, ctypes.byref(limit)) == 0)
 
     def close(self) -> None:
         """Let go of all bells."""

@@ -61,6 +61,10 @@ class CompressedAllreduce(Strategy):
         self._errors += self._mean.error
         super().update()
 
+    def skip(self) -> None:
+        """As Strategy's: what this step's message told is nobody's."""
+        self._mean.forget()
+
     def recover(self) -> None:
         """As Strategy's: what the dead remembered is lost."""
         super().recover()

@@ -76,7 +76,7 @@ class LocalSgd(Strategy):
         """Weights at the last average."""
         self._difference = torch.zeros_like(flat.parameters)
         self._velocity = torch.zeros_like(flat.parameters) if outer_momentum else torch.zeros(0)
-        self._pace = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        self._shrinkage = torch.tensor([1.0, 0.0], dtype=torch.float64)
         """H of now as a part of the largest, and the first mean loss; 0: not known yet."""
         self._since = 0
         """Steps since the last average."""
@@ -131,7 +131,7 @@ class LocalSgd(Strategy):
         self._averages += 1
         self._errors += self._mean.error
         if self._adaptive:
-            self._set_pace()
+            self._set_period()
 
     def finish(self) -> None:
         """The run ends with the same weights on all ranks. Blocks; every rank must call it."""
@@ -165,7 +165,7 @@ class LocalSgd(Strategy):
         """As Strategy's."""
         # Named apart from what strategies remember of gradients.
         remembered = {f"difference_{name}": vector for name, vector in self._mean.memory().items()}
-        return {"outer_velocity": self._velocity, "pace": self._pace, **remembered}
+        return {"outer_velocity": self._velocity, "shrinkage": self._shrinkage, **remembered}
 
     def traffic(self) -> dict[str, float]:
         """As Strategy's, and the mean size of what messages left out, as a part of the difference's."""
@@ -196,22 +196,22 @@ class LocalSgd(Strategy):
     @property
     def _period(self) -> int:
         """H of now."""
-        return max(1, math.ceil(self._sync_every * float(self._pace[0]))) if self._adaptive else self._sync_every
+        return max(1, math.ceil(self._sync_every * float(self._shrinkage[0]))) if self._adaptive else self._sync_every
 
     def _average_plainly(self, vector: Tensor, what: str) -> None:
         self.world.sum_(vector, what).div_(self.world.size)
         self._mean.traffic.ring(vector.nbytes, self.world.size)
 
-    def _set_pace(self) -> None:
+    def _set_period(self) -> None:
         """All ranks come to the same H, since they have the same mean loss."""
         total, count = self.world.sum_(self._losses.clone(), "mean loss").tolist()
         self._losses.zero_()
         if count:
             loss = total / count
-            if self._pace[1] == 0:
-                self._pace[1] = loss
-            if min(loss, float(self._pace[1])) > 0:  # A loss may be negative: then nothing is known, and H stays.
-                self._pace[0] = min(1.0, math.sqrt(loss / float(self._pace[1])))
+            if self._shrinkage[1] == 0:
+                self._shrinkage[1] = loss
+            if min(loss, float(self._shrinkage[1])) > 0:  # A loss may be negative: then nothing is known, and H stays.
+                self._shrinkage[0] = min(1.0, math.sqrt(loss / float(self._shrinkage[1])))
 
     def _share_state(self) -> None:
         """Every rank's optimizer goes on with the mean of all their states, once all have one."""

@@ -26,6 +26,8 @@ from hvdvae.world import World
 class MasterWeights(ShardedGradients):
     """Synchronous SGD whose optimizer, gradients and float32 weights are split over the ranks."""
 
+    precision = "bf16"
+
     def __init__(self, optimizer: Optimizer, model: nn.Module, world: World, *, engine: str, **options: Any) -> None:
         """As Sharded; the model's parameters are bfloat16 after it, so that it wants autocast.
 

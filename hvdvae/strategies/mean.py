@@ -139,6 +139,10 @@ class CompressedMean:
         if self._feedback is not None:
             self._feedback.keep()
 
+    def forget(self) -> None:
+        """The mean was not used. Local."""
+        self._said = None
+
     def catch_up(self) -> None:
         """Where others have used a mean that this rank did not come to: its message was in it. Local."""
         if self._said is not None:

@@ -210,8 +210,9 @@ class ParameterServer(Strategy):
         return {"servers": len(self.ledgers), **chosen, **self.ledgers[0], **total, **mine}
 
     def traffic(self) -> dict[str, float]:
-        """Bytes of a push and of a pull, all shards together, mean over all workers' so far, as every beat has them in
-        all; and the mean size of what pushes left out, as a part of this worker's gradients. Local.
+        """Bytes of a push and of a pull, mean over all workers' so far, all shards together. Local.
+
+        And the mean size of what pushes left out, as a part of this worker's gradients.
         """
         answer = self.client.answer
         pushes = max(float(answer[Answer.PUSHES] + answer[Answer.DROPPED]), 1.0)

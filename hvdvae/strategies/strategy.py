@@ -45,6 +45,8 @@ class Strategy(Optimizer):
     """Epochs that had been done when this rank took the place of one that died; None: it was there from the start."""
     own_memory: tuple[str, ...] = ()
     """Names in `memory` of what differs from rank to rank while a run goes on."""
+    precision: str | None = None
+    """The only one that it computes in, as in --precision."""
     part = slice(None)
     """What this rank steps of the parameter vector."""
     parts: "Parts | None" = None

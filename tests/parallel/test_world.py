@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from hvdvae.errors import RankLost
 from hvdvae.launcher import detect
 from hvdvae.world import World
 
@@ -149,3 +150,18 @@ def test_alone_is_one_process_within_any_launch(world: World) -> None:
     assert (alone.rank, alone.size, alone.launcher) == (0, 1, "none")
     assert alone.sum_(torch.tensor([world.rank])).item() == world.rank
     assert alone.gather_objects(world.rank) == [world.rank]
+
+
+def test_where_nobody_can_go_on_a_carriers_failure_ends_the_job_as_a_death(world: World) -> None:
+    class HorovodInternalError(RuntimeError):
+        """As Horovod's, which is known by its name."""
+
+    expected = HorovodInternalError if world.size == 1 else RankLost
+    with (
+        pytest.raises(expected, match="a peer has closed its end") as raised,
+        world.waiting("sum of nothing"),
+    ):
+        raise HorovodInternalError("a peer has closed its end\nand more")
+    if world.size > 1:
+        assert str(raised.value).startswith("HorovodInternalError during sum of nothing, step ")
+        assert "and more" not in str(raised.value)

@@ -214,8 +214,10 @@ def test_a_pickle_is_never_opened(command: Command, trained: Path, tmp_path: Pat
         refused = command("evaluate", "run")
         assert_refused(refused, "run/checkpoints/best.safetensors", "torn or not a checkpoint")
         resumed = command("train", "--resume", "--out", "run")
-        assert resumed.status == 0, "there is nothing to resume from: it starts anew"
-        assert f"refused: run/checkpoints/{newest(trained).name}" in resumed.output
+        assert resumed.status == 2, "whoever has checkpoints does not want to start anew"
+        for name in (newest(trained).name, "best.safetensors"):
+            assert f"refused: run/checkpoints/{name}" in resumed.output
+        assert "no checkpoint in run/checkpoints is whole: delete them to start anew" in resumed.output
     assert not (tmp_path / "sprung").exists()
     pickle.loads(pickle.dumps(Trap()))
     assert (tmp_path / "sprung").exists(), "the trap works"

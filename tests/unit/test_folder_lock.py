@@ -8,7 +8,7 @@ import pytest
 
 from hvdvae.cli import folder_lock
 from hvdvae.cli.folder_lock import hold, release
-from hvdvae.errors import ConfigError
+from hvdvae.errors import BusyError, ConfigError
 
 HOLD = """
 import sys, time
@@ -30,20 +30,20 @@ def test_another_process_is_named_until_it_has_ended(tmp_path: Path) -> None:
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match=f"is written by process {other.pid} on "):
+        with pytest.raises(BusyError, match=f"is written by process {other.pid} on "):
             hold(tmp_path)
     finally:
         other.kill()
         other.wait()
     hold(tmp_path)
-    release(tmp_path)
+    release()
 
 
 def test_a_process_may_hold_what_it_held_and_lets_go(tmp_path: Path) -> None:
     hold(tmp_path)
     hold(tmp_path)
-    release(tmp_path)
-    release(tmp_path)
+    release()
+    release()
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"

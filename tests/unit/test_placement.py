@@ -37,10 +37,11 @@ def test_a_host_with_more_threads_than_cores_is_named() -> None:
 
 
 def test_ranks_that_share_a_gpu_are_named() -> None:
-    assert crowded([place(0, device="cuda:0"), place(1, "b", device="cuda:0"), place(2, role="serves")]) == []
-    shared = [place(rank, device=f"cuda:{rank % 2}", cores=[0, 1, 2]) for rank in range(3)]
-    (warning,) = crowded(shared)
-    assert "a: 2 ranks share cuda:0: start as many ranks there as it has GPUs" in warning
+    # Where each sees a GPU of its own, all are cuda:0.
+    assert crowded([place(rank, device="cuda:0", gpu=f"GPU-{rank}") for rank in range(2)]) == []
+    assert crowded([place(0, gpu="GPU-0"), place(1, "b", gpu="GPU-0")]) == []
+    (warning,) = crowded([place(rank, gpu=f"GPU-{rank % 2}", cores=[0, 1, 2]) for rank in range(3)])
+    assert "a: 2 ranks share the GPU GPU-0: start as many ranks there as it has GPUs" in warning
 
 
 def test_hosts_with_other_libraries_are_named() -> None:

@@ -61,7 +61,7 @@ def test_times_that_leave_no_room_to_come_further_are_refused(time: str, capfd: 
     assert "--time is" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("time", ["5", "4:01", "00:10:00", "1-0", "2-12:30", "2-12:30:05"])
+@pytest.mark.parametrize("time", ["5", "4:01", "00:10:00", "1-0", "2-12:30", "2-12:30:05", "0", "UNLIMITED"])
 def test_times_as_sbatch_takes_them(time: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["slurm", "--time", time, "--", "--out", "run"]) == 0
     assert f"#SBATCH --time={time}\n" in capfd.readouterr().out
