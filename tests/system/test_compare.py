@@ -155,7 +155,7 @@ def test_the_table_can_be_sorted(page: Any) -> None:
 def test_a_study_that_was_killed_goes_on(tmp_path: Path) -> None:
     """SIGKILL: nobody can clean up but the kernel; the ranks must not stay."""
     path = tmp_path / "study.yaml"
-    path.write_text(study(OURS, epochs=400, seconds=15))
+    path.write_text(study(OURS, epochs=400, seconds=8))
     harness = start(tmp_path, path)
     family = await_second_cell(harness, tmp_path)
     os.kill(harness.process.pid, signal.SIGKILL)

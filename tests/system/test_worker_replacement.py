@@ -7,6 +7,8 @@ import pytest
 
 from tests.system.worker_jobs import BATCH, EXAMPLES, MPIRUN_ULFM, WORKERS, await_first_epoch, has_ulfm, start, worker
 
+EPOCHS = 40
+
 
 @pytest.fixture(autouse=True)
 def needs_ulfm() -> None:
@@ -31,12 +33,12 @@ def kill_one(folder: Path, plan: str, epochs: int) -> tuple[str, dict[str, objec
 
 @pytest.mark.parametrize("plan", ["--consistency asp", "--consistency bsp", "--rule easgd --push-every 2"])
 def test_a_new_worker_trains_from_the_present_weights(tmp_path: Path, plan: str) -> None:
-    output, summary = kill_one(tmp_path, plan, epochs=60)
+    output, summary = kill_one(tmp_path, plan, epochs=EPOCHS)
     assert "worker 1 has died" in output
     assert "a new worker 1 begins at epoch" in output
     assert summary["died"] == summary["joined"] == [1]
     assert summary["world_size"] == WORKERS - 1, "those that were there from the start evaluate"
-    assert summary["epochs"] == 60
+    assert summary["epochs"] == EPOCHS
     applied, clocks = summary["applied_by_worker"], summary["clocks"]
     assert isinstance(applied, list)
     assert isinstance(clocks, list)
