@@ -127,11 +127,19 @@ def agree(comm: Any, ready: bool) -> bool:
     Blocks; every living rank must call it. A communicator that was revoked may still be asked.
     """
     try:
-        return bool(comm.Agree(int(ready)))
+        # Where other threads send, too (Horovod's), Open MPI 5.0 loses all votes of an agreement now and then, and
+        # tells all alike 0, which nobody has voted: they ask again.
+        while (found := comm.Agree(_READY if ready else _AGAINST)) == 0:
+            continue
     except MPI.Exception as error:
         if not tells_of_a_death(error):
             raise
         return False
+    return bool(found == _READY)
+
+
+_READY, _AGAINST = 3, 2
+"""Votes, of which an agreement tells the bits that all have."""
 
 
 def acknowledged_deaths(comm: Any, error: MPI.Exception) -> set[int]:
