@@ -65,12 +65,12 @@ def snapshot(trainer: "Trainer", rows: Tensor, config: Mapping[str, Any]) -> Dra
         averages = optimizer.flat.views(trainer.ema.average)
         tensors |= {f"ema/{name}": average for name, average in averages.items()}
     pieces = {name: Piece.of(tensor) for name, tensor in tensors.items()}
-    masters = optimizer.master_weights()
-    # Tied parameters have several names, and one place.
-    names = {tensor.data_ptr(): name for name, tensor in optimizer.flat.views(optimizer.flat.parameters).items()}
-    for name, tensor in trainer.model.state_dict().items():
-        if (own := names.get(tensor.data_ptr())) in masters:
-            pieces[f"model/{name}"] = masters[own]
+    if masters := optimizer.master_weights():
+        # Tied parameters have several names, and one place.
+        names = {tensor.data_ptr(): name for name, tensor in optimizer.flat.views(optimizer.flat.parameters).items()}
+        for name, tensor in trainer.model.state_dict().items():
+            if (own := names.get(tensor.data_ptr())) in masters:
+                pieces[f"model/{name}"] = masters[own]
     state, scalars = optimizer.pieces()
     pieces |= {f"optimizer/{name}": piece for name, piece in state.items()}
     record = {

@@ -42,7 +42,7 @@ def prepare_folder(config: TrainConfig, world: World) -> Path:
         # Before anything is deleted: another run may be writing it.
         hold(folder)
         _delete(folder, _claim(folder, config))
-    world.barrier("rank 0 makes the folder of results")
+    world.barrier("rank 0 makes the folder of results", patient=True)
     return folder
 
 

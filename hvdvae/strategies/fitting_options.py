@@ -1,18 +1,16 @@
-"""Which options of DistributedOptimizer belong to which strategies; the command's are checked in config_check.py."""
+"""Which options of DistributedOptimizer belong to which strategies, as the command's do."""
 
 from typing import Any
 
+from hvdvae.config_check import BELONGS
 from hvdvae.errors import ConfigError
 
+_OF_THE_COMMAND = {option: choices for option, other, choices in BELONGS if other == "strategy"}
 _STRATEGIES: dict[str, tuple[str, ...]] = {
-    "compression": ("allreduce", "local-sgd", "diloco", "ps"),
-    "compression_share": ("allreduce", "local-sgd", "diloco", "ps"),
+    **_OF_THE_COMMAND,
+    "compression_share": _OF_THE_COMMAND["compression"],
     "compression_rank": ("allreduce", "local-sgd", "diloco"),
-    "compression_momentum": ("allreduce", "ps"),
-    "reduce_op": ("allreduce",),
     "process_set": ("allreduce",),
-    "zero_stage": ("sharded",),
-    "weights": ("sharded",),
 }
 _DEFAULTS = {
     "compression": "none",

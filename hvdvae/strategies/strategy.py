@@ -13,28 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hvdvae.checkpoint import Piece
 from hvdvae.errors import ConfigError
 from hvdvae.flat import FlatModel
 from hvdvae.strategies.flat_optimizer import check_supported, flat_optimizer, is_elementwise
-from hvdvae.strategies.optimizer_state import (
-    Entries,
-    Groups,
-    Scalars,
-    entries_of,
-    follow,
-    load_state,
-    pieces_of,
-    save_state,
-)
+from hvdvae.strategies.optimizer_state import entries_of, follow, load_state
 from hvdvae.strategies.same_model import check_device, check_same_model
+from hvdvae.strategies.saved_optimizer import SavedOptimizer
 from hvdvae.world import World
 
 if TYPE_CHECKING:
     from hvdvae.parallel.parts import Parts
 
 
-class Strategy(Optimizer):
+class Strategy(SavedOptimizer):
     """An optimizer whose step is taken together with the other ranks. Build with `DistributedOptimizer`."""
 
     name = ""
@@ -43,8 +34,6 @@ class Strategy(Optimizer):
     """Whether all ranks take the same step at the same time, and hold the same weights after it."""
     joined_at: float | None = None
     """Epochs that had been done when this rank took the place of one that died; None: it was there from the start."""
-    own_memory: tuple[str, ...] = ()
-    """Names in `memory` of what differs from rank to rank while a run goes on."""
     precision: str | None = None
     """The only one that it computes in, as in --precision."""
     part = slice(None)
@@ -83,7 +72,6 @@ class Strategy(Optimizer):
         self.world = world
         everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.numbers = [number for number, parameter in enumerate(everything) if parameter.requires_grad]
-        """In the optimizer's numbering of parameters: those that are trained. Frozen ones are nobody's to change."""
         self.flat = FlatModel(
             model, [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
         )
@@ -258,11 +246,6 @@ class Strategy(Optimizer):
         """All ranks that train, also those that hold other parts of the model; `world` has those that hold this one."""
         return self.world if self.parts is None else self.parts.groups.whole
 
-    @property
-    def numbered(self) -> dict[int, str]:
-        """Names of the trained parameters, by their number in the optimizer."""
-        return dict(zip(self.numbers, self.flat.names, strict=True))
-
     def update(self) -> None:
         """Step the inner optimizer on the vectors. Local."""
         self.inner.step()
@@ -297,13 +280,6 @@ class Strategy(Optimizer):
         """This rank's place among those that train, and their number: changes where one dies and the others go on."""
         return self.world.rank, self.world.size
 
-    def memory(self) -> dict[str, Tensor]:
-        """What else a run needs to continue, by name: the same on all ranks inside `fetched(state=True)`. No copies.
-
-        Whoever resumes writes into these tensors.
-        """
-        return {}
-
     def traffic(self) -> dict[str, float]:
         """Bytes that this rank has sent and received since it began, in all and a step. Local."""
         return {}
@@ -321,36 +297,6 @@ class Strategy(Optimizer):
     def skip_synchronize(self) -> "nullcontext[None]":
         """For loops written for Horovod: `step` never exchanges twice, so there is nothing to skip."""
         return nullcontext()
-
-    def state_dict(self) -> dict[str, Any]:
-        """As a plain torch optimizer of the wrapped class would save it: loads there, and into any other strategy."""
-        return save_state(self._wrapped, self.inner, self.flat, self.numbers)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` of any strategy, or of the plain torch optimizer, saved. Local: call it on all ranks.
-
-        Raises CheckpointError where groups or shapes do not fit this model.
-        """
-        self.load_entries(state_dict["param_groups"], entries_of(state_dict["state"]))
-
-    def saving(self) -> AbstractContextManager[Tensor]:
-        """As `fetched(state=True)`; inside, `pieces` may be asked for."""
-        return self.fetched(state=True)
-
-    def pieces(self) -> tuple[dict[str, Piece], Scalars]:
-        """The state for a checkpoint: tensors as NUMBER/ENTRY, which may be asked for inside `saving`, and scalars."""
-        return pieces_of(self.state_dict()["state"])
-
-    def load_entries(self, groups: Groups, entries: Entries) -> None:
-        """As `load_state_dict`: the groups, and the state, entry by entry. Local; `entries` may block."""
-        load_state(self._wrapped, self.inner, self.flat, self.numbers, groups, entries)
-
-    def master_weights(self) -> dict[str, Piece]:
-        """Weights that are kept in more digits than the model's, by name; for a checkpoint, inside `saving`."""
-        return {}
-
-    def load_master_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Take them from a checkpoint's, by name, after the model has taken its own. Local; `weights` may block."""
 
     def arithmetic(self) -> AbstractContextManager[Any]:
         """What a model with these weights is to be evaluated in. Local."""

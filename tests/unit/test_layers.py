@@ -173,6 +173,7 @@ def test_strategies_do_not_import_each_other() -> None:
         "messages",
         "optimizer_state",
         "same_model",
+        "saved_optimizer",
         "sharded",
         "sharded_gradients",
         "slices",
