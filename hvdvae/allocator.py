@@ -9,7 +9,8 @@ import ctypes
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_* of malloc.h
-_LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc refuses more
+LARGEST_KEPT = 32 << 20
+"""Bytes; blocks of more are the kernel's again when they are freed. glibc refuses to keep larger ones."""
 _NEVER_TRIM_BELOW = 1 << 30
 
 
@@ -24,4 +25,4 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)) and bool(mallopt(_TRIM_THRESHOLD, _NEVER_TRIM_BELOW))
+    return bool(mallopt(_MMAP_THRESHOLD, LARGEST_KEPT)) and bool(mallopt(_TRIM_THRESHOLD, _NEVER_TRIM_BELOW))

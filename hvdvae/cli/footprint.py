@@ -1,18 +1,19 @@
 """What a rank of a run keeps in memory: predicted from the model without its numbers.
 
-The model is built of torch's fake tensors, split as it would be, and run once to see what autograd keeps for backward.
+The model is built of torch's fake tensors, split as it would be, and taken through a step (activations.py).
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 
 from hvdvae.cli import assemble
+from hvdvae.cli.activations import needs
 from hvdvae.config import TrainConfig
 from hvdvae.errors import ConfigError
 from hvdvae.parallel.mesh import Groups, Mesh
@@ -42,6 +43,10 @@ class Footprint:
     """--ema."""
     activations: int
     """Kept for backward at most, of all micro-batches that are under way."""
+    passing: int
+    """What forward and backward of a micro-batch need beside it, for a moment."""
+    batches: int
+    """The examples that are trained on, and the next."""
     mapped: int
     """Of other ranks' vectors that this rank reads and writes in shared memory."""
     start: int
@@ -50,8 +55,8 @@ class Footprint:
     @property
     def total(self) -> int:
         """What its resident memory grows by."""
-        own = self.parameters + self.gradients + self.optimizer + self.average + self.activations
-        return max(self.start, own + self.mapped)
+        state = self.parameters + self.gradients + self.optimizer + self.average + self.mapped
+        return max(self.start, state + self.activations + self.passing + self.batches)
 
 
 class Imagined(NamedTuple):
@@ -96,14 +101,15 @@ def _of_model(config: TrainConfig, model: VAE, shape: Sequence[int], mesh: Mesh,
     if mesh.tp > 1:
         split_layers(model, model.chains, Imagined(0, mesh.tp))  # type: ignore[arg-type]
     cuts = _cuts(config, model, chain, mesh.pp)
-    kept = _activations(config, chain, model, mesh, stage, cuts, shape)
+    kept, passing = _activations(config, chain, model, mesh, stage, cuts, shape)
     if mesh.pp > 1:
         imagined: Any = Imagined(stage, mesh.pp)
         keep_stage(model, chain, cuts, Groups(mesh, imagined, imagined, imagined, imagined, imagined))
-    return _footprint(config, model, mesh, kept)
+    batches = 2 * FLOAT * config.batch_size * config.accumulate * math.prod(shape)
+    return _footprint(config, model, mesh, activations=kept, passing=passing, batches=batches)
 
 
-def _footprint(config: TrainConfig, model: nn.Module, mesh: Mesh, activations: int) -> Footprint:
+def _footprint(config: TrainConfig, model: nn.Module, mesh: Mesh, **passes: int) -> Footprint:
     sizes = [parameter.numel() for parameter in model.parameters()]
     count, largest = sum(sizes), max(sizes)
     entries = ENTRIES[config.optimizer] + (config.optimizer in ("sgd", "rmsprop") and config.momentum > 0)
@@ -117,9 +123,9 @@ def _footprint(config: TrainConfig, model: nn.Module, mesh: Mesh, activations: i
         gradients=_gradients(config, mesh, count, largest),
         optimizer=FLOAT * entries * count // owners,
         average=FLOAT * count if config.ema else 0,
-        activations=activations,
         mapped=_vectors_in_shared_memory(config) * FLOAT * count * (mesh.dp - 1) // mesh.dp,
         start=start,
+        **passes,
     )
 
 
@@ -158,44 +164,27 @@ def _activations(
     stage: int,
     cuts: list[int],
     shape: Sequence[int],
-) -> int:
+) -> tuple[int, int]:
+    """Kept for backward at most, and for a moment beside it."""
     micros = (config.micro_batches or assemble.MICRO_BATCHES) if mesh.pp > 1 else 1
     batch = torch.empty(max(1, config.batch_size // micros), *shape)
     chain.begin(batch)
-    payload: Tensors = chain.inputs(batch)
     ends = [*cuts[1:], len(chain.steps)]
-    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    total = received = 0
-    for number, step in enumerate(chain.steps):
-        inputs = payload
-        if number == cuts[stage]:
-            received = sum(tensor.nbytes for tensor in inputs) if stage else 0
 
-        def run(step: Any = step, inputs: Tensors = inputs, is_last: bool = number + 1 == len(chain.steps)) -> Any:
-            with mixed_precision(config.precision, batch.device):
-                outputs = step.run(inputs, slice(0, len(batch)))
-                # The loss belongs to the last step.
-                return outputs, chain.loss(outputs, batch, 0.0) if is_last else None
+    def forward(payload: Tensors, steps: slice) -> Tensors:
+        with mixed_precision(config.precision, batch.device):
+            for step in chain.steps[steps]:
+                payload = step.run(payload, slice(0, len(batch)))
+            # The loss belongs to the last step.
+            return (chain.loss(payload, batch, 0.0)["loss"],) if steps.stop == len(chain.steps) else payload
 
-        saved, (payload, _) = _saved(run, parameters)
-        total += saved if cuts[stage] <= number < ends[stage] else 0
+    inputs = chain.inputs(batch)
+    if stage:
+        inputs = forward(inputs, slice(0, cuts[stage]))
+    own = slice(cuts[stage], ends[stage])
+    found = needs(model, inputs, batch, stage == 0, lambda payload: forward(payload, own))
     order = order_of(config.pipeline_schedule, stage, mesh.pp, micros * config.accumulate)
     under_way = max(sum(1 if kind == "forward" else -1 for kind, _ in order[: turn + 1]) for turn in range(len(order)))
     if config.recompute and mesh.pp > 1:
-        return received * under_way + total
-    return (received + total) * under_way
-
-
-def _saved(run: Callable[[], Any], parameters: set[int]) -> tuple[int, Any]:
-    """Bytes that autograd keeps for backward, each storage once, and what `run` returns."""
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            seen[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()
-    return sum(seen.values()), result
+        return found.received * under_way + found.kept, found.passing
+    return (found.received + found.kept) * under_way, found.passing

@@ -10,7 +10,18 @@ from hvdvae.data import open_dataset
 from hvdvae.errors import ConfigError
 from hvdvae.parallel.mesh import Mesh
 
-COLUMNS = ("parameters", "gradients", "optimizer", "average", "activations", "mapped", "start", "total")
+COLUMNS = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "average",
+    "activations",
+    "passing",
+    "batches",
+    "mapped",
+    "start",
+    "total",
+)
 
 
 def memory(options: MemoryOptions) -> int:
@@ -36,6 +47,8 @@ def table(found: list[Footprint], mesh: Mesh) -> str:
     lines += [
         "mapped: other ranks' vectors, where ranks share a host: resident in all of them, and there once",
         "start: before the first step, while the vector of parameters is made of the layers; not at the same time",
-        "total: besides Python and its libraries (about 300 MB), the data, and what backward needs for a moment",
+        "passing: what forward and backward need for a moment; batches: the examples of this step and the next",
+        "total: besides Python and its libraries (about 300 MB), the data, and the holes that malloc leaves between",
+        "activations in blocks of less than 32 MiB, which may be as much again as these",
     ]
     return "\n".join(lines) + "\n"
