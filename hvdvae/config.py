@@ -4,10 +4,11 @@ Each field is a flag (`--batch-size`) and a key of the YAML file (`batch_size`).
 The docstring under a field is its help. What a field may hold, and which go together: config_check.py.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from hvdvae.config_check import check
+from hvdvae.config_check import check, without_leftovers
 from hvdvae.config_check import flag as flag
 
 Likelihood = Literal["bernoulli", "gaussian", "discretized-logistic"]
@@ -143,7 +144,8 @@ class StrategyOptions:
     """Ranks that share the model layer by layer, as stages of a pipeline; the others train copies (allreduce,
     sharded)."""
     micro_batches: int | None = None
-    """Parts of a rank's batch that flow through the stages of --pipeline one after the other [4]."""
+    """Parts of a rank's batch that flow through the stages of --pipeline one after the other [4; 1 with --free-bits and
+    --batch-norm, which look at all of a batch]."""
     pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"
     """Order of a stage's work: backward as soon as it can be, or after all forward."""
     recompute: bool = False
@@ -248,6 +250,12 @@ class TrainConfig(
     def __post_init__(self) -> None:
         """Refuse what cannot work. Raises ConfigError naming the flag."""
         check(self, {name: field.default for name, field in self.__dataclass_fields__.items()}, _names(ServerOptions))
+
+
+def resumed_values(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved values with those `given` now on top, less what was saved and does not go with these. Pure."""
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    return without_leftovers(values, given, defaults, _names(ServerOptions))
 
 
 def _names(options: type) -> list[str]:

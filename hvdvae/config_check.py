@@ -1,5 +1,6 @@
 """What options may hold, and which go together: refused before any work, by the flag to change. Pure."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,36 @@ BELONGS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 def flag(key: str) -> str:
     """The flag of a key: batch_size -> --batch-size."""
     return "--" + key.replace("_", "-")
+
+
+SPLITTING = ("mesh", "pipeline", "tensor")
+"""Options that say, each in its way, how ranks hold a model together."""
+OF_STAGES = ("micro_batches", "pipeline_schedule", "recompute", "cuts")
+"""Options of models in stages."""
+
+
+def without_leftovers(
+    values: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapping[str, Any], of_servers: Sequence[str]
+) -> dict[str, Any]:
+    """The values of a run that is resumed, less those saved ones that do not go with what is `given` now. Pure."""
+    kept = dict(values)
+
+    def forget(key: str) -> bool:
+        """Whether there was something to forget that was not asked for now."""
+        is_leftover = bool(kept[key] != defaults[key] == given[key])
+        kept[key] = defaults[key] if is_leftover else kept[key]
+        return is_leftover
+
+    if any(given[key] != defaults[key] for key in SPLITTING):
+        for key in SPLITTING:
+            forget(key)
+        if kept["pipeline"] == 1 and not re.search(r"pp *= *([2-9]|1\d)", kept["mesh"] or ""):
+            for key in OF_STAGES:
+                forget(key)
+    belongs = (*BELONGS, *((key, "strategy", ("ps",)) for key in of_servers))
+    while any(kept[other] not in choices and forget(key) for key, other, choices in belongs):
+        pass  # What belonged to a value that is gone now goes, too.
+    return kept
 
 
 def check(config: "TrainConfig", defaults: Mapping[str, Any], of_servers: Sequence[str]) -> None:

@@ -84,6 +84,7 @@ def snapshot(trainer: "Trainer", rows: Tensor, config: Mapping[str, Any]) -> Dra
         "optimizer_groups": pack(optimizer.param_groups),
         "optimizer_scalars": scalars,
         "skipped_steps": optimizer.skipped_steps,
+        "moved": optimizer.moved.counts(),
         "overflows": trainer.stepper.overflows,
         "scaler": trainer.stepper.scaler.state_dict() if trainer.stepper.scaler is not None else None,
         "config": dict(config),
@@ -131,6 +132,7 @@ def restore(trainer: "Trainer", checkpoint: Source) -> None:
     if trainer.stepper.scaler is not None and record["scaler"] is not None:
         trainer.stepper.scaler.load_state_dict(record["scaler"])
     optimizer.skipped_steps, trainer.stepper.overflows = record["skipped_steps"], record["overflows"]
+    optimizer.moved.count_on(record.get("moved", {}))
     trainer.position = Position(**record["position"])
     trainer.best = record["best"]
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from hvdvae.cli.agreement import check_same_data
 from hvdvae.config import TrainConfig, flag
+from hvdvae.config_check import OF_STAGES
 from hvdvae.data import Dataset, open_dataset
 from hvdvae.errors import ConfigError
 from hvdvae.parallel.fill import fill
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
     from hvdvae.parallel.pipeline import Pipeline
 
 MICRO_BATCHES = 4
+
+
+def micro_batches(config: TrainConfig) -> int:
+    """What --micro-batches stands for: 1 where a loss or a layer looks at a whole batch, as an unsplit model's do."""
+    return config.micro_batches or (1 if config.free_bits or config.batch_norm else MICRO_BATCHES)
 
 
 def binarization(config: TrainConfig) -> str:
@@ -125,7 +131,7 @@ def mesh_of(config: TrainConfig, ranks: int) -> Mesh:
     """Of so many ranks. Pure. Raises ConfigError where it is of another number, or something does not go with it."""
     found = Mesh.of(ranks, mesh=config.mesh, pipeline=config.pipeline, tensor=config.tensor)
     defaults = TrainConfig.__dataclass_fields__
-    for key in ("micro_batches", "pipeline_schedule", "recompute", "cuts"):
+    for key in OF_STAGES:
         if found.pp == 1 and getattr(config, key) != defaults[key].default:
             raise ConfigError(f"{flag(key)} is for models in stages: give --pipeline or a --mesh with pp, or drop it")
     refused = {
@@ -155,7 +161,7 @@ def split(config: TrainConfig, model: VAE, groups: Groups) -> tuple[Parts, "Pipe
     """
     whole, stages = Whole.of(model), groups.mesh.pp
     chain = VaeChain(model, objective(config), config.samples)
-    micros = config.micro_batches or MICRO_BATCHES
+    micros = micro_batches(config)
     cuts = [0]
     if stages > 1:
         like = torch.zeros(max(1, config.batch_size // micros), *model.shape, device=groups.whole.device)

@@ -166,7 +166,7 @@ def _activations(
     shape: Sequence[int],
 ) -> tuple[int, int]:
     """Kept for backward at most, and for a moment beside it."""
-    micros = (config.micro_batches or assemble.MICRO_BATCHES) if mesh.pp > 1 else 1
+    micros = assemble.micro_batches(config) if mesh.pp > 1 else 1
     batch = torch.empty(max(1, config.batch_size // micros), *shape)
     chain.begin(batch)
     ends = [*cuts[1:], len(chain.steps)]

@@ -18,7 +18,7 @@ from hvdvae.cli.asked import Asked
 from hvdvae.cli.config_file import CONFIG_FILE, load_yaml, read_values
 from hvdvae.cli.help import Help
 from hvdvae.cli.wording import reworded
-from hvdvae.config import TrainConfig, flag
+from hvdvae.config import TrainConfig, flag, resumed_values
 from hvdvae.errors import ConfigError
 
 Command = Callable[[Any], int]
@@ -51,7 +51,7 @@ def parse(argv: list[str]) -> tuple[Command, Any]:
         values, saved = given, _saved_config(given)
         if saved is not None:
             read_values(saved, str(saved))
-            values = _plain(_parser(saved).parse_args(_files_first(argv))["train"])
+            values = resumed_values(_plain(_parser(saved).parse_args(_files_first(argv))["train"]), given)
     except (ArgumentError, ArgumentTypeError) as error:
         known = {"train": TrainConfig, **{name: kind for name, (kind, _) in options.SUBCOMMANDS.items()}}
         name = argv[0] if argv and argv[0] in known else ""

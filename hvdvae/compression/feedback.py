@@ -2,7 +2,9 @@
 
     compensated = gradient + remembered;   send a part of it;   remembered = compensated - sent
 
-(Seide et al. 2014; Karimireddy et al. 2019). With momentum correction (Lin et al. 2018, Deep Gradient Compression,
+(Seide et al. 2014; Karimireddy et al. 2019). Where a message says elements as they are, or nothing of them, that is
+exact in float32. Where it says something near them, what is remembered is float64: beside a large part that was sent,
+float32 would drop a small one that was not. With momentum correction (Lin et al. 2018, Deep Gradient Compression,
 section 3.1) a velocity is remembered too, and what has been sent is taken out of both.
 """
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from hvdvae.errors import ConfigError
 
 WITH_MOMENTUM = ("topk", "randomk")
-"""Codecs that its correction was made for."""
+"""Codecs that say elements as they are: momentum correction was made for these."""
 
 
 def check_momentum(compression: str, momentum: float) -> None:
@@ -29,10 +31,13 @@ def check_momentum(compression: str, momentum: float) -> None:
 class Feedback:
     """Of one rank. Shapes: P elements."""
 
-    def __init__(self, length: int, momentum: float = 0.0) -> None:
-        """Nothing remembered. `momentum`: of the velocity; 0 for none."""
-        self.remembered = torch.zeros(length)
-        self._next = torch.zeros(length)
+    def __init__(self, length: int, codec: str, momentum: float = 0.0) -> None:
+        """Nothing remembered. `codec`: its name; `momentum`: of the velocity; 0 for none."""
+        dtype = torch.float32 if codec in WITH_MOMENTUM else torch.float64
+        self.remembered = torch.zeros(length, dtype=dtype)
+        self._next = torch.zeros(length, dtype=dtype)
+        self._rounded = None if dtype == torch.float32 else torch.zeros(length)
+        """What the codec gets of what is to be said."""
         self._momentum = momentum
         self._velocity = torch.zeros(length if momentum else 0)
         self._next_velocity = torch.zeros_like(self._velocity)
@@ -42,9 +47,10 @@ class Feedback:
         return {"remembered": self.remembered} | ({"velocity": self._velocity} if self._momentum else {})
 
     def compensate(self, gradient: Tensor) -> Tensor:
-        """The vector (P,) to send of; valid until the next call. Leaves the gradient alone."""
+        """The vector (P,), float32, to send of; valid until the next call. Leaves the gradient alone."""
         if not self._momentum:
-            return torch.add(gradient, self.remembered, out=self._next)
+            whole = torch.add(gradient, self.remembered, out=self._next)
+            return whole if self._rounded is None else self._rounded.copy_(whole)
         torch.add(gradient, self._velocity, alpha=self._momentum, out=self._next_velocity)
         return torch.add(self._next_velocity, self.remembered, out=self._next)
 

@@ -4,7 +4,8 @@ Shapes: a matrix M (n, m), P (n, r), Q (m, r). One step of the power method a ca
 
     P = mean over ranks of M Q, orthonormal columns;  Q = mean over ranks of M^T P;  the mean of M is about P Q^T
 
-What has no two sides longer than the rank (biases) is averaged whole.
+What has no two sides longer than the rank (biases) is averaged whole. Only the directions of Q are kept: its size is
+that of M, which may be next to nothing, and P has none.
 """
 
 import math
@@ -25,6 +26,8 @@ class PowerSgd(Averaged):
     def __init__(self, shapes: Sequence[tuple[int, ...]], rank: int) -> None:
         """`shapes`: of the tensors that follow each other in the vector. Raises ConfigError."""
         sides = [(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1]
+        if not isinstance(rank, int):
+            raise ConfigError(f"--compression-rank is {rank}, expected a whole number")
         largest = max((min(pair) for pair in sides), default=0)
         if not 1 <= rank <= largest:
             raise ConfigError(
@@ -35,7 +38,7 @@ class PowerSgd(Averaged):
         start = 0
         for shape in shapes:
             count = math.prod(shape)
-            pair = (shape[0], count // shape[0]) if len(shape) > 1 else None
+            pair = (shape[0], count // shape[0]) if len(shape) > 1 and count else None
             thin = pair is not None and rank * sum(pair) < count
             self._parts.append((slice(start, start + count), pair if thin else None))
             start += count
@@ -70,7 +73,7 @@ class PowerSgd(Averaged):
             for kept, q in zip(self._q, q_means, strict=True):
                 # A column of zeros would stay one: where there was nothing to send, the next begins where this one did.
                 sent_columns = q.any(0)
-                kept[:, sent_columns] = q[:, sent_columns]
+                kept[:, sent_columns] = _unit(q[:, sent_columns])
 
     def memory(self) -> dict[str, Tensor]:
         """As Averaged's: each matrix's Q."""
@@ -80,13 +83,32 @@ class PowerSgd(Averaged):
         return [(part, pair) for part, pair in self._parts if pair is not None]
 
 
+NOTHING = 1e-6
+"""What is left of a column, as a part of it, where float32 cannot tell it from the ones before."""
+
+
 def orthonormal(columns: Tensor) -> Tensor:
-    """The same space (n, r) with orthonormal columns, by Gram and Schmidt; a column of zeros stays one."""
-    found = columns.clone()
-    for place in range(found.shape[1]):
+    """The same space (n, r) with orthonormal columns, by Gram and Schmidt, whatever their size.
+
+    A column of zeros stays one, and one that lies in the space of those before becomes one.
+    """
+    found = _unit(columns)
+    for place in range(1, found.shape[1]):
         column = found[:, place]
         for _ in range(2):  # Once leaves a remainder where columns are nearly parallel.
-            if place:
-                column -= found[:, :place] @ (found[:, :place].T @ column)
-        column /= torch.linalg.vector_norm(column).clamp(min=1e-30)
+            column -= found[:, :place] @ (found[:, :place].T @ column)
+            length = torch.linalg.vector_norm(column)
+            if float(length) < NOTHING:
+                column.zero_()
+                break
+            column /= length
     return found
+
+
+def _unit(columns: Tensor) -> Tensor:
+    """Columns (n, r) of length 1, or 0 where they are zero."""
+    largest = columns.abs().amax(0)
+    # By the largest first: squares of small numbers are zero in float32.
+    scaled = columns / torch.where(largest > 0, largest, torch.ones_like(largest))
+    unit: Tensor = scaled / torch.linalg.vector_norm(scaled, dim=0).clamp(min=NOTHING)
+    return unit

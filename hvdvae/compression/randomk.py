@@ -24,6 +24,8 @@ class RandomK(Averaged):
 
     def average(self, vector: Tensor, sent: Tensor, key: int) -> Iterator[Tensor]:
         """As Averaged's."""
+        if not self._length:
+            return
         places = self._places(key)
         values = vector[places]
         sent.zero_().index_copy_(0, places, values)

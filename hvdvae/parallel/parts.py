@@ -64,7 +64,7 @@ class Parts:
     """This rank's part of a model that several ranks hold together."""
 
     def __init__(self, groups: Groups, whole: Whole, cuts: Mapping[str, Cut]) -> None:
-        """`cuts`: of the parameters that are smaller here, by name. Those that share layers hold the others alike."""
+        """`cuts`: of what is smaller here, by name. Those that share layers hold all else alike."""
         self.groups, self.whole, self.cuts = groups, whole, dict(cuts)
         self.survival: Survival | None = None
         """Where whole copies of the model go on when a rank has died."""
@@ -127,9 +127,16 @@ class Parts:
         return {name: number for number, name in enumerate(self.whole.parameters) if name in mine}
 
     def columns(self, names: Iterable[str]) -> list[int]:
-        """Where float buffers of these names stand in the whole vector of them."""
+        """Where this rank's part of the float buffers of these names stands in the whole vector of them."""
         found, start, held = list[int](), 0, set(names)
         for name, length in self.whole.buffers.items():
-            found += range(start, start + length) if name in held else ()
+            cut = self.cuts.get(name)
+            mine = range(start + cut.start, start + cut.stop) if cut is not None else range(start, start + length)
+            found += mine if name in held else ()
             start += length
         return found
+
+    @property
+    def splits_buffers(self) -> bool:
+        """Whether a rank may hold less than all of the float buffers."""
+        return self.groups.stages.size > 1 or not self.cuts.keys().isdisjoint(self.whole.buffers)

@@ -76,9 +76,11 @@ class Elsewhere(nn.Module):
 def keep_stage(model: nn.Module, chain: Chain, cuts: Sequence[int], groups: Groups) -> slice:
     """Keep of the model the layers of this rank's stage. Local; every rank does it. Mutates the model.
 
-    `cuts`: first step of each stage. Returns which steps are this rank's.
+    `cuts`: first step of each stage. Returns which steps are this rank's. Raises ConfigError where stages would share
+    parameters, as nobody would add up their gradients.
     """
     stage, ends = groups.stages.rank, [*cuts[1:], len(chain.steps)]
+    _check_untied(model, chain, cuts)
     for owner, (start, stop) in enumerate(zip(cuts, ends, strict=True)):
         for name in (name for step in chain.steps[start:stop] for name in step.modules):
             for called, layer in _called(model, name):
@@ -88,6 +90,21 @@ def keep_stage(model: nn.Module, chain: Chain, cuts: Sequence[int], groups: Grou
                     parent, _, last = called.rpartition(".")
                     setattr(model.get_submodule(parent), last, Elsewhere(called, owner, groups.stages))
     return slice(cuts[stage], ends[stage])
+
+
+def _check_untied(model: nn.Module, chain: Chain, cuts: Sequence[int]) -> None:
+    holders: dict[Tensor, tuple[int, str]] = {}
+    for number, step in enumerate(chain.steps):
+        stage = sum(cut <= number for cut in cuts) - 1
+        for name in step.modules:
+            layer = model.get_submodule(name)
+            for key, tensor in (*layer.named_parameters(name), *layer.named_buffers(name)):
+                other, called = holders.setdefault(tensor, (stage, key))
+                if other != stage:
+                    raise ConfigError(
+                        f"{called} and {key} are one tensor, and stages {other} and {stage} would hold it: cut the "
+                        "model where both are on one side (--cuts), or give each a tensor of its own"
+                    )
 
 
 def choose_cuts(text: str, model: nn.Module, chain: Chain, stages: int, batch: Batch, world: World) -> list[int]:
@@ -140,11 +157,13 @@ def costs_of(model: nn.Module, chain: Chain, batch: Batch) -> list[float]:
     chain.begin(batch)
     payload = chain.inputs(batch)
     for place, step in enumerate(chain.steps):
-        inputs = tuple(tensor.detach().requires_grad_(place > 0) for tensor in payload)
+        received = payload
         layers = [layer for name in step.modules for layer in model.get_submodule(name).modules()]
         with filled(layers, payload[0].device):
             for _ in range(ROUNDS):
                 finish(payload[0].device)
+                # A copy for each round: a step may work in place.
+                inputs = tuple(tensor.detach().clone().requires_grad_(place > 0) for tensor in received)
                 begin = time.perf_counter()
                 payload = step.run(inputs, everything)
                 trained = [tensor for tensor in payload if tensor.requires_grad]

@@ -3,15 +3,17 @@
     x (B, I) -- first, my H/T rows --> (B, H/T) -- activation -- second, my H/T columns --> (B, O), a part of a sum
     forward: one allreduce, of the second's outputs; backward: one, of the first's inputs' gradient
 
-Layers come in such pairs: what stands between them is never whole anywhere. Linear by neurons, convolutions by
-channels. Layers that find no partner stay whole on every rank: equal inputs, equal results.
+Layers come in such pairs: what stands between them, activation and BatchNorm, is never whole anywhere. Linear by
+neurons, convolutions by channels. Layers that find no partner, or share their weights with others, stay whole on every
+rank: equal inputs, equal results.
 
 Shapes: B examples, I inputs, H hidden, O outputs; T ranks that share a layer.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,8 @@ from hvdvae.parallel.parts import Cut
 from hvdvae.world import World
 
 _ELEMENTWISE = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.ELU, nn.LeakyReLU, nn.Softplus, nn.Identity)
-"""What may stand between two layers of a pair: it does to each neuron the same."""
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+"""What may stand between two layers of a pair: it does to each neuron the same, or to each by itself."""
 _DIMS: tuple[tuple[type[nn.Module], str, tuple[int, int]], ...] = (
     (nn.Linear, "linear", (0, 1)),
     (nn.ConvTranspose2d, "convolution", (1, 0)),
@@ -40,7 +43,9 @@ def split_layers(model: nn.Module, chains: Sequence[str], group: World) -> dict[
     """
     cuts: dict[str, Cut] = {}
     for chain in chains:
-        for first, second in pairs_of(model, chain, group.size):
+        for first, norms, second in pairs_of(model, chain, group.size):
+            for norm in norms:
+                cuts |= _split_norm(model.get_submodule(norm), norm, group)
             for name, kind, dim in ((first, Outputs, 0), (second, Inputs, 1)):
                 layer: Any = model.get_submodule(name)
                 along = _dims(layer)[dim]
@@ -53,7 +58,8 @@ def split_layers(model: nn.Module, chains: Sequence[str], group: World) -> dict[
     if not cuts:
         raise ConfigError(
             f"--tensor {group.size}: found no two layers of one kind in a row, with {group.size} neurons or channels "
-            "or more between them, that could be split; use a wider or deeper model, or --tensor 1"
+            "or more and only activations and BatchNorm between them, that could be split; use a wider or deeper "
+            "model, or --tensor 1"
         )
     return cuts
 
@@ -88,7 +94,8 @@ class Inputs(nn.Module):
         self.weight = _cut(layer.weight, cut)
         self.bias = layer.bias
         layer.bias = None
-        self._shape = (1, -1, *([1] * (self.weight.dim() - 2)))
+        # Without a dimension for examples: there may be none.
+        self._shape = (-1, *([1] * (self.weight.dim() - 2)))
         _empty(layer)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,32 +136,57 @@ def _summed(x: Tensor, group: World, what: str) -> Tensor:
     return group.sum_(wide.contiguous(), what).to(x.dtype)
 
 
-def pairs_of(model: nn.Module, chain: str, count: int) -> Iterator[tuple[str, str]]:
-    """Neighbours that split most weights, none of them twice, by name."""
+class Pair(NamedTuple):
+    """Names of two layers, and of the BatchNorms between them."""
+
+    first: str
+    norms: list[str]
+    second: str
+
+
+def pairs_of(model: nn.Module, chain: str, count: int) -> Iterator[Pair]:
+    """Neighbours that split most weights, none of them twice."""
+    everywhere = model.named_modules(remove_duplicate=False)
+    holders = Counter(tensor for _, module in everywhere for tensor in module._parameters.values())
     layers: list[tuple[str, Any]] = [
         (".".join(filter(None, (chain, name))), module)
         for name, module in model.get_submodule(chain).named_modules()
         if not list(module.children())
     ]
-    solid = [place for place, (_, module) in enumerate(layers) if not isinstance(module, _ELEMENTWISE)]
-    best: list[tuple[int, list[tuple[str, str]]]] = [(0, []), (0, [])]
+    solid = [place for place, (_, module) in enumerate(layers) if not isinstance(module, (*_ELEMENTWISE, *_NORMS))]
+    best: list[tuple[int, list[Pair]]] = [(0, []), (0, [])]
     for before, here in itertools.pairwise(solid):
         (first, one), (second, other) = layers[before], layers[here]
+        norms = [(name, module) for name, module in layers[before + 1 : here] if isinstance(module, _NORMS)]
+        are_own = all(holders[tensor] == 1 for module in (one, other) for tensor in module.parameters())
         taken = best[-1]
-        if _fit(one, other, count):
+        if are_own and _fit(one, [module for _, module in norms], other, count):
             size = one.weight.numel() + other.weight.numel()
             weight, pairs = best[-2]
-            taken = max(taken, (weight + size, [*pairs, (first, second)]))
+            taken = max(taken, (weight + size, [*pairs, Pair(first, [name for name, _ in norms], second)]))
         best.append(taken)
     yield from best[-1][1]
 
 
-def _fit(one: Any, other: Any, count: int) -> bool:
+def _fit(one: Any, norms: Sequence[Any], other: Any, count: int) -> bool:
     kinds = [next((kind for of, kind, _ in _DIMS if isinstance(module, of)), None) for module in (one, other)]
     if None in kinds or kinds[0] != kinds[1] or any(getattr(module, "groups", 1) != 1 for module in (one, other)):
         return False
     width = one.weight.shape[_dims(one)[0]]
-    return bool(width >= count and width == other.weight.shape[_dims(other)[1]])
+    widths = [other.weight.shape[_dims(other)[1]], *(norm.num_features for norm in norms)]
+    return bool(width >= count and all(width == found for found in widths))
+
+
+def _split_norm(norm: Any, name: str, group: World) -> dict[str, Cut]:
+    """Keep of a BatchNorm this rank's channels, of which each is normalized by itself. Mutates it."""
+    cut = Cut.of(0, norm.num_features, group)
+    norm.num_features = cut.stop - cut.start
+    found = {}
+    for key, tensor in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
+        if tensor.dim():  # num_batches_tracked is a number.
+            setattr(norm, key, _cut(tensor, cut) if isinstance(tensor, nn.Parameter) else cut.of_whole(tensor).clone())
+            found[f"{name}.{key}"] = cut
+    return found
 
 
 def _dims(layer: nn.Module) -> tuple[int, int]:

@@ -121,7 +121,7 @@ class PartOfCheckpoint:
         """As Source's: views of whole tensors, one after the other."""
         for name, tensor in self._whole.each(kind):
             key = _Key.of(f"{kind}/{name}" if name else kind, self._names)
-            if kind == "buffers" and self._parts.groups.stages.size > 1:
+            if kind == "buffers" and self._parts.splits_buffers:
                 if tensor.shape[1] == sum(self._parts.whole.buffers.values()):
                     yield name, tensor[:, self._parts.columns(self._state)]
             elif self._is_mine(key):
@@ -136,7 +136,7 @@ class PartOfCheckpoint:
         piece = _cut_of(key, whole, self._parts)
         if piece is None:
             return whole
-        mine = self._parameters[key.name]
+        mine = self._state[key.name]
         if list(whole) != piece.whole_shape(mine.shape):
             raise CheckpointError(
                 f"the checkpoint's {written} is {whole}, here it is {tuple(piece.whole_shape(mine.shape))}: build the "
@@ -187,15 +187,18 @@ def _gathered(
 
 
 def _merged_buffers(parts: Parts, mine: Piece, model: nn.Module) -> Piece:
-    if parts.groups.stages.size == 1:
+    if not parts.splits_buffers:
         return mine
     shape = (mine.shape[0], sum(parts.whole.buffers.values()))
 
     def get() -> Tensor:
         whole = torch.zeros(shape)
         parts.groups.model.barrier("gather of buffers", patient=True)
-        if parts.groups.layers.is_first:
-            whole[:, parts.columns(name for name, _ in model.named_buffers())] = mine.get().cpu()
+        held = {name: buffer.numel() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
+        for name, values in zip(held, torch.split(mine.get().cpu(), [*held.values()], dim=1), strict=True):
+            # What all that share layers hold alike, the first tells.
+            if parts.groups.layers.is_first or name in parts.cuts:
+                whole[:, parts.columns([name])] = values
         return parts.groups.model.sum_(whole, "gather of buffers")
 
     return Piece(shape, torch.float32, get)

@@ -29,7 +29,7 @@ class PushMessage:
     def __init__(self, codec: Gathered, length: int, buffers: int, momentum: float) -> None:
         """`length`: L; `buffers`: F, or 0 where none follow; `momentum`: as Feedback has it."""
         self._codec, self._length, self._buffers = codec, length, buffers
-        self._feedback = Feedback(length, momentum) if codec.needs_feedback else None
+        self._feedback = Feedback(length, codec.name, momentum) if codec.needs_feedback else None
         self._start = -(-codec.nbytes // _ALIGNED) * _ALIGNED
         self.message = torch.zeros(self._start + 4 * buffers, dtype=torch.uint8)
         self._sent = torch.zeros(length)

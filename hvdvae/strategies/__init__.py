@@ -88,6 +88,11 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
         process_set=process_set,
         zero_stage=zero_stage,
         weights=weights,
+        sync_every=sync_every,
+        adaptive_sync=adaptive_sync,
+        outer_lr=outer_lr,
+        outer_momentum=outer_momentum,
+        group_size=group_size,
     )
     if world is None:
         replicas = plan.replicas if plan is not None else 0

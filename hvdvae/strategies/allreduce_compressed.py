@@ -43,7 +43,7 @@ class CompressedAllreduce(Strategy):
         )
         self._compression = compression
         self.own_memory = tuple(name for name in ("remembered", "velocity") if name in self._mean.memory())
-        self._steps, self._errors = 0, 0.0
+        self.moved = self._mean.traffic
 
     def exchange(self, gradient: Tensor) -> None:
         """The mean over ranks of what they say, in place."""
@@ -57,8 +57,8 @@ class CompressedAllreduce(Strategy):
                 "fp16) scales each step's differently: use bf16, or one of --compression fp16, bf16, int8"
             )
         self._mean.keep()
-        self._steps += 1
-        self._errors += self._mean.error
+        self.moved.steps += 1
+        self.moved.errors += self._mean.error
         super().update()
 
     def skip(self) -> None:
@@ -88,7 +88,7 @@ class CompressedAllreduce(Strategy):
 
     def traffic(self) -> dict[str, float]:
         """As Strategy's, and the mean size of what messages left out, as a part of the gradient's."""
-        return {**self._mean.traffic.metrics(self._steps), "compression_error": self._errors / max(self._steps, 1)}
+        return {**self.moved.metrics(), "compression_error": self.moved.errors / max(self.moved.steps, 1)}
 
     def results(self) -> dict[str, Any]:
         """As Strategy's."""

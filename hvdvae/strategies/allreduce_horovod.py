@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdvae.strategies.strategy import Strategy
-from hvdvae.strategies.traffic import Traffic
 from hvdvae.world import World
 
 
@@ -44,8 +43,7 @@ class HorovodAllreduce(Strategy):
         # Sets of ranks would have to be made anew without the dead.
         self.recovers = process_set is None
         super().__init__(optimizer, model, world, **options)
-        self._traffic, self._exchanges = Traffic(), 0
-        self._half, self._errors = compression == "fp16", 0.0
+        self._half = compression == "fp16"
         self._bytes = self.flat.gradient.numel() * (2 if self._half else self.flat.gradient.element_size())
         """Of the gradient on the wire."""
         self._compression = getattr(self._hvd.Compression, compression)
@@ -68,18 +66,18 @@ class HorovodAllreduce(Strategy):
         if self._half:
             size = float(torch.linalg.vector_norm(gradient))
             left = float(torch.linalg.vector_norm(gradient - gradient.half()))
-            self._errors += left / size if size and math.isfinite(left) else 0.0
+            self.moved.errors += left / size if size and math.isfinite(left) else 0.0
         with self.world.waiting("horovod allreduce of the gradient"):
             self._horovod.synchronize()
         if self._vector.grad.data_ptr() != gradient.data_ptr():
             gradient.copy_(self._vector.grad)
-        self._traffic.ring(self._bytes, self._process_set.size() or 1)
-        self._exchanges += 1
+        self.moved.ring(self._bytes, self._process_set.size() or 1)
+        self.moved.steps += 1
 
     def traffic(self) -> dict[str, float]:
         """As Strategy's; with fp16 also the mean size of what messages left out, as a part of the gradient's."""
-        error = {"compression_error": self._errors / max(self._exchanges, 1)} if self._half else {}
-        return {**self._traffic.metrics(self._exchanges), **error}
+        error = {"compression_error": self.moved.errors / max(self.moved.steps, 1)} if self._half else {}
+        return {**self.moved.metrics(), **error}
 
     def recover(self) -> None:
         """As Strategy's: Horovod starts anew on those that are left."""

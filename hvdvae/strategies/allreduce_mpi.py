@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdvae.strategies.strategy import Strategy
-from hvdvae.strategies.traffic import Traffic
 from hvdvae.world import World
 
 
@@ -25,7 +24,6 @@ class MpiAllreduce(Strategy):
     def __init__(self, optimizer: Optimizer, model: nn.Module, world: World, **options: Any) -> None:
         """As Strategy; moves the gradient vector into shared memory where all ranks are on one host."""
         super().__init__(optimizer, model, world, **options)
-        self._traffic, self._exchanges = Traffic(), 0
         self._share_memory()
 
     def _share_memory(self) -> None:
@@ -46,9 +44,9 @@ class MpiAllreduce(Strategy):
                 self._shared.mean_()
         else:
             self.world.sum_(gradient, "allreduce of the gradient").div_(self.world.size)
-        self._traffic.ring(gradient.nbytes, self.world.size)
-        self._exchanges += 1
+        self.moved.ring(gradient.nbytes, self.world.size)
+        self.moved.steps += 1
 
     def traffic(self) -> dict[str, float]:
         """As Strategy's."""
-        return self._traffic.metrics(self._exchanges)
+        return self.moved.metrics()

@@ -18,6 +18,8 @@ _DEFAULTS = {
     "reduce_op": "average",
     "zero_stage": 1,
     "weights": "fp32",
+    "adaptive_sync": False,
+    "group_size": 1,
 }
 """None for the others."""
 

@@ -55,8 +55,10 @@ class LocalSgd(Strategy):
         `group_size`: ranks that average gradients at every step, 0 for those of a host; one of each then averages with
         the others' (Lin et al. 2020, hierarchical local SGD). Raises ConfigError, WorldError for unequal groups.
         """
-        if sync_every < 1:
-            raise ConfigError(f"sync_every (--sync-every) is {sync_every}, expected at least 1 step")
+        if not isinstance(sync_every, int) or sync_every < 1:
+            raise ConfigError(
+                f"sync_every (--sync-every) is {sync_every}, expected a whole number of steps, at least 1"
+            )
         if not 0 < outer_lr < math.inf:
             raise ConfigError(f"outer_lr (--outer-lr) is {outer_lr}, expected a finite number above 0")
         if not 0 <= outer_momentum < 1:
@@ -78,11 +80,13 @@ class LocalSgd(Strategy):
         self._velocity = torch.zeros_like(flat.parameters) if outer_momentum else torch.zeros(0)
         self._shrinkage = torch.tensor([1.0, 0.0], dtype=torch.float64)
         """H of now as a part of the largest, and the first mean loss; 0: not known yet."""
-        self._since = 0
+        self._since = torch.zeros(1, dtype=torch.int64)
         """Steps since the last average."""
+        self._is_mean = True
+        """Whether this rank's weights are the mean of all ranks'."""
         self._losses = torch.zeros(2, dtype=torch.float64)
         """Sum and count since the last average."""
-        self._steps, self._averages, self._errors = 0, 0, 0.0
+        self.moved = self._mean.traffic
 
     def watch(self, loss: Tensor) -> None:
         """As Strategy's; an adaptive H follows the loss."""
@@ -95,17 +99,19 @@ class LocalSgd(Strategy):
         """Gradients stay each group's own."""
         if self._group.size > 1:
             self._group.sum_(gradient, "average of gradients in a group").div_(self._group.size)
-            self._mean.traffic.ring(gradient.nbytes, self._group.size)
+            self.moved.ring(gradient.nbytes, self._group.size)
 
     def update(self) -> None:
         """This rank's own step; blocks where H are done, and there every rank must come."""
         self._begin()
         super().update()
+        self._is_mean = False
         self._count()
 
     def skip(self) -> None:
         """A step that this rank could not take counts as one: the others come to the average."""
         self._begin()
+        self._is_mean = False  # The others may have stepped.
         self._count()
 
     def average(self) -> None:
@@ -115,43 +121,39 @@ class LocalSgd(Strategy):
             self._mean.mean_(difference)
         if self._group.size > 1:
             self._group.broadcast_(difference, what="mean of all groups")
-            self._mean.traffic.told(difference.nbytes, self._group.size, is_root=self._group.rank == 0)
-        if not bool(torch.isfinite(torch.dot(difference, difference))):
-            raise NonFiniteError(
-                f"weights of some rank were not finite at the average after step {self._steps}: lower --lr, set "
-                "--clip-norm, or average more often (--sync-every)"
-            )
+            self.moved.told(difference.nbytes, self._group.size, is_root=self._group.rank == 0)
+        self._check_finite(difference)
         self._mean.keep()
         step = difference
         if self._outer_momentum:
             self._velocity.mul_(self._outer_momentum).add_(difference)
             step = difference.add_(self._velocity, alpha=self._outer_momentum)
         self.flat.parameters.copy_(self._anchor.sub_(step, alpha=self._outer_lr))
-        self._since = 0
-        self._averages += 1
-        self._errors += self._mean.error
+        self._since.zero_()
+        self._is_mean = True
+        self.moved.averages += 1
+        self.moved.errors += self._mean.error
         if self._adaptive:
             self._set_period()
 
     def finish(self) -> None:
-        """The run ends with the same weights on all ranks. Blocks; every rank must call it."""
-        if self._since:
-            self.average()
+        """The run ends with the same weights on all ranks: their mean. Blocks; every rank must call it."""
+        self._settle_on_mean()
 
     @contextmanager
     def fetched(self, *, state: bool = False) -> Iterator[Tensor]:
         """Inside, the model has the mean of all ranks' weights; after, this rank's own.
 
-        With `state` the average is for good, and of what optimizers and messages remember too: what is saved is what
-        all ranks go on with. Blocks; every rank must enter it.
+        With `state` the mean is for good, and of what optimizers and messages remember too: what is saved is what all
+        ranks go on with. The period goes on: the outer step comes when H are done. Blocks; every rank must enter it.
         """
         if state:
-            if self._since:
-                self.average()
+            self._settle_on_mean()
+            self.world.sum_(self._losses, "mean of losses").div_(self.world.size)
             self._share_state()
             if self._group.rank == 0:
                 self._mean.settle()
-        own = self.flat.parameters.clone() if self._since else None
+        own = None if self._is_mean else self.flat.parameters.clone()
         if own is not None:
             self._average_plainly(self.flat.parameters, "average of weights")
         try:
@@ -165,19 +167,19 @@ class LocalSgd(Strategy):
         """As Strategy's."""
         # Named apart from what strategies remember of gradients.
         remembered = {f"difference_{name}": vector for name, vector in self._mean.memory().items()}
-        return {"outer_velocity": self._velocity, "shrinkage": self._shrinkage, **remembered}
+        period = {"anchor": self._anchor, "since": self._since, "losses": self._losses}
+        return {"outer_velocity": self._velocity, "shrinkage": self._shrinkage, **period, **remembered}
 
     def traffic(self) -> dict[str, float]:
         """As Strategy's, and the mean size of what messages left out, as a part of the difference's."""
-        error = self._errors / max(self._averages, 1)
-        return {**self._mean.traffic.metrics(self._steps), "compression_error": error}
+        return {**self.moved.metrics(), "compression_error": self.moved.errors / max(self.moved.averages, 1)}
 
     def results(self) -> dict[str, Any]:
         """As Strategy's."""
-        steps = self._steps / max(self._averages, 1)
+        steps = self.moved.steps / max(self.moved.averages, 1)
         return {
             "compression": self._compression,
-            "averages": self._averages,
+            "averages": self.moved.averages,
             "steps_per_average": steps,
             **self.traffic(),
         }
@@ -188,7 +190,7 @@ class LocalSgd(Strategy):
             self._anchor.copy_(self.flat.parameters)
 
     def _count(self) -> None:
-        self._steps += 1
+        self.moved.steps += 1
         self._since += 1
         if self._since >= self._period:
             self.average()
@@ -198,9 +200,26 @@ class LocalSgd(Strategy):
         """H of now."""
         return max(1, math.ceil(self._sync_every * float(self._shrinkage[0]))) if self._adaptive else self._sync_every
 
+    def _settle_on_mean(self) -> None:
+        """All ranks go on with the mean of their weights, uncompressed. Blocks; every rank must call it.
+
+        Raises NonFiniteError on all ranks.
+        """
+        if not self._is_mean:
+            self._average_plainly(self.flat.parameters, "average of weights")
+            self._check_finite(self.flat.parameters)
+            self._is_mean = True
+
+    def _check_finite(self, vector: Tensor) -> None:
+        if not bool(torch.isfinite(torch.dot(vector, vector))):
+            raise NonFiniteError(
+                f"weights of some rank were not finite at the average after step {self.moved.steps}: lower --lr, set "
+                "--clip-norm, or average more often (--sync-every)"
+            )
+
     def _average_plainly(self, vector: Tensor, what: str) -> None:
         self.world.sum_(vector, what).div_(self.world.size)
-        self._mean.traffic.ring(vector.nbytes, self.world.size)
+        self.moved.ring(vector.nbytes, self.world.size)
 
     def _set_period(self) -> None:
         """All ranks come to the same H, since they have the same mean loss."""

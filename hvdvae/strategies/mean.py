@@ -93,7 +93,7 @@ class CompressedMean:
         check_momentum(compression, momentum)
         self._world, self.traffic, self.error = world, Traffic(), 0.0
         self._codec = codec_of(compression, shapes, share=share, rank=rank)
-        self._feedback = Feedback(like.numel(), momentum) if self._codec.needs_feedback else None
+        self._feedback = Feedback(like.numel(), compression, momentum) if self._codec.needs_feedback else None
         self._sent = torch.zeros(like.numel())
         self._calls = torch.zeros(1, dtype=torch.int64)
         """That were used; decides what is random."""

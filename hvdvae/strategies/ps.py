@@ -210,14 +210,15 @@ class ParameterServer(Strategy):
         return {"servers": len(self.ledgers), **chosen, **self.ledgers[0], **total, **mine}
 
     def traffic(self) -> dict[str, float]:
-        """Bytes of a push and of a pull, mean over all workers' so far, all shards together. Local.
+        """Bytes that all workers have pushed and pulled, all shards together, in all and a push. Local.
 
         And the mean size of what pushes left out, as a part of this worker's gradients.
         """
         answer = self.client.answer
         pushes = max(float(answer[Answer.PUSHES] + answer[Answer.DROPPED]), 1.0)
         ways = {"pushed": Answer.BYTES_PUSHED, "pulled": Answer.BYTES_PULLED}
-        found = {f"bytes_{way}_per_push": float(answer[field]) / pushes for way, field in ways.items()}
+        found = {f"bytes_{way}": float(answer[field]) for way, field in ways.items()}
+        found |= {f"bytes_{way}_per_push": float(answer[field]) / pushes for way, field in ways.items()}
         return found | ({"compression_error": self.client.compression_error} if self.plan.compression != "none" else {})
 
     def finish(self) -> None:

@@ -22,7 +22,6 @@ from hvdvae.strategies.flat_optimizer import COUNTERS, check_shape, counter, fla
 from hvdvae.strategies.optimizer_state import Entries, Groups, Scalars, of_trained, take_groups
 from hvdvae.strategies.slices import Slices, slices_of
 from hvdvae.strategies.strategy import Strategy
-from hvdvae.strategies.traffic import Traffic
 from hvdvae.world import World
 from hvdvae.world.collectives import slice_of
 
@@ -41,7 +40,6 @@ class Sharded(Strategy):
                 "elementwise: use SGD, Adam, AdamW, RMSprop or Adagrad"
             )
         super().__init__(optimizer, model, world, **options)
-        self._traffic, self._steps = Traffic(), 0
         flat = self.flat
         self.part = slice_of(flat.parameters.numel(), world.rank, world.size)
         self._whole = self.inner
@@ -57,7 +55,7 @@ class Sharded(Strategy):
     def exchange(self, gradient: Tensor) -> None:
         """The mean over ranks of this rank's slice, in place."""
         self._slices.reduce_(gradient)
-        self._steps += 1
+        self.moved.steps += 1
         self._count(gradient.nbytes)
 
     def synchronize(self) -> None:
@@ -141,7 +139,7 @@ class Sharded(Strategy):
 
     def traffic(self) -> dict[str, float]:
         """As Strategy's."""
-        return self._traffic.metrics(self._steps)
+        return self.moved.metrics()
 
     def results(self) -> dict[str, Any]:
         """As Strategy's, and the bytes of the optimizer's state on this rank."""
@@ -164,7 +162,7 @@ class Sharded(Strategy):
 
     def _count(self, nbytes: int) -> None:
         # A reduce-scatter is the first half of a ring, an allgather the second.
-        self._traffic.ring(nbytes // 2, self.world.size)
+        self.moved.ring(nbytes // 2, self.world.size)
 
     def _parameters(self) -> Iterator[tuple[int, slice, dict[str, Any], slice]]:
         """Number, place in the vector, the group with my part of its vector, and where that part stands."""

@@ -104,7 +104,7 @@ class ShardedGradients(Sharded):
         while self._turn < len(self._buckets) * self.backward_passes_per_step:
             self._send(self._next())
         self.flat.gradient.div_(self.world.size * self.backward_passes_per_step)
-        self._steps += 1
+        self.moved.steps += 1
         self._exchanged = True
 
     def _make_buckets(self) -> None:
@@ -164,7 +164,7 @@ class ShardedGradients(Sharded):
         self._turn += 1
         if world.size > 1:
             vector = self._sum_to_owners(vector, start)
-            self._traffic.ring(vector.nbytes // (1 if self._hvd is not None else 2), world.size)
+            self.moved.ring(vector.nbytes // (1 if self._hvd is not None else 2), world.size)
         mine = overlap(bucket.place, self._mine)
         if mine.stop > mine.start:
             to = slice(mine.start - self._mine.start, mine.stop - self._mine.start)

@@ -19,6 +19,7 @@ from hvdvae.strategies.flat_optimizer import check_supported, flat_optimizer, is
 from hvdvae.strategies.optimizer_state import entries_of, follow, load_state
 from hvdvae.strategies.same_model import check_device, check_same_model
 from hvdvae.strategies.saved_optimizer import SavedOptimizer
+from hvdvae.strategies.traffic import Traffic
 from hvdvae.world import World
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ class Strategy(SavedOptimizer):
         """Of the vectors, what this rank answers for in the global norm."""
         self.backward_passes_per_step = backward_passes_per_step
         self.clip_norm = clip_norm
+        self.moved = Traffic()
+        """Counted so far, also before a resume."""
         self.skipped_steps = 0
         self.gradient_norm = 0.0
         self._exchanged = False
@@ -98,6 +101,7 @@ class Strategy(SavedOptimizer):
         if saved is not None and self._is_flat:
             groups, entries = saved["param_groups"], entries_of(saved["state"])
             load_state(optimizer, self.inner, self.flat, self.numbers, groups, entries)
+            optimizer.state.clear()  # It has been copied, and Adagrad's is there before the first step.
         check_same_model(self.flat, world)
         self.broadcast_model()
 
@@ -281,7 +285,7 @@ class Strategy(SavedOptimizer):
         return self.world.rank, self.world.size
 
     def traffic(self) -> dict[str, float]:
-        """Bytes that this rank has sent and received since it began, in all and a step. Local."""
+        """Bytes that this rank has sent and received, in all and a step. Local."""
         return {}
 
     def results(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from hvdvae.world import World
 
-EXAMPLES, INPUTS, OUTPUTS = 16, 6, 3
+EXAMPLES, INPUTS, OUTPUTS = 24, 6, 3
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1),
@@ -22,7 +22,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
 
 
 def examples() -> tuple[Tensor, Tensor]:
-    """Inputs (16, 6) and targets (16, 3)."""
+    """Inputs (24, 6) and targets (24, 3)."""
     generator = torch.Generator().manual_seed(11)
     return torch.randn(EXAMPLES, INPUTS, generator=generator), torch.randn(EXAMPLES, OUTPUTS, generator=generator)
 

@@ -280,6 +280,25 @@ def test_evaluation_has_the_mean_and_training_its_own(world: World) -> None:
     assert same_on_all(world, weights(model)), "what was saved is what all go on with"
 
 
+@pytest.mark.parametrize("strategy", ["local-sgd", "diloco"])
+@pytest.mark.parametrize("compression", ["none", "sign"])
+def test_what_is_validated_is_what_is_saved(world: World, strategy: str, compression: str) -> None:
+    model = network(seed=100)
+    optimizer = wrapped(world, model, strategy, sync_every=4, compression=compression)
+    x, y = (tensor[share(world)] for tensor in examples())
+    for steps in (3, 2, 3):  # Before, after and at the end of a period.
+        for _ in range(steps):
+            take_step(optimizer, model, x, y)
+        with optimizer.fetched():
+            validated = weights(model)
+        with optimizer.fetched(state=True):
+            assert torch.equal(weights(model), validated)
+        assert torch.equal(weights(model), validated)
+    optimizer.finish()
+    assert torch.equal(weights(model), validated)
+    assert optimizer.results()["averages"] == 2, "a checkpoint is no step of the outer optimizer"
+
+
 def test_states_that_come_from_a_checkpoint_are_averaged_by_name(world: World) -> None:
     """A file's entries come in another order on each rank."""
     model = network(seed=100)
@@ -367,7 +386,7 @@ def test_averages_to_look_at_and_to_save_are_counted(world: World) -> None:
     assert looked == pytest.approx(ring, abs=4)
     with optimizer.fetched(state=True):
         saved = optimizer.traffic()["bytes_sent"] - looked
-    assert saved > ring if world.size > 1 else saved == 0, "a message, and what is remembered"
+    assert saved > ring if world.size > 1 else saved == 0, "weights, and what is remembered"
 
 
 def test_a_gradient_scaler_does_not_go_with_what_is_remembered(world: World) -> None:
@@ -398,10 +417,16 @@ def test_weights_that_are_not_finite_end_the_run_on_all_ranks(world: World) -> N
 
 
 def test_what_does_not_go_together_is_refused(world: World) -> None:
-    with pytest.raises(ConfigError, match="--group-size is 3"):
-        wrapped(world, network(0), "local-sgd", sync_every=2, group_size=3)
-    with pytest.raises(ConfigError, match="sync_every"):
-        wrapped(world, network(0), "local-sgd", sync_every=-1)
+    with pytest.raises(ConfigError, match="--group-size is 5"):
+        wrapped(world, network(0), "local-sgd", sync_every=2, group_size=5)
+    for every in (-1, 2.5, float("nan")):
+        with pytest.raises(ConfigError, match="sync_every"):
+            wrapped(world, network(0), "local-sgd", sync_every=every)
+    for strategy, option in (("allreduce", {"sync_every": 4}), ("local-sgd", {"outer_lr": 0.5})):
+        with pytest.raises(ConfigError, match=f"is for strategy .*, found '{strategy}'"):
+            wrapped(world, network(0), strategy, **option)
+    with pytest.raises(ConfigError, match="expected a whole number"):
+        wrapped(world, network(0), compression="powersgd", compression_rank=2.5)
     for option in ({"outer_lr": 0.0}, {"outer_lr": float("nan")}, {"outer_momentum": 1.0}, {"outer_momentum": -0.1}):
         with pytest.raises(ConfigError, match=next(iter(option))):
             wrapped(world, network(0), "diloco", sync_every=2, **option)

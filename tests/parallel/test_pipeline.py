@@ -17,7 +17,7 @@ from hvdvae.parallel.mesh import Groups, Mesh, groups_of
 from hvdvae.parallel.micro_batches import SCHEDULES, bubble
 from hvdvae.parallel.parts import Parts, Whole
 from hvdvae.parallel.sequential import SequentialChain
-from hvdvae.parallel.stages import choose_cuts, keep_stage
+from hvdvae.parallel.stages import choose_cuts, costs_of, keep_stage
 from hvdvae.parallel.tensor import split_layers
 from hvdvae.resume import load_weights
 from hvdvae.strategies import DistributedOptimizer, Strategy
@@ -33,7 +33,7 @@ from tests.parallel.test_trainer_laws import IMAGES, SHAPE, Epochs, loader
 if TYPE_CHECKING:
     from hvdvae.parallel.pipeline import Pipeline
 
-MESHES = [Mesh(dp, pp, tp) for dp, pp, tp in itertools.product((1, 2, 4), repeat=3) if dp * pp * tp <= 4]
+MESHES = [Mesh(dp, pp, tp) for dp, pp, tp in itertools.product((1, 2, 3, 4), repeat=3) if dp * pp * tp <= 4]
 
 
 @pytest.fixture(params=MESHES, ids=str)
@@ -167,8 +167,9 @@ def test_free_bits_with_one_micro_batch(groups: Groups) -> None:
 
 @pytest.mark.parametrize("cuts", ["measured", "1", "2", "4"])
 def test_wherever_it_is_cut_and_with_what_is_computed_again(groups: Groups, cuts: str) -> None:
-    if groups.mesh.pp == 4 and cuts != "measured":
-        cuts = {"1": "1,2,3", "2": "1,3,4", "4": "2,3,5"}[cuts]
+    if groups.mesh.pp > 2 and cuts != "measured":
+        more = {3: {"1": "1,2", "2": "1,3", "4": "2,4"}, 4: {"1": "1,2,3", "2": "1,3,4", "4": "2,3,5"}}
+        cuts = more[groups.mesh.pp][cuts]
     if groups.mesh.pp == 1 and cuts != "measured":
         pytest.skip("nothing is cut")
     model, expected = vae("mlp"), vae("mlp")
@@ -255,7 +256,14 @@ def test_any_sequential_trains_in_stages(groups: Groups) -> None:
         torch.manual_seed(2)
         block = Scaled(5)
         return nn.Sequential(
-            nn.Flatten(), nn.Linear(6, 5), nn.Tanh(), block, nn.ReLU(), nn.Linear(5, 4), nn.Linear(4, 3)
+            nn.Flatten(),
+            nn.ELU(inplace=True),
+            nn.Linear(6, 5),
+            nn.Tanh(),
+            block,
+            nn.ReLU(),
+            nn.Linear(5, 4),
+            nn.Linear(4, 3),
         )
 
     def loss(output: Tensor, batch: Batch, epoch: float) -> Tensor:
@@ -276,7 +284,7 @@ def test_any_sequential_trains_in_stages(groups: Groups) -> None:
     mine = share(groups.replicas)
     for _ in range(4):
         alone.zero_grad()
-        loss(single(x), [x, y], 0.0).backward()
+        loss(single(x.clone()), [x, y], 0.0).backward()
         alone.step()
         optimizer.zero_grad()
         pipeline.run([x[mine], y[mine]], 0.0, 1, torch.autocast("cpu", enabled=False))
@@ -287,7 +295,85 @@ def test_any_sequential_trains_in_stages(groups: Groups) -> None:
     single.eval()
     model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(model(x), single(x), atol=2e-5, rtol=2e-4)
+        torch.testing.assert_close(model(x.clone()), single(x.clone()), atol=2e-5, rtol=2e-4)
+
+
+class Masks(nn.Dropout):
+    """Dropout that remembers what it let through."""
+
+    def __init__(self) -> None:
+        super().__init__(0.5)
+        self.seen: list[list[float]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(torch.ones_like(x))
+        self.seen.append(y.flatten().tolist())
+        return x * y
+
+
+def test_layers_draw_their_own_noise_wherever_the_model_is_cut(groups: Groups) -> None:
+    if groups.mesh.pp == 1 or groups.mesh.tp > 1:
+        pytest.skip("stages alone")
+    from hvdvae.parallel.pipeline import Pipeline
+
+    def drawn(cuts: str) -> dict[int, list[list[float]]]:
+        """Masks of each layer, of all ranks' micro-batches."""
+        layers = [layer for _ in range(5) for layer in (nn.Linear(6, 6), Masks())]
+        model = nn.Sequential(*layers)
+        chain = SequentialChain(model, lambda output, batch, epoch: output.square().mean())
+        places = choose_cuts(cuts, model, chain, groups.mesh.pp, torch.ones(4, 6), groups.whole)
+        pipeline = Pipeline(chain, keep_stage(model, chain, places, groups), groups, micros=2, recompute=True)
+        torch.manual_seed(groups.replicas.rank)
+        for layer in layers[1::2]:
+            layer.seen.clear()  # Of measuring.
+        for _ in range(2):
+            pipeline.run(torch.ones(8, 6), 0.0, 1, torch.autocast("cpu", enabled=False))
+        mine = {number: layer.seen for number, layer in enumerate(layers[1::2]) if layer.seen}
+        everyone = groups.model.gather_objects([[number, masks] for number, masks in mine.items()])
+        # In which order a stage computes them depends on where it stands.
+        return {number: sorted(masks) for found in everyone for number, masks in found}
+
+    first, second = ({2: "1", 3: "1,2", 4: "1,2,3"}, {2: "3", 3: "2,4", 4: "1,2,4"})
+    found = drawn(first[groups.mesh.pp])
+    assert found == drawn(second[groups.mesh.pp])
+    assert len(found) == 5
+    # Two batches of two micro-batches, each computed twice: forward and backward see the same.
+    masks = [tuple(mask) for seen in found.values() for mask in seen]
+    assert len(masks) == 5 * 2 * 2 * 2
+    assert len(set(masks)) == 5 * 2 * 2
+    copies = groups.replicas.gather_objects(found.get(0, []))
+    assert len({str(copy) for copy in copies}) == groups.replicas.size
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("tied", r"4\.weight and 0\.weight are one tensor|0\.weight and 4\.weight are one tensor"),
+        ("twice", r"are one tensor, and stages 0 and \d would hold it"),
+        ("tuple", r"layer 2 of the model returns a tuple"),
+    ],
+)
+def test_a_model_that_stages_cannot_hold_is_refused(groups: Groups, broken: str, message: str) -> None:
+    if groups.mesh.pp == 1 or groups.mesh.tp > 1:
+        pytest.skip("stages alone")
+
+    class Pair(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return super().forward(x), x
+
+    layers: list[nn.Module] = [nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)]
+    if broken == "tied":
+        layers[4].weight = layers[0].weight
+    elif broken == "twice":
+        layers[4] = layers[0]
+    else:
+        layers[2] = Pair(6, 6)
+    model = nn.Sequential(*layers)
+    chain = SequentialChain(model, lambda output, batch, epoch: output.sum())
+    # All ranks measure: the layer that returns a tuple is found then, and tied ones when they are kept.
+    with pytest.raises(ConfigError, match=message):  # noqa: PT012
+        costs_of(model, chain, torch.ones(2, 6))
+        keep_stage(model, chain, [*range(groups.mesh.pp)], groups)
 
 
 class Scaled(nn.Module):

@@ -265,6 +265,8 @@ def test_what_ranks_remember_is_resumed(world: World, shared_path: Path, exchang
     ours, theirs = resumed.optimizer.memory(), reference.optimizer.memory()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], kept) for name, kept in theirs.items())
+    if world.is_first:  # Whose counts are saved.
+        assert resumed.optimizer.moved == reference.optimizer.moved, "totals are of the whole run"
 
 
 class Recorded:
