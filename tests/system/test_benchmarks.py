@@ -47,7 +47,7 @@ def test_layers_that_are_split_sum_the_bytes_that_theory_says(tmp_path: Path) ->
     model = build_model("mlp", (1, 28, 28), likelihood="bernoulli", hidden=hidden, latent=[20], activation="relu")
     numbers, first = 0, True
     for chain in model.chains:
-        for one, other in pairs_of(model, chain, 2):
+        for one, _, other in pairs_of(model, chain, 2):
             numbers += model.get_submodule(other).out_features + (0 if first else model.get_submodule(one).in_features)
             first = False
     assert found["sum_bytes"] == batch * numbers * torch.float32.itemsize
