@@ -112,8 +112,9 @@ def load_per_tensor(inner: Optimizer, flat: FlatModel, entries: Iterator[tuple[i
         if not isinstance(value, Tensor) or key in COUNTERS:
             state.setdefault(key, counter(value, vector, bool(group.get("fused"))))
             continue
-        whole = state.setdefault(key, torch.zeros_like(vector, requires_grad=False))
-        piece = flat.split(whole, index)[place]
+        if key not in state:
+            state[key] = torch.zeros_like(vector, requires_grad=False)
+        piece = flat.split(state[key], index)[place]
         check_shape(value, piece.shape)
         piece.copy_(value)
 

@@ -129,7 +129,9 @@ class Sharded(Strategy):
                 state.setdefault(key, counter(value, mine, bool(inner.get("fused"))))
                 continue
             check_shape(value, self.flat.tensors[number].shape)
-            kept = state.setdefault(key, torch.zeros_like(mine, requires_grad=False))
+            if key not in state:
+                state[key] = torch.zeros_like(mine, requires_grad=False)
+            kept = state[key]
             shared = overlap(place, group)
             if shared.stop > shared.start:
                 # In the order of the vector, which channels_last has otherwise.

@@ -40,6 +40,7 @@ def test_the_model_is_large() -> None:
     [
         (1, ("--strategy", "local")),
         (1, ("--strategy", "local", "--optimizer", "sgd", "--ema", "0.99")),
+        (1, ("--strategy", "local", "--optimizer", "adagrad")),
         (1, ("--strategy", "local", "--precision", "bf16")),
         # Mostly activations, in blocks too large for malloc to leave holes between them.
         (1, ("--strategy", "local", "--hidden", "2000", "2000", "--batch-size", "6000")),

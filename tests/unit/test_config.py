@@ -209,6 +209,46 @@ def test_resume_takes_the_saved_configuration_and_flags_still_win(tmp_path: Path
     assert resolved("--resume", "--out", str(tmp_path / "new")).lr == TrainConfig().lr
 
 
+@pytest.mark.parametrize(
+    ("saved", "given", "expected"),
+    [
+        (
+            {"strategy": "sharded", "zero_stage": 2, "mesh": "dp=3"},
+            ("--strategy", "local"),
+            {"zero_stage": 1, "mesh": None},
+        ),
+        ({"strategy": "allreduce", "pipeline": 2, "micro_batches": 8}, ("--tensor", "2"), {"pipeline": 1, "tensor": 2}),
+        (
+            {"strategy": "allreduce", "pipeline": 2, "micro_batches": 8},
+            ("--mesh", "pp=4"),
+            {"pipeline": 1, "mesh": "pp=4", "micro_batches": 8},
+        ),
+        (
+            {"strategy": "allreduce", "compression": "topk", "compression_share": 0.2},
+            ("--strategy", "sharded"),
+            {"compression": "none", "compression_share": None},
+        ),
+        (
+            {"strategy": "ps", "servers": 2, "rule": "easgd"},
+            ("--strategy", "allreduce"),
+            {"servers": 1, "rule": "plain"},
+        ),
+    ],
+)
+def test_what_was_saved_and_does_not_go_with_what_is_asked_now_is_forgotten(
+    tmp_path: Path, saved: dict[str, Any], given: tuple[str, ...], expected: dict[str, Any]
+) -> None:
+    written(tmp_path / "config.yaml", yaml.safe_dump(saved))
+    found = resolved("--resume", "--out", str(tmp_path), *given)
+    assert {key: getattr(found, key) for key in expected} == expected
+
+
+def test_what_is_asked_now_and_does_not_go_with_it_is_refused(tmp_path: Path) -> None:
+    written(tmp_path / "config.yaml", "strategy: sharded\n")
+    with pytest.raises(ConfigError, match="--zero-stage is for --strategy sharded"):
+        resolved("--resume", "--out", str(tmp_path), "--strategy", "local", "--zero-stage", "2")
+
+
 @pytest.mark.parametrize("where", ["out in the file", "resume in the file", "both in the file", "a pattern"])
 def test_resume_takes_the_saved_configuration_wherever_it_is_asked_for(tmp_path: Path, where: str) -> None:
     folder = tmp_path / "a[1]*" if where == "a pattern" else tmp_path / "run"

@@ -203,3 +203,13 @@ def test_a_sparse_gradient_counts_as_a_dense_one() -> None:
         optimizer.step()
         results.append(model.weight.detach().clone())
     assert torch.equal(*results)
+
+
+def test_what_an_optimizer_has_at_its_start_is_not_kept_twice() -> None:
+    model = Scaled()
+    plain = torch.optim.Adagrad(model.parameters(), 0.1, initial_accumulator_value=0.5)
+    assert plain.state, "Adagrad's is there before the first step"
+    optimizer = DistributedOptimizer(plain, model, world=World.alone(), strategy="local")
+    assert not plain.state
+    state = optimizer.state_dict()["state"]
+    assert all(bool((state[number]["sum"] == 0.5).all()) for number in range(4))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from hvdvae.cli.assemble import mesh_of
+from hvdvae.cli.assemble import mesh_of, micro_batches
 from hvdvae.cli.narration import several
 from hvdvae.config import TrainConfig
 from hvdvae.errors import ConfigError
@@ -112,7 +112,7 @@ def test_a_wrong_product_names_what_fits(size: int, options: dict[str, object], 
 
 
 def pairs(model: nn.Module, chain: str = "", count: int = 2) -> list[tuple[str, str]]:
-    return list(pairs_of(model, chain, count))
+    return [(pair.first, pair.second) for pair in pairs_of(model, chain, count)]
 
 
 def test_pairs_hold_as_many_weights_as_can_be() -> None:
@@ -128,6 +128,34 @@ def test_only_layers_of_one_kind_with_nothing_but_elementwise_between_are_paired
     assert pairs(nn.Sequential(nn.Conv2d(1, 4, 3), nn.GELU(), nn.Conv2d(4, 1, 3))) == [("0", "2")]
     assert pairs(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3))) == []
     assert pairs(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)), count=4) == [], "fewer neurons than ranks"
+
+
+def test_batch_norm_of_each_channel_may_stand_between() -> None:
+    layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 3), nn.BatchNorm2d(1)
+    assert [*pairs_of(nn.Sequential(*layers), "", 2)] == [("0", ["1"], "3")]
+    assert pairs(nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (3, 2)), nn.BatchNorm1d(3), nn.Linear(2, 4))) == []
+
+
+def test_layers_that_share_a_weight_are_not_split() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 8), nn.Linear(8, 2))
+    assert pairs(model) == [("0", "2"), ("4", "5")]
+    model[4].weight = model[0].weight
+    assert pairs(model) == []
+    again = nn.Linear(4, 4)
+    assert pairs(nn.Sequential(again, nn.Tanh(), again, nn.Tanh(), nn.Linear(4, 4))) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 4),
+        ({"free_bits": 0.1}, 1),
+        ({"model": "conv", "batch_norm": True}, 1),
+        ({"free_bits": 0.1, "micro_batches": 2}, 2),
+    ],
+)
+def test_what_looks_at_a_whole_batch_flows_through_stages_as_one(options: dict[str, Any], expected: int) -> None:
+    assert micro_batches(TrainConfig(**options)) == expected
 
 
 def test_the_models_of_the_package_have_pairs() -> None:
