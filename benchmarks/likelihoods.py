@@ -32,7 +32,7 @@ WAYS = {
     "fp16": "--compression fp16",
     "bf16": "--compression bf16",
     "int8": "--compression int8",
-    "diloco, int8": "--strategy diloco --sync-every 32 --optimizer adamw --compression int8",
+    "diloco, int8": "--strategy diloco --sync-every 32 --compression int8",
     "local-sgd, int8": "--strategy local-sgd --sync-every 16 --compression int8",
 }
 MODEL = "--model mlp --hidden 400 --latent 20 --activation relu --batch-size 128 --lr 2e-3 --threads 1"

@@ -76,8 +76,8 @@ class OptimizationOptions:
     """Examples a rank and backward pass; a step uses batch_size x ranks x accumulate."""
     accumulate: int = 1
     """Backward passes a step; their gradients are averaged."""
-    optimizer: Literal["adam", "adamw", "sgd", "rmsprop", "adagrad"] = "adam"
-    """Rule of the update."""
+    optimizer: Literal["adam", "adamw", "sgd", "rmsprop", "adagrad"] | None = None
+    """Rule of the update [adam; adamw with --strategy diloco]."""
     lr: float = 1e-3
     """Learning rate, before --lr-scaling."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"

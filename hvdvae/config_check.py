@@ -119,7 +119,8 @@ def check(config: "TrainConfig", defaults: Mapping[str, Any], of_servers: Sequen
     for key, other, choices in (*BELONGS, *((key, "strategy", ("ps",)) for key in of_servers)):
         if values[key] != defaults[key] and values[other] not in choices:
             fitting = f"{flag(other)} {' or '.join(choices)}"
-            raise ConfigError(f"{flag(key)} is for {fitting}, found {flag(other)} {values[other]}: drop one")
+            found = f"no {flag(other)}" if values[other] is None else f"{flag(other)} {values[other]}: drop one"
+            raise ConfigError(f"{flag(key)} is for {fitting}, found {found}")
     _check_vae(config)
     _check_parallelism(config)
     if config.resume and config.overwrite:

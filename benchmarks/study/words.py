@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 from benchmarks.study.study_file import Contender, Scenario
+from hvdvae.cli.assemble import optimizer_name
 from hvdvae.config import ServerOptions, StrategyOptions, flag
 from hvdvae.disturbance import By, Jitter, Kill, Slow, Stop, Trouble
 
@@ -48,6 +49,6 @@ def of_contender(contender: Contender) -> str:
             value = getattr(contender.config, field.name)
             if field.name == "strategy" or value != field.default:
                 parts.append(f"{flag(field.name)} {value}".removesuffix(" True"))
-    parts.append(contender.config.optimizer)
+    parts.append(optimizer_name(contender.config))
     parts.append(f"lr {contender.config.lr:g}{' x ranks' if contender.scales_lr else ''}")
     return ", ".join(parts)

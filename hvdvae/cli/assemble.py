@@ -104,6 +104,11 @@ def objective(config: TrainConfig) -> Objective:
     return Elbo(beta=config.beta, warmup_epochs=config.beta_warmup, samples=config.samples)
 
 
+def optimizer_name(config: TrainConfig) -> str:
+    """What --optimizer stands for: DiLoCo is AdamW inside (Douillard et al. 2023)."""
+    return config.optimizer or ("adamw" if config.strategy == "diloco" else "adam")
+
+
 def optimizer(config: TrainConfig, trained: nn.Module, world: World) -> Optimizer:
     """The plain torch optimizer, its learning rate scaled for the ranks as asked."""
     lr = config.lr * world_scale(config.lr_scaling, world.size)
@@ -114,7 +119,7 @@ def optimizer(config: TrainConfig, trained: nn.Module, world: World) -> Optimize
         return torch.optim.RMSprop(parameters, lr, momentum=config.momentum, eps=config.eps, weight_decay=decay)
     if config.optimizer == "adagrad":
         return torch.optim.Adagrad(parameters, lr, eps=config.eps, weight_decay=decay)
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    kind = torch.optim.AdamW if optimizer_name(config) == "adamw" else torch.optim.Adam
     return kind(parameters, lr, eps=config.eps, weight_decay=decay)
 
 

@@ -112,7 +112,9 @@ def _of_model(config: TrainConfig, model: VAE, shape: Sequence[int], mesh: Mesh,
 def _footprint(config: TrainConfig, model: nn.Module, mesh: Mesh, **passes: int) -> Footprint:
     sizes = [parameter.numel() for parameter in model.parameters()]
     count, largest = sum(sizes), max(sizes)
-    entries = ENTRIES[config.optimizer] + (config.optimizer in ("sgd", "rmsprop") and config.momentum > 0)
+    entries = ENTRIES[assemble.optimizer_name(config)] + (
+        config.optimizer in ("sgd", "rmsprop") and config.momentum > 0
+    )
     owners = mesh.dp if config.strategy == "sharded" else 1
     weights, start = FLOAT * count, FLOAT * (count + largest)
     if config.weights == "bf16":

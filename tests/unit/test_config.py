@@ -64,7 +64,7 @@ def test_rates_and_times_are_finite_and_above_zero(key: str, value: float) -> No
         ({"free_bits": 0.1, "beta_warmup": 4.0}, ["--free-bits", "--beta-warmup"]),
         ({"batch_norm": True}, ["--batch-norm", "--model mlp"]),
         ({"model": "conv", "sync_batch_norm": True}, ["--sync-batch-norm", "--batch-norm"]),
-        ({"momentum": 0.9}, ["--momentum", "--optimizer adam"]),
+        ({"momentum": 0.9}, ["--momentum", "--optimizer sgd", "no --optimizer"]),
         ({"strategy": "local", "compression": "fp16"}, ["--compression", "--strategy local"]),
         ({"compression_share": 0.1}, ["--compression-share", "topk or randomk", "--compression none"]),
         ({"compression_share": 1.5, "compression": "topk"}, ["--compression-share", "1.5"]),
