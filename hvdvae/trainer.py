@@ -139,6 +139,7 @@ class Trainer:
             enter(self)
         self.optimizer.start()
         self.optimizer.tell_progress(self._epochs_done)
+        self.world.starting = False
         try:
             with caught() as flag:
                 while self.stage.doing != "nothing":

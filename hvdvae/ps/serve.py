@@ -40,6 +40,7 @@ def serve(world: World, plan: Plan) -> None:
         clip_norm=meeting.hello["clip_norm"],
         sum_over_servers=lambda value: value if shards == 1 else world.sum_(value, "norm of the gradient"),
     )
+    world.starting = False
     recruiter = Recruiter(channel, meeting.hello) if plan.replace_workers else None
     # A signal ends the workers' runs, which hear of it with their next answers, and those end this one.
     with caught() as flag:
