@@ -60,6 +60,8 @@ WAYS = {
     "allreduce, supervised": Way("--strategy allreduce --engine mpi", survives=False),
     "stages of two copies": Way("--strategy allreduce --engine mpi --mesh dp=2,pp=2", trainers=4),
     "local-sgd, supervised": Way("--strategy local-sgd", survives=False),
+    "diloco, supervised": Way("--strategy diloco --optimizer adamw", survives=False),
+    "sharded, supervised": Way("--strategy sharded --engine mpi", survives=False),
     "ps": Way("--strategy ps", extra=1),
     "ps, a backup": Way("--strategy ps --replicas 1", extra=2),
 }

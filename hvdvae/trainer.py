@@ -139,6 +139,7 @@ class Trainer:
             enter(self)
         self.optimizer.start()
         self.optimizer.tell_progress(self._epochs_done)
+        self.world.starting = False
         try:
             with caught() as flag:
                 while self.stage.doing != "nothing":
@@ -223,6 +224,8 @@ class Trainer:
                 changed = self.world.hosts_changed and self.optimizer.recovers
                 beat = self._pulse.beat(signal_number() or HOSTS_CHANGED * changed)
                 if beat.signal == HOSTS_CHANGED:
+                    # Where one of them cannot be reached, Horovod ends the processes that meet anew.
+                    self._save(is_best=False)
                     raise HostsChanged("horovodrun has other hosts")
                 total += beat.examples
                 self._report(beat)

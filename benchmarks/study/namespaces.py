@@ -8,6 +8,7 @@ What a host sends is shaped by a token bucket (tc tbf) at its own end. Needs roo
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from hvdvae.cli import mpirun
 
 PREFIX, SUBNET = "hvdvae", "10.77.0"
 BURST, LATENCY = "64kb", "200ms"
@@ -35,8 +38,11 @@ class Network:
     """Starts a command on a host, as ssh would: AGENT ADDRESS WORDS..., which the shell there reads."""
 
     def mpirun(self, program: str, command: Sequence[str], *, each: int = 1, fault_tolerant: bool = False) -> list[str]:
-        """A launch of `each` ranks a host, from the first host (Open MPI 5)."""
+        """A launch of `each` ranks a host, from the first host (Open MPI 4 and 5)."""
         net = f"{SUBNET}.0/24"
+        shared, daemons, agent = "sm", ["--prtemca", "prte_if_include", net], ["--prtemca", "plm_ssh_agent"]
+        if re.match(r"Open MPI [1-4]\.", mpirun.name(program)):
+            shared, daemons, agent = "vader", ["--mca", "oob_tcp_if_include", net], ["--mca", "plm_rsh_agent"]
         launcher = [program, *(["--with-ft", "ulfm"] if fault_tolerant else [])]
         launcher += ["--host", ",".join(f"{address}:{each}" for address in self.addresses)]
         launcher += [
@@ -47,8 +53,8 @@ class Network:
             "--prefix",
             str(Path(program).parents[1]),
         ]
-        launcher += ["--mca", "pml", "ob1", "--mca", "btl", "self,sm,tcp", "--mca", "btl_tcp_if_include", net]
-        launcher += ["--prtemca", "prte_if_include", net, "--prtemca", "plm_ssh_agent", str(self.agent)]
+        launcher += ["--mca", "pml", "ob1", "--mca", "btl", f"self,{shared},tcp", "--mca", "btl_tcp_if_include", net]
+        launcher += [*daemons, *agent, str(self.agent)]
         return [str(self.agent), self.addresses[0], shlex.join([*launcher, *command])]
 
 

@@ -60,6 +60,7 @@ def _train(asked: Asked) -> int:
     check_slurm(os.environ, launch, asked.values["strategy"])
     servers = asked.values["servers"] * (1 + asked.values["replicas"]) if asked.values["strategy"] == "ps" else 0
     world = World.create(device=asked.values["device"], deadline=asked.values["deadline"], servers=servers)
+    world.starting = not world.joins
     config = agreed_config(asked, world)
     if not config.compile:
         spare_the_compiler()

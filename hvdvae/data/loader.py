@@ -48,9 +48,8 @@ class Loader:
         check_size(source, size, batch)
         check_support(source, likelihood, binarization)
         self.source, self.seed = source, seed
-        self.batch = local_batch(len(source), batch, size)
-        self.global_batch = self.batch * size
-        self._rank, self._size = rank, size
+        self._asked_batch = batch
+        self.reshare(rank, size)
         self._binarization = binarization
         device = torch.device(device)
         self._accelerator = (
@@ -67,7 +66,8 @@ class Loader:
     def reshare(self, rank: int, size: int) -> None:
         """From the next `epoch` on, take the share of `rank` of `size`; an epoch may go on at the position it has."""
         self._rank, self._size = rank, size
-        self.batch = local_batch(len(self.source), self.batch, size)
+        # From the batch asked for: many ranks may have had to take a smaller one, and a new rank knows of no history.
+        self.batch = local_batch(len(self.source), self._asked_batch, size)
         self.global_batch = self.batch * size
 
     def steps(self, start: int = 0) -> int:

@@ -290,6 +290,8 @@ class Client:
             for number in range(len(self._shards))
         ]
         self.answer = answers[0]
+        # Only one server may have got it.
+        self.answer[Answer.SIGNAL] = max(answer[Answer.SIGNAL] for answer in answers)
         for field in (Answer.BYTES_PUSHED, Answer.BYTES_PULLED):
             self.answer[field] = sum(answer[field] for answer in answers)
         return answers

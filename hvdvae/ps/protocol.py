@@ -104,6 +104,7 @@ class Answer(IntEnum):
     DROPPED_MINE = 4
     """1: the push was not applied: it came too late for its step, or another worker's made all skip that."""
     SIGNAL = 5
+    """That some worker, or this server, got; 0: none."""
     SHORT = 6
     """1: the weights that follow are a codec's message."""
     UPDATES = 7

@@ -12,7 +12,8 @@ On the channel's communicator, besides what ps/protocol.py says:
                             or LOST: what should follow, does not
     TEXT, OPTIONS, VECTOR,  primary -> backup  what came with that header, as it came     as there
     STATE
-    CONFIRM                 backup -> primary  one for each of these, once it is held     float64 (0)
+    CONFIRM                 backup -> primary  one for each of these, once it is held:    float64 (1)
+                                               the signal that the backup got, or 0
 
 LOST: the worker died before the primary had all of its request.
 """
@@ -29,15 +30,19 @@ from torch import Tensor
 from hvdvae.ps.channel import Channel, PeersDied
 from hvdvae.ps.link import Link
 from hvdvae.ps.protocol import CONFIRM, STATE, TOLD, VECTOR, Header, Kind
+from hvdvae.signals import Caught
 
 
 class Primary(Link):
     """The link of a server that has a backup."""
 
-    def __init__(self, channel: Channel, shard: slice, *, is_last: bool, buffers: int, backup: int) -> None:
-        """`backup`: its rank."""
+    def __init__(
+        self, channel: Channel, shard: slice, *, is_last: bool, buffers: int, backup: int, flag: Caught
+    ) -> None:
+        """`backup`: its rank; `flag`: what signal this process got, and from now on what its backup did. Mutated."""
         super().__init__(channel, shard, is_last=is_last, buffers=buffers)
         self._backup: int | None = backup
+        self._flag = flag
         self._unconfirmed = 0
         self._own = [torch.empty_like(push) for push in self._received]
 
@@ -75,7 +80,8 @@ class Primary(Link):
         """As Link's, once the backup holds all that led to it. Blocks for that."""
         while self._backup is not None and self._unconfirmed:
             try:
-                self.channel.receive(self._backup, CONFIRM)
+                _, (signal,) = self.channel.receive(self._backup, CONFIRM)
+                self._flag.number = max(self._flag.number, int(signal))
                 self._unconfirmed -= 1
             except PeersDied:
                 self._go_on_alone()
@@ -118,10 +124,12 @@ class Primary(Link):
 class Backup(Link):
     """The link of a server that follows a primary, until that dies; a Link to the workers from then on."""
 
-    def __init__(self, channel: Channel, shard: slice, *, is_last: bool, buffers: int, primary: int) -> None:
-        """`primary`: its rank. Pushes are kept here, not in the workers' memory."""
+    def __init__(
+        self, channel: Channel, shard: slice, *, is_last: bool, buffers: int, primary: int, flag: Caught
+    ) -> None:
+        """`primary`: its rank; `flag`: what signal this process got. Pushes are kept here, not in workers' memory."""
         super().__init__(channel, shard, is_last=is_last, buffers=buffers)
-        self._primary = primary
+        self._primary, self._flag = primary, flag
         self._leads = False
         self._turned_to_me: set[int] = set()
         """Workers that have sent their requests again since it took over: before that, nobody listens."""
@@ -208,4 +216,4 @@ class Backup(Link):
             raise PeersDied({worker})
 
     def _confirm(self) -> None:
-        self.channel.send(self._primary, np.empty(0), CONFIRM)
+        self.channel.send(self._primary, np.array([self._flag.number], np.float64), CONFIRM)

@@ -14,7 +14,7 @@ from hvdvae.ps.replica import Backup, Primary
 from hvdvae.ps.server import Server
 from hvdvae.ps.shards import pieces
 from hvdvae.ps.weights import Weights
-from hvdvae.signals import caught
+from hvdvae.signals import Caught, caught
 from hvdvae.world import World
 
 
@@ -29,7 +29,6 @@ def serve(world: World, plan: Plan) -> None:
     number = world.rank % shards
     shard, is_last = meeting.shards[number], number == shards - 1
     buffers = meeting.hello["buffers"] if is_last else 0
-    link = _link(channel, shard, is_last, buffers, partners(channel.workers, shards, plan)[number], plan)
     weights = Weights(
         plan,
         workers=channel.workers,
@@ -41,22 +40,27 @@ def serve(world: World, plan: Plan) -> None:
         clip_norm=meeting.hello["clip_norm"],
         sum_over_servers=lambda value: value if shards == 1 else world.sum_(value, "norm of the gradient"),
     )
+    world.starting = False
     recruiter = Recruiter(channel, meeting.hello) if plan.replace_workers else None
-    server = Server(link, weights, plan, world.watchdog, recruiter)
-    with caught():  # Signals end the workers' runs, and those end this one.
-        server.run()
+    # A signal ends the workers' runs, which hear of it with their next answers, and those end this one.
+    with caught() as flag:
+        holders = partners(channel.workers, shards, plan)[number]
+        link = _link(channel, shard, is_last, buffers, holders, plan, flag)
+        Server(link, weights, plan, world.watchdog, flag, recruiter).run()
     if plan.replicas:
         world.shrink()  # A server may have died, and not all that are left need to know.
     channel.close()
 
 
-def _link(channel: Channel, shard: slice, is_last: bool, buffers: int, holders: list[int], plan: Plan) -> Link:
+def _link(
+    channel: Channel, shard: slice, is_last: bool, buffers: int, holders: list[int], plan: Plan, flag: Caught
+) -> Link:
     if len(holders) == 1:
         return Link(channel, shard, is_last=is_last, buffers=buffers, plan=plan)
     primary, backup = holders
     if channel.rank == primary:
-        return Primary(channel, shard, is_last=is_last, buffers=buffers, backup=backup)
-    return Backup(channel, shard, is_last=is_last, buffers=buffers, primary=primary)
+        return Primary(channel, shard, is_last=is_last, buffers=buffers, backup=backup, flag=flag)
+    return Backup(channel, shard, is_last=is_last, buffers=buffers, primary=primary, flag=flag)
 
 
 def serve_and_exit(world: World, plan: Plan) -> None:

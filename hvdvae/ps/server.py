@@ -23,18 +23,27 @@ from hvdvae.ps.plan import Plan
 from hvdvae.ps.protocol import ANSWER, BINS, OPTIONS, REQUEST, TEXT, Answer, Header, Kind, Request
 from hvdvae.ps.recruiter import Recruiter
 from hvdvae.ps.weights import Weights
+from hvdvae.signals import Caught
 
 
 class Server:
     """One of the servers; `run` serves until worker 0 quits."""
 
     def __init__(
-        self, link: Link, weights: Weights, plan: Plan, watchdog: Watchdog, recruiter: Recruiter | None = None
+        self,
+        link: Link,
+        weights: Weights,
+        plan: Plan,
+        watchdog: Watchdog,
+        flag: Caught,
+        recruiter: Recruiter | None = None,
     ) -> None:
         """Take the parts: what it hears and answers through, what it holds, and when it does so (`plan`).
 
-        `recruiter`: starts workers where some die; None to go on with those that are left.
+        `flag`: the signal that this process got; `recruiter`: starts workers where some die, None to go on with those
+        that are left.
         """
+        self._flag = flag
         self._link, self._weights, self._watchdog, self._recruiter = link, weights, watchdog, recruiter
         self._is_step = plan.consistency == "bsp"
         self._workers = workers = link.channel.workers
@@ -245,6 +254,7 @@ class Server:
         workers = self._workers
         header = np.empty(ANSWER + 2 * workers + BINS)
         header[:ANSWER] = self.ledger.totals
+        header[Answer.SIGNAL] = max(header[Answer.SIGNAL], self._flag.number)
         header[Answer.KIND] = request[Request.KIND]
         header[Answer.SEQUENCE] = request[Request.SEQUENCE]
         header[Answer.VERSION] = self.version

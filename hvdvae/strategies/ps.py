@@ -111,7 +111,7 @@ class ParameterServer(Strategy):
 
     @property
     def signal(self) -> int:
-        """Number of the signal that some worker got, as far as the servers have told; 0: none."""
+        """Number of the signal that some worker or server got, as far as the servers have told; 0: none."""
         return int(self.client.answer[Answer.SIGNAL])
 
     @property

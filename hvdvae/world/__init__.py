@@ -78,6 +78,8 @@ class World:
         """Worlds of some of the same ranks: whoever leaves one, since a rank has died, leaves all."""
         self.members = Members(f"rank {carrier.rank} ({self.host})")
         """Who takes part, and who does in the place of those that die."""
+        self.starting = False
+        """Whether this is a command that has not begun to train: nothing can be lost by a death yet."""
         self._launch = launch
         self._horovod: Any = None
 

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hvdvae.errors import RankLost
 from hvdvae.launcher import survives_deaths
@@ -27,7 +27,13 @@ def tells_of_a_death(error: Exception) -> bool:
 
 
 def lost(world: "World", what: str) -> RankLost:
-    """The error of a death during `what`. Local."""
+    """The error of a death during `what`. Before training it has names, and may block for some seconds until told."""
+    if starting := [one for one in world.kin if one.starting]:
+        everyone, hosts = starting[0].everyone, starting[0].members.hosts
+        died = [f"rank {rank} ({hosts[rank]})" for rank in sorted(_dead(everyone))] if everyone is not None else []
+        return RankLost(
+            f"{', '.join(died) or 'a rank'} has died before training began, during {what}: start the job again"
+        )
     return RankLost(
         f"a rank died during {what}, step {world.watchdog.step}: continue from the last checkpoint with --resume"
     )
@@ -56,9 +62,13 @@ def missing(world: "World") -> dict[int, str]:
     """Ranks that have died, with their names when they started (ULFM). Blocks for some seconds until it is told."""
     if world.comm is None or not survives_deaths(os.environ):
         return {}
+    return {rank: world.members.names[rank] for rank in sorted(_dead(world.comm))}
+
+
+def _dead(comm: Any) -> set[int]:
     from hvdvae.world.mpi import dead_ranks
 
     give_up = time.monotonic() + DETECTION_SECONDS
-    while not (dead := dead_ranks(world.comm)) and time.monotonic() < give_up:
+    while not (dead := dead_ranks(comm)) and time.monotonic() < give_up:
         time.sleep(0.01)
-    return {rank: world.members.names[rank] for rank in sorted(dead)}
+    return dead

@@ -40,6 +40,8 @@ class Members:
         """What an elastic horovodrun tells of its hosts."""
         self.names: list[str] = []
         """Of all that live, by rank."""
+        self.hosts: list[str] = []
+        """Of trainers and servers, as they were started."""
         self._started = 0
         """Ranks that were started so far."""
         self._waiting: Collectives | None = None

@@ -43,6 +43,7 @@ def meet_all(kind: "type[World]", launch: Launch, device: str, deadline: float, 
     if everyone.size > 1 or is_elastic(os.environ):
         _watch(world)
     if world.survives_deaths and everyone.size > 1:
+        world.members.hosts = world.gather_from_everyone(world.host, "hosts of all ranks")
         world.members.meet(world, trains=True)
     elif is_elastic(os.environ):
         world.members.start_elastic(world)

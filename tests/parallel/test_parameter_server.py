@@ -1,5 +1,7 @@
 """Laws 2, 3, 6, 7 of the parameter server, at every split of the ranks into workers and servers."""
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -457,6 +459,25 @@ def test_no_push_overtakes_the_first_weights(world: World, monkeypatch: pytest.M
     for worker in workers_at_every_split(world, Plan(), Smooth, OPTIMIZERS["sgd"]):
         train(*worker)
     assert not has_overtaken, "worker 1 has pushed before the servers had the weights"
+
+
+def test_a_signal_to_one_server_reaches_all_workers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last server gets it; a worker's answers of the first come first."""
+    if world.launcher in ("none", "horovodrun-gloo"):
+        pytest.skip("needs MPI")
+    from hvdvae.ps.server import Server
+
+    run = Server.run
+
+    def interrupted(server: Server) -> None:
+        if world.rank == world.size - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        run(server)
+
+    monkeypatch.setattr(Server, "run", interrupted)
+    for optimizer, model, mine in workers_at_every_split(world, Plan(), Smooth, OPTIMIZERS["sgd"]):
+        train(optimizer, model, mine)
+        assert optimizer.signal == signal.SIGUSR1
 
 
 def test_optimizers_that_need_whole_tensors_are_refused(world: World) -> None:

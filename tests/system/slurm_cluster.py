@@ -48,7 +48,10 @@ KillWait=20
 MinJobAge=600
 JobRequeue=1
 NodeName={prefix}[1-2] NodeAddr={subnet}.[1-2] CPUs=4 State=UNKNOWN
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
 
 
@@ -103,10 +106,10 @@ class Cluster:
         file = self.folder / f"job-{job}.txt"
         return file.read_text(errors="replace") if file.exists() else ""
 
-    def await_output(self, job: str, text: str, seconds: float = 90) -> None:
-        """Return once the job has said this."""
+    def await_output(self, job: str, text: str, seconds: float = 90, *, after: str = "") -> None:
+        """Return once the job has said this, after the last time that it said `after`."""
         give_up = time.monotonic() + seconds
-        while text not in self.output(job):
+        while after not in (said := self.output(job)) or text not in said[said.rfind(after) if after else 0 :]:
             assert time.monotonic() < give_up, f"{self.state(job)}: {self.output(job)}{self.logs()}"
             time.sleep(0.1)
 

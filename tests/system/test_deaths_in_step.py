@@ -194,6 +194,19 @@ def test_a_strategy_that_cannot_go_on_says_who_is_missing(tmp_path: Path, plan: 
     assert "--resume" in ended.output
 
 
+def test_who_dies_before_training_is_named(tmp_path: Path) -> None:
+    """There is no checkpoint yet to speak of."""
+    if not has_ulfm():
+        pytest.skip("this MPI has no ULFM")
+    script = Path(__file__).parent / "dies_at_start.py"
+    launch = f"mpirun --with-ft ulfm --bind-to none --map-by :OVERSUBSCRIBE -n 3 {sys.executable} {script} 1 train"
+    run = "--data digits --epochs 1 --threads 1 --out run"
+    ended = Launch(f"{launch} {run}".split(), clean_environment(), tmp_path).finish(60)
+    assert ended.status == 75, ended.output
+    assert f"rank 1 ({os.uname().nodename}) has died before training began, during" in ended.output
+    assert "checkpoint" not in ended.output
+
+
 def soak(kills: int, folder: Path) -> None:
     """Kill so many ranks, each in a job of its own, at random moments of random plans. Stops at the first failure."""
     choose = random.Random(kills)

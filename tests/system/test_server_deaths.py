@@ -6,6 +6,7 @@ As a script it is a soak: python -m tests.system.test_server_deaths 50 FOLDER ki
 import json
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,17 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from tests.system.worker_jobs import BATCH, EXAMPLES, MPIRUN_ULFM, WORKERS, await_first_epoch, has_ulfm, start, worker
+from tests.system.worker_jobs import (
+    BATCH,
+    EXAMPLES,
+    MPIRUN_ULFM,
+    WORKERS,
+    await_first_epoch,
+    has_ulfm,
+    start,
+    strike,
+    worker,
+)
 
 EPOCHS = 6
 STEPS = EPOCHS * (EXAMPLES // (WORKERS * BATCH))
@@ -120,6 +131,14 @@ def test_a_backup_that_took_over_ends_the_job_where_it_must(tmp_path: Path) -> N
     assert status != 0
     assert "worker 0, which keeps the log and the checkpoints, has died" in output
     assert "--resume" in output
+
+
+def test_a_signal_to_a_backup_saves_as_one_to_a_worker_does(tmp_path: Path) -> None:
+    """It answers no worker: its primary hears of it."""
+    job = start(tmp_path, "--replicas 1", epochs=500, mpirun=MPIRUN_ULFM)
+    ended = strike(job, tmp_path, BACKUP, signal.SIGTERM)
+    assert ended.status == 128 + signal.SIGTERM, ended.output
+    assert "SIGTERM: saved at step" in ended.output
 
 
 def soak(kills: int, folder: Path) -> None:

@@ -96,7 +96,15 @@ def test_a_job_that_is_warned_saves_is_requeued_and_goes_on(slurm: Cluster) -> N
     slurm.run(f"scancel --batch --signal=USR1 {job}")
     slurm.await_output(job, f"requeueing Slurm job {job}")
     slurm.await_output(job, "resumed at step")
-    assert "saved at step" in slurm.output(job)
+    assert "USR1: saved at step" in slurm.output(job)
+    # A job that goes before it: Slurm itself asks the ranks to leave, and requeues it.
+    slurm.await_output(job, "validation elbo", after="resumed at step")
+    urgent = slurm.folder / "urgent.sbatch"
+    urgent.write_text("#!/bin/bash\n")
+    slurm.submit("--partition=urgent --nodes=2 --exclusive", urgent)
+    slurm.await_output(job, "DUE TO PREEMPTION")
+    slurm.await_output(job, "resumed at step", after="DUE TO PREEMPTION")
+    assert "SIGTERM: saved at step" in slurm.output(job)
     # Who wants it to end for good can have that, too.
     slurm.run(f"scancel {job}")
     assert slurm.await_end(job) == "CANCELLED"

@@ -1,6 +1,7 @@
 """Batches of a rank: the same examples and the same binarization at every world size, and after a resume."""
 
 import gc
+import itertools
 import threading
 import time
 
@@ -8,6 +9,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hvdvae.data import ArraySource, Loader, Source, Subset, open_dataset
 from hvdvae.errors import ConfigError, DataError
@@ -54,6 +57,29 @@ def test_all_ranks_take_the_same_number_of_steps_and_small_data_shrinks_the_batc
     ranks = [loader(rank=rank, size=5, batch=100) for rank in range(5)]
     assert {r.batch for r in ranks} == {10}
     assert {(r.steps(), r.global_batch, len(list(r.epoch(0)))) for r in ranks} == {(1, 50, 1)}
+
+
+@given(
+    batch=st.integers(1, 80),
+    changes=st.lists(st.tuples(st.integers(1, 12), st.integers(0, 9)), min_size=1, max_size=6),
+)
+def test_ranks_that_stayed_cut_what_is_left_as_those_that_come_do(batch, changes):
+    """However many there were in between: together they take every example that is left once, but for the remainder."""
+    source = ArraySource(np.arange(53, dtype=np.uint8)[:, None], "a")
+    options = {"batch": batch, "seed": 3, "binarization": "none", "likelihood": "gaussian"}
+    stayed, position, seen = loader(source, **options), 0, []
+    for size, most_steps in changes:
+        stayed.reshare(0, size)
+        came = [loader(source, rank=rank, size=size, **options) for rank in range(size)]
+        assert {(one.batch, one.global_batch, one.steps(position)) for one in [stayed, *came]} == {
+            (stayed.batch, stayed.batch * size, (53 - position) // stayed.global_batch)
+        }
+        ranks = [stayed, *came[1:]]
+        steps = min(most_steps, stayed.steps(position))
+        for batches in itertools.islice(zip(*(one.epoch(0, position) for one in ranks), strict=True), steps):
+            seen += torch.cat(batches).flatten().tolist()
+        position += steps * stayed.global_batch
+    assert len(seen) == len(set(seen)) == position
 
 
 def test_dynamic_changes_with_epoch_and_seed_and_static_with_neither():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hvdvae import pulse
 from hvdvae.checkpoint import Checkpoint, Folder, load
-from hvdvae.errors import CheckpointError, NonFiniteError
+from hvdvae.errors import CheckpointError, HostsChanged, NonFiniteError
 from hvdvae.outcome import Outcome, exit_status
 from hvdvae.pulse import Beat
 from hvdvae.schedule import learning_rate
@@ -528,6 +528,20 @@ def test_skipped_steps_have_no_say_in_the_means(beat_every_step: None) -> None:
     assert [beat.finite_examples for beat in beats] == [BATCH, BATCH, 0, BATCH, BATCH, BATCH]
     assert math.isnan(beats[2].loss)
     assert epochs[0]["loss"] == 100.0
+
+
+def test_ranks_save_before_they_meet_anew_on_other_hosts(
+    tmp_path: Path, beat_every_step: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Horovod may end them there."""
+    trainer = trainer_of(plain_network(), checkpoints=Folder(tmp_path, 3))
+    monkeypatch.setattr(World, "hosts_changed", property(lambda world: trainer.position.step == 2))
+    monkeypatch.setattr(type(trainer.optimizer), "recovers", True)
+    with pytest.raises(HostsChanged):
+        trainer.fit(1)
+    newest = Folder(tmp_path, 3).newest_good()
+    assert newest is not None
+    assert load(newest).record["position"] == {"epoch": 0, "examples": 2 * BATCH, "step": 2}
 
 
 @pytest.mark.parametrize("kind", ["tuple", "mapping"])
