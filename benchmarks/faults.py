@@ -35,8 +35,9 @@ from hvdvae.cli import mpirun
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINERS = 3
-SECONDS = 150.0
-"""After which a job is taken to hang."""
+SECONDS = 90.0
+"""Without a word in its log, its metrics or its folder of checkpoints, after which a job is taken to hang."""
+SOAK_EPOCHS = 20
 STOPPED_SECONDS = 10.0
 RUN = "--data digits --epochs 60 --batch-size 10 --nll-samples 2 --pictures-every 0 --threads 1 --validate-every 10"
 RUN += " --deadline 40 --checkpoint-every 1"
@@ -111,6 +112,17 @@ class Job:
             if time.monotonic() > give_up or self.process.poll() is not None:
                 raise RuntimeError(f"did not start to train: {(self.folder / 'log').read_text()[-2000:]}")
             time.sleep(0.05)
+
+    def end(self) -> int | None:
+        """Its status once it has ended; None where it says nothing any more. Blocks."""
+        said, since = -1, time.monotonic()
+        while self.process.poll() is None and time.monotonic() - since < SECONDS:
+            files = (self.folder / "log", self.out / "metrics.jsonl", *(self.out / "checkpoints").glob("*"))
+            stamp = sum(file.stat().st_mtime_ns for file in files if file.exists())
+            if stamp != said:
+                said, since = stamp, time.monotonic()
+            time.sleep(0.05)
+        return self.process.poll()
 
     def now(self) -> None:
         """The fault happens now."""
@@ -241,9 +253,8 @@ def started(words: list[str], folder: Path) -> Iterator[Job]:
 
 def outcome(fault: str, name: str, job: Job) -> Outcome:
     """Wait for the end, and say what became of the run."""
-    try:
-        status = job.process.wait(SECONDS)
-    except subprocess.TimeoutExpired:
+    status = job.end()
+    if status is None:
         return Outcome(fault, name, "hangs", broken=True)
     status = status if status >= 0 else 128 - status
     before = [step for at, step in job.beats() if at <= job.fault_at]
@@ -263,9 +274,9 @@ def outcome(fault: str, name: str, job: Job) -> Outcome:
     return Outcome(fault, name, "ends, can be resumed" if good else "ends", None, None, status, broken)
 
 
-def measure(fault: str, name: str, folder: Path) -> Outcome:
-    """One fault in one way of training."""
-    way = WAYS[name]
+def measure(fault: str, name: str, folder: Path, more: str = "") -> Outcome:
+    """One fault in one way of training. `more`: options of the run."""
+    way = replace(WAYS[name], options=f"{WAYS[name].options}{more}")
     inject = FAULTS[fault]
     environment: dict[str, str] = {}
     if inject is jump_clock:
@@ -367,7 +378,7 @@ def soak(kills: int, place: Path) -> list[Outcome]:
     for number in range(kills):
         fault = choose.choice([name for name, fault in FAULTS.items() if fault in (kill_trainer, kill_rank_0)])
         name = choose.choice([name for name, way in WAYS.items() if way.survives])
-        found.append(measure(fault, name, _folder(place, f"soak-{number}")))
+        found.append(measure(fault, name, _folder(place, f"soak-{number}"), f" --epochs {SOAK_EPOCHS}"))
         print(f"{number + 1}/{kills}: {_row(found[-1])}", flush=True)
     return found
 
