@@ -117,7 +117,7 @@ class Job:
         """Its status once it has ended; None where it says nothing any more. Blocks."""
         said, since = -1, time.monotonic()
         while self.process.poll() is None and time.monotonic() - since < SECONDS:
-            files = (self.folder / "log", self.out / "metrics.jsonl", *(self.out / "checkpoints").glob("*"))
+            files = (self.folder / "log", self.out / "metrics.jsonl", self.out / "checkpoints")
             stamp = sum(file.stat().st_mtime_ns for file in files if file.exists())
             if stamp != said:
                 said, since = stamp, time.monotonic()
