@@ -54,7 +54,8 @@ def _trained(options: SlurmOptions) -> TrainConfig:
     config = TrainConfig(**asked.values)
     if options.servers and config.strategy != "ps":
         raise ConfigError(
-            f"--servers {options.servers} is for --strategy ps, found --strategy {config.strategy} behind `--`: drop one"
+            f"--servers {options.servers} is for --strategy ps, found --strategy {config.strategy} behind `--`: drop "
+            "one of them"
         )
     if options.servers and config.servers != options.servers:
         raise ConfigError(
