@@ -4,6 +4,7 @@ The scripts in launch/slurm/ are its output with "$@" for the options of train.
 """
 
 import math
+import os
 import re
 import shlex
 import sys
@@ -12,6 +13,7 @@ from hvdvae.cli import assemble
 from hvdvae.cli.options import SlurmOptions
 from hvdvae.config import TrainConfig
 from hvdvae.errors import ConfigError
+from hvdvae.launcher import survives_deaths
 
 WARNING_SECONDS = 120
 """Before the time limit; what saving and leaving may take."""
@@ -83,6 +85,11 @@ def _check_ranks(options: SlurmOptions, config: TrainConfig) -> None:
         raise ConfigError(
             f"--strategy local trains in one process, and the job has {ranks} ranks: use --nodes 1 --ntasks-per-node "
             "1, or another strategy"
+        )
+    if config.replace_workers and not survives_deaths(os.environ):
+        raise ConfigError(
+            "--replace-workers: a death ends the script's job; drop it, or start `mpirun --with-ft ulfm` (Open MPI 5) "
+            "in a script of your own"
         )
     assemble.mesh_of(config, ranks - servers)
     if servers:

@@ -61,6 +61,7 @@ def test_options_reach_the_script_as_they_are(
         (["--ntasks-per-node", "4", "--servers", "1", "--", "--out", "x", "--backup-workers", "1"], "--consistency"),
         (["--ntasks-per-node", "4", "--", "--out", "x", "--pipeline", "3"], "4 are no multiple"),
         (["--nodes", "2", "--", "--out", "x", "--strategy", "local"], "one process"),
+        (["--nodes", "2", "--", "--out", "x", "--replace-workers"], "a death ends the script's job"),
     ],
 )
 def test_bad_requests(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
