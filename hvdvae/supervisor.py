@@ -89,7 +89,10 @@ def supervise(command: Sequence[str], policy: Policy, results: Callable[[], obje
                 if results is None or end.said_finished or results() not in (None, before):
                     return End(0, 0)
                 if not end.signal:
-                    _say("the launcher ended with 0, and the job has no results")
+                    _say(
+                        "the launcher ended with 0, and the job has no results: it did not say that it is finished, "
+                        "and wrote no summary.json in its --out"
+                    )
                 end = end._replace(status=128 + end.signal if end.signal else LOST_STATUS)
             if end.signal or end.status in MENDED_BY_USERS:
                 return end

@@ -5,14 +5,22 @@
 set -euo pipefail
 ranks=${1:?usage: launch/horovodrun.sh N COMMAND [--FLAG VALUE ...]}
 shift
+read -r -a more <<< "${HVDVAE_HOROVODRUN_FLAGS:-}"
 flags=()
-case $(mpirun --version 2>&1 || true) in
-    # Horovod's own binding options have been withdrawn in Open MPI 5.
-    *"Open MPI"*) flags+=(--mpi "--binding-args=--bind-to none --map-by slot") ;;
-    *)            flags+=(--gloo) ;;
+case " ${more[*]}" in
+    # A controller of the user's choice: horovodrun takes one, and binding options only with MPI.
+    *" --gloo"*|*" --jsrun"*) ;;
+    # Elastic jobs are Gloo's.
+    *" --min-n"*|*" --host-discovery-script"*) flags+=(--gloo) ;;
+    *)
+        case $(mpirun --version 2>&1 || true) in
+            # Horovod's own binding options have been withdrawn in Open MPI 5.
+            *"Open MPI"*) flags+=(--mpi "--binding-args=--bind-to none --map-by slot") ;;
+            *)            flags+=(--gloo) ;;
+        esac
+        ;;
 esac
 [ -z "${HOSTS:-}" ] || flags+=(-H "$HOSTS")
-read -r -a more <<< "${HVDVAE_HOROVODRUN_FLAGS:-}"
 launch=(horovodrun -np "$ranks" "${flags[@]}" "${more[@]}" hvdvae "$@")
 # The mpirun below has been seen to end with 0, and not to end at all, where it had lost a host.
 [ "${1:-}" != train ] || launch=(hvdvae supervise --restarts 0 -- "${launch[@]}")

@@ -15,6 +15,7 @@ from hvdvae.errors import ConfigError, DataError
 from hvdvae.world import World
 
 DIGEST_EXAMPLES = 64
+"""That stand for a source that is not in memory."""
 _OF_A_RANK = ("device", "threads")
 """What ranks may be told differently: nodes need not be alike."""
 
@@ -74,8 +75,14 @@ def _words(form: dict[str, Any]) -> str:
 
 
 def digest(source: Source) -> str:
-    """Of examples spread over all of it: reading it whole could take longer than training on it."""
+    """Of all examples where they are in memory; else of DIGEST_EXAMPLES spread over all of them. Blocks while it reads.
+
+    To read a file that is streamed could take longer than training on it: there a difference may go unseen.
+    """
     if not len(source):
         return "none"
-    examples = np.unique(np.linspace(0, len(source) - 1, DIGEST_EXAMPLES).astype(np.int64))
-    return hashlib.blake2b(np.ascontiguousarray(read(source, examples)).tobytes(), digest_size=6).hexdigest()
+    sample = np.unique(np.linspace(0, len(source) - 1, DIGEST_EXAMPLES).astype(np.int64))
+    found = hashlib.blake2b(digest_size=6)
+    for examples in source.spans() if source.in_memory else [sample]:
+        found.update(np.ascontiguousarray(read(source, examples)).data)
+    return found.hexdigest()

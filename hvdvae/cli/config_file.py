@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from hvdvae.cli.values import checked, expected, shown
+from hvdvae.cli.whole_file import write_whole
 from hvdvae.config import TrainConfig, flag
 from hvdvae.errors import ConfigError
 
@@ -64,15 +65,12 @@ def read_values(path: Path, name: str) -> dict[str, Any]:
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
-    """Save the resolved configuration as YAML that --config accepts. Raises ConfigError naming the file."""
+    """Save the resolved configuration, whole, as YAML that --config accepts. Raises ConfigError naming the file."""
     values = {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__}
     # How this launch was asked to treat its folder is no property of the run.
     for name in ("resume", "overwrite"):
         values.pop(name)
-    try:
-        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+    write_whole(path, yaml.safe_dump(values, sort_keys=False))
 
 
 def read_config(path: Path) -> TrainConfig:

@@ -1,5 +1,6 @@
 """`hvdvae evaluate DIR`: the likelihood of a trained model, over all ranks."""
 
+import os
 import time
 from pathlib import Path
 
@@ -8,14 +9,17 @@ import torch
 from hvdvae.cli import assemble
 from hvdvae.cli.assessment import assess
 from hvdvae.cli.options import EvaluateOptions
+from hvdvae.cli.placement import check_slurm
 from hvdvae.cli.results import versions, write_json
 from hvdvae.cli.saved_run import open_run
 from hvdvae.cores import threads_of_rank
+from hvdvae.launcher import detect
 from hvdvae.world import World
 
 
 def evaluate(options: EvaluateOptions) -> int:
     """Evaluate, print, and write DIR/evaluation.json. Blocks; every rank must call it. Returns the exit status."""
+    idle = check_slurm(os.environ, detect(os.environ), None)
     world = World.create(device=options.device, deadline=options.deadline)
     fair = threads_of_rank(world)
     torch.set_num_threads(options.threads or fair)
@@ -35,6 +39,8 @@ def evaluate(options: EvaluateOptions) -> int:
         for active, kl, variance in zip(found.active_units, found.kl_per_dimension, found.mean_variance, strict=True)
     ]
     if world.is_first:
+        if idle:
+            print(f"hvdvae: warning: {idle}")
         record = {
             "checkpoint": run.checkpoint,
             "data": run.dataset.name,

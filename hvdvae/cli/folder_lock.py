@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -13,31 +14,42 @@ LOCK_FILE = "lock"
 """Names who holds the folder, and stays: the lock on it goes with its process."""
 PATIENCE_SECONDS = 15.0
 """A job that was ended a moment ago may still hold the folder of the one that goes on."""
+_OURS = re.compile(r"process \d+ on .*")
 _HELD: list[TextIO] = []
 """By this process."""
 
 
-def hold(folder: Path) -> None:
+def hold(folder: Path, *, replaces: bool = False) -> None:
     """Let no other process write there until `release`, or the end of this one. May block for PATIENCE_SECONDS.
 
-    Raises BusyError naming who holds it. On file systems that know no locks, or have none left, nothing is held.
+    Raises BusyError naming who holds it, and ConfigError for a lock that is a link or, unless `replaces`, somebody
+    else's file. On file systems that know no locks, or have none left, nothing is held.
     """
     folder = folder.resolve()
     try:
-        file = (folder / LOCK_FILE).open("a+")
+        opened = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise ConfigError(f"--out {folder}: cannot write there ({error.strerror or error})") from error
+    file = os.fdopen(opened, "r+", errors="replace")
     if any(os.path.sameopenfile(held.fileno(), file.fileno()) for held in _HELD):
         file.close()
         return
-    if not _is_locked(file):
-        file.seek(0)
-        holder = file.read().strip() or "another run"
+    locked = _is_locked(file)
+    holder = file.read(1000).strip()
+    if not locked:
         file.close()
         raise BusyError(
-            f"--out {folder} is written by {holder}: wait for it, end it, or choose another folder with --out"
+            f"--out {folder} is written by {holder or 'another run'}: wait for it, end it, or choose another folder "
+            "with --out"
         )
-    file.truncate(0)
+    if holder and not _OURS.fullmatch(holder) and not replaces:
+        file.close()
+        raise ConfigError(
+            f"--out {folder} holds a file {LOCK_FILE} that no run wrote, and this run would replace it: move it away, "
+            "replace it with --overwrite, or choose another folder"
+        )
+    file.seek(0)
+    file.truncate()
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _HELD.append(file)

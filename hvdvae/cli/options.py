@@ -108,7 +108,8 @@ class SuperviseOptions(Checked):
     """
 
     command: list[str]
-    """The command that starts the job, behind `--`; it names its --out."""
+    """The command that starts the job, behind `--`; it names its --out, and has done its work once its summary.json is
+    there."""
     restarts: int = 3
     """How often it is started again."""
     backoff: float = 10.0

@@ -72,21 +72,56 @@ def check_versions(places: Sequence[Place]) -> None:
                 )
 
 
-def check_slurm(environ: Mapping[str, str], launch: Launch, strategy: str) -> str:
-    """Whether as many ranks run as the Slurm job has tasks; what to warn of. Pure.
+def check_slurm(environ: Mapping[str, str], launch: Launch, strategy: str | None) -> str:
+    """Whether as many ranks run as the Slurm job has tasks; what to warn of. Pure. `strategy`: None in evaluation.
 
-    Raises WorldError for one process of a job of several tasks that was to train in parallel: its launcher is missing,
-    or speaks another PMI than this MPI, so that each task is a job of its own.
+    Raises WorldError for one process of a job of several tasks or hosts that was to work in parallel: its launcher is
+    missing, or speaks another PMI than this MPI, so that each task is a job of its own.
     """
-    tasks = environ.get("SLURM_NTASKS", "")
-    if not tasks.isdecimal() or int(tasks) == launch.size:
-        return ""
-    if launch.size == 1 and strategy != "local":
+    tasks, hosts = (environ.get(name, "") for name in ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES"))
+    if tasks.isdecimal() and int(tasks) != launch.size:
+        if launch.size == 1 and strategy != "local":
+            raise _started_alone(f"{tasks} tasks (SLURM_NTASKS)", strategy)
+        if launch.size > int(tasks):
+            return (
+                f"{launch.size} ranks in a Slurm job of {tasks} tasks (SLURM_NTASKS): more than it has cores for; ask "
+                "for as many tasks as ranks"
+            )
+        return f"{launch.size} ranks of the {tasks} tasks that the Slurm job has (SLURM_NTASKS): the others idle"
+    # Slurm counts no tasks where nobody asked for some. One rank of a launcher is as many as it was told to start.
+    if launch.launcher == "none" and hosts.isdecimal() and int(hosts) > 1 and strategy != "local":
+        raise _started_alone(f"{hosts} hosts (SLURM_JOB_NUM_NODES)", strategy)
+    return ""
+
+
+def _started_alone(job: str, strategy: str | None) -> WorldError:
+    alone = (
+        "evaluate in one process with `srun -N1 -n1`"
+        if strategy is None
+        else "train in one process with --strategy local"
+    )
+    return WorldError(
+        f"this Slurm job has {job}, but this process was started alone: start it with `srun --mpi=pmix hvdvae ...` or "
+        f"`mpirun hvdvae ...`, or {alone}"
+    )
+
+
+def check_hosts(environ: Mapping[str, str], launch: Launch, places: Sequence[Place]) -> None:
+    """Raises WorldError, on all ranks, where all tasks of a Slurm job run on some of its hosts. Pure.
+
+    So does an mpirun that was built without Slurm. Fewer ranks than tasks may have been asked for (`absent_hosts`), and
+    srun knows the hosts of its step.
+    """
+    granted, tasks = (environ.get(name, "") for name in ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS"))
+    used = sorted({place.host for place in places})
+    if launch.launcher == "srun" or tasks != str(len(places)) or not granted.isdecimal():
+        return
+    if len(used) < min(int(granted), len(places)):
         raise WorldError(
-            f"this Slurm job has {tasks} tasks (SLURM_NTASKS), but this process was started alone: start it with "
-            "`srun --mpi=pmix hvdvae ...` or `mpirun hvdvae ...`, or train in one process with --strategy local"
+            f"all {tasks} ranks run on {', '.join(used)}, but the Slurm job has {granted} hosts (SLURM_JOB_NUM_NODES): "
+            f"its {launch.launcher} does not know them; name them (--host, -H), or use `srun --mpi=pmix`. Where this "
+            "is as it should be, unset SLURM_JOB_NUM_NODES"
         )
-    return f"{launch.size} ranks of the {tasks} tasks that the Slurm job has (SLURM_NTASKS): the others idle"
 
 
 def absent_hosts(environ: Mapping[str, str], places: Sequence[Place]) -> str:
@@ -125,26 +160,30 @@ def crowded(places: Sequence[Place]) -> list[str]:
                 )
         cores = min(len(set[int]().union(*(place.cores for place in here))), here[0].quota or float("inf"))
         threads = sum(place.threads for place in here)
-        if threads > cores:
+        if threads > max(cores, 1):  # One thread is the least.
+            ranks = "1 rank" if len(here) == 1 else f"{len(here)} ranks"
+            fewer = "Lower --threads (OMP_NUM_THREADS)" if threads > len(here) else "Start fewer ranks there"
             warnings.append(
-                f"{host} has {cores:g} cores for {threads} threads of {len(here)} ranks: they will wait for each "
-                "other. Start fewer ranks there, or ask for more cores"
+                f"{host} has {cores:g} cores for {threads} threads of {ranks}: they will wait for each other. {fewer}, "
+                "or ask for more cores"
             )
     return warnings
 
 
 def announce(world: World, strategy: str, launch: Launch, threads: int) -> None:
-    """Check that all hosts have the same libraries, print the table, and warn of crowded hosts and slow links.
+    """Check hosts and their libraries, print a table of several ranks, and warn of crowded hosts and slow links.
 
     Blocks; every rank, servers too, must call it. Raises WorldError.
     """
     places = placement(world, threads)
     check_versions(places)
+    check_hosts(os.environ, launch, places)
     slow = slow_pairs(probe_hosts(world))
-    if world.is_first and len(places) > 1:
+    if world.is_first:
         idle = [check_slurm(os.environ, launch, strategy), absent_hosts(os.environ, places)]
-        warnings = [text for text in (*idle, *crowded(places), *slow) if text]
-        print("\n".join([table(places), *(f"hvdvae: warning: {text}" for text in warnings)]), flush=True)
+        warnings = [f"hvdvae: warning: {text}" for text in (*idle, *crowded(places), *slow) if text]
+        for line in [*([table(places)] if len(places) > 1 else []), *warnings]:
+            print(line, flush=True)
 
 
 def _spans(numbers: Sequence[int]) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from hvdvae.cli import assemble
+from hvdvae.cli.links import refuse_links
 from hvdvae.cli.options import ReconstructOptions
 from hvdvae.cli.saved_run import open_run
 from hvdvae.data import evaluation_batch
@@ -24,6 +25,8 @@ def reconstruct(options: ReconstructOptions) -> int:
         originals = evaluation_batch(source, 0, count, binarization=binarization, device=world.device)
         generator = torch.Generator(world.device).manual_seed(0)
         path = Path(options.output or Path(options.folder) / "reconstructions.png")
+        if options.output is None:
+            refuse_links(Path(options.folder), [path.name])
         save_picture(path, pair_grid(originals, reconstructions_of(run.model, originals, generator)))
         print(path)
     world.close()

@@ -1,6 +1,7 @@
 """The folder of a run: who may write there, and its summary."""
 
 import json
+import os
 import platform
 import shutil
 import time
@@ -11,7 +12,9 @@ from typing import Any
 import yaml
 
 from hvdvae.cli.config_file import CONFIG_FILE
-from hvdvae.cli.folder_lock import hold
+from hvdvae.cli.folder_lock import LOCK_FILE, hold
+from hvdvae.cli.links import refuse_links
+from hvdvae.cli.whole_file import write_whole
 from hvdvae.config import TrainConfig
 from hvdvae.errors import ConfigError
 from hvdvae.monitor.jsonl import finite
@@ -31,7 +34,8 @@ RESULTS = (
 def prepare_folder(config: TrainConfig, world: World) -> Path:
     """The folder of this run, made by rank 0; the same path on all ranks. Blocks; every rank must call it.
 
-    Raises ConfigError where it holds an earlier run and neither --resume nor --overwrite says what to do with that.
+    Raises ConfigError where it holds an earlier run and neither --resume nor --overwrite says what to do with that, or
+    what is no run's.
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
     data = Path(config.data).name if "/" in config.data else config.data
@@ -40,7 +44,7 @@ def prepare_folder(config: TrainConfig, world: World) -> Path:
     if world.is_first:
         _claim(folder, config)
         # Before anything is deleted: another run may be writing it.
-        hold(folder)
+        hold(folder, replaces=config.overwrite)
         _delete(folder, _claim(folder, config))
     world.barrier("rank 0 makes the folder of results", patient=True)
     return folder
@@ -52,7 +56,13 @@ def _claim(folder: Path, config: TrainConfig) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {folder}: cannot be made a folder ({error.strerror or error})") from error
-    earlier = [name for name in RESULTS if (folder / name).exists()]
+    refuse_links(folder, [LOCK_FILE, CONFIG_FILE, *(() if config.overwrite else RESULTS)])
+    earlier = [name for name in RESULTS if os.path.lexists(folder / name)]
+    if (folder / CONFIG_FILE).exists() and not config.overwrite and not _is_a_run(folder):
+        raise ConfigError(
+            f"--out {folder} holds a {CONFIG_FILE} that no run wrote, and this run would replace it: move it away, "
+            "replace it with --overwrite, or choose another folder"
+        )
     if not earlier or config.resume:
         return []
     if not config.overwrite:
@@ -114,15 +124,8 @@ _OF_TEST = ("elbo", "rate", "distortion", "test_nll", "nll_samples", "active_uni
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write whole or not at all. Local. Raises ConfigError naming the file."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        # JSON has no NaN and no infinity.
-        text = json.dumps(finite(record), indent=2, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+    # JSON has no NaN and no infinity.
+    write_whole(path, json.dumps(finite(record), indent=2, allow_nan=False) + "\n")
 
 
 def versions() -> dict[str, str]:

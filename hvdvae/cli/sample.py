@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from hvdvae.cli.links import refuse_links
 from hvdvae.cli.options import SampleOptions
 from hvdvae.cli.saved_run import open_run
 from hvdvae.vae.generate import sample_images
@@ -18,6 +19,8 @@ def sample(options: SampleOptions) -> int:
     if world.is_first:
         generator = torch.Generator(world.device).manual_seed(options.seed)
         path = Path(options.output or Path(options.folder) / "samples.png")
+        if options.output is None:
+            refuse_links(Path(options.folder), [path.name])
         save_grid(path, sample_images(run.model, options.count, generator))
         print(path)
     world.close()

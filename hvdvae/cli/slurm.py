@@ -4,16 +4,22 @@ The scripts in launch/slurm/ are its output with "$@" for the options of train.
 """
 
 import math
+import os
 import re
 import shlex
 import sys
 
+from hvdvae.cli import assemble
 from hvdvae.cli.options import SlurmOptions
+from hvdvae.config import TrainConfig
 from hvdvae.errors import ConfigError
+from hvdvae.launcher import survives_deaths
 
 WARNING_SECONDS = 120
 """Before the time limit; what saving and leaving may take."""
 
+_OWN = ["--resume"]
+"""Options of train that the script adds: each stretch goes on where the last one was."""
 _START = {
     # Since Slurm 22.05 srun does not take the cores of a rank from sbatch.
     "srun": 'srun --mpi=pmix --cpus-per-task="$SLURM_CPUS_PER_TASK"',
@@ -24,25 +30,74 @@ _START = {
 
 def slurm(options: SlurmOptions) -> int:
     """Print the script. Returns the exit status; raises ConfigError."""
-    if not any(word.split("=")[0] == "--out" for word in options.train):
-        raise ConfigError("slurm: found no --out among the options of train, expected one: each stretch goes on there")
+    config = _trained(options)
     if _seconds(options.time) <= 2 * WARNING_SECONDS:
         raise ConfigError(
             f"--time is {options.time}, expected more than {2 * WARNING_SECONDS // 60} minutes: a job is warned "
             f"{WARNING_SECONDS // 60} before its end, and has to come further before that"
         )
-    if options.gpus_per_node and options.ntasks_per_node - options.servers // options.nodes > options.gpus_per_node:
+    _check_ranks(options, config)
+    sys.stdout.write(script(options, shlex.join(options.train)))
+    return 0
+
+
+def _trained(options: SlurmOptions) -> TrainConfig:
+    """What the script's command would train, read as train reads it. Raises ConfigError as train would."""
+    from hvdvae.cli.parser import parse
+
+    _, asked = parse(["train", *_roles(options), *_OWN, *options.train])
+    if asked.values["out"] is None:
+        raise ConfigError("slurm: found no --out among the options of train, expected one: each stretch goes on there")
+    if asked.values["overwrite"]:
+        raise ConfigError(
+            "slurm: found --overwrite among the options of train, and the script resumes: drop it, and choose another "
+            "--out or delete what is there before the first stretch"
+        )
+    config = TrainConfig(**asked.values)
+    if options.servers and config.strategy != "ps":
+        raise ConfigError(
+            f"--servers {options.servers} is for --strategy ps, found --strategy {config.strategy} behind `--`: drop "
+            "one of them"
+        )
+    if options.servers and config.servers != options.servers:
+        raise ConfigError(
+            f"--servers {options.servers} before `--` and --servers {config.servers} behind it say different things: "
+            "drop one"
+        )
+    return config
+
+
+def _check_ranks(options: SlurmOptions, config: TrainConfig) -> None:
+    """Refuse what so many ranks cannot do. Raises ConfigError naming the flag."""
+    ranks = options.nodes * options.ntasks_per_node
+    servers = config.servers * (1 + config.replicas) if config.strategy == "ps" else 0
+    if servers >= ranks:
+        raise ConfigError(
+            f"{servers} parameter servers (--servers, --replicas) of {ranks} ranks leave none to train: raise "
+            "--ntasks-per-node"
+        )
+    if options.gpus_per_node and options.ntasks_per_node - servers // options.nodes > options.gpus_per_node:
         raise ConfigError(
             f"--ntasks-per-node {options.ntasks_per_node} with --gpus-per-node {options.gpus_per_node}: ranks would "
             "share a GPU; start one rank a GPU, and servers on top"
         )
-    if options.servers >= options.nodes * options.ntasks_per_node:
+    if config.strategy == "local" and ranks > 1:
         raise ConfigError(
-            f"--servers {options.servers} of {options.nodes * options.ntasks_per_node} ranks leave none to train: "
-            "raise --ntasks-per-node"
+            f"--strategy local trains in one process, and the job has {ranks} ranks: use --nodes 1 --ntasks-per-node "
+            "1, or another strategy"
         )
-    sys.stdout.write(script(options, shlex.join(options.train)))
-    return 0
+    if config.replace_workers and not survives_deaths(os.environ):
+        raise ConfigError(
+            "--replace-workers: a death ends the script's job; drop it, or start `mpirun --with-ft ulfm` (Open MPI 5) "
+            "in a script of your own"
+        )
+    assemble.mesh_of(config, ranks - servers)
+    if servers:
+        assemble.plan(config).check(workers=ranks - servers, servers=servers)
+
+
+def _roles(options: SlurmOptions) -> list[str]:
+    return ["--strategy", "ps", "--servers", str(options.servers)] if options.servers else []
 
 
 def _seconds(time: str) -> float:
@@ -74,8 +129,7 @@ def script(options: SlurmOptions, train: str) -> str:
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH --{name}={value}" for name, value in asked.items())]
     if options.array == 1:
         lines.append("#SBATCH --requeue")
-    roles = f"--strategy ps --servers {options.servers} " if options.servers else ""
-    command = f"{_START[options.launcher]} hvdvae train {roles}--resume {train}"
+    command = f"{_START[options.launcher]} hvdvae train {shlex.join([*_roles(options), *_OWN])} {train}"
     lines += [_SITE, *([_ONCE.format(command)] if options.array == 1 else [_ARRAY.format(command)])]
     return "\n".join(lines) + "\n"
 

@@ -35,9 +35,9 @@ def supervise(options: SuperviseOptions) -> int:
     words = _words(command)
     folder = _folder(words)
     before = _checkpoints(folder)
-    # A launch on other hosts may be one word, for their shell.
-    trains = any("train" in word.split() for word in words)
-    end = run(command, policy, (lambda: _written(folder and folder / "summary.json")) if trains else None)
+    end = run(
+        command, policy, (lambda: _written(folder and folder / "summary.json")) if leaves_results(command) else None
+    )
     # Not after SIGTERM: that is how scancel ends a job for good, and Slurm requeues by itself what it preempts.
     if not options.requeue or job is None or end.signal != signal.SIGUSR1 or end.for_good:
         return end.status
@@ -55,6 +55,15 @@ def supervise(options: SuperviseOptions) -> int:
 def _words(command: Sequence[str]) -> list[str]:
     """With --flag=value as two."""
     return list(itertools.chain.from_iterable(word.split("=", 1) if word[:2] == "--" else [word] for word in command))
+
+
+def leaves_results(command: Sequence[str]) -> bool:
+    """Whether a command that does its work has results: it trains, or is a script of any name with an --out. Pure."""
+    # A launch on other hosts may be one word, for their shell.
+    every = _words([part for word in command for part in word.split()])
+    trains = "train" in every
+    of_train = every[every.index("train") + 1 :] if trains else every
+    return (trains or "--out" in every) and not {"--help", "-h"} & {*of_train}
 
 
 def _folder(words: Sequence[str]) -> Path | None:

@@ -147,9 +147,12 @@ def test_a_launcher_of_another_pmi_is_refused(slurm: Cluster) -> None:
     assert not (slurm.folder / "alone" / "summary.json").exists()
 
 
-def test_a_job_of_several_tasks_without_a_launcher_is_refused(slurm: Cluster) -> None:
+@pytest.mark.parametrize(
+    ("flags", "found"), [("-N2 -n2", "2 tasks (SLURM_NTASKS)"), ("-N2", "2 hosts (SLURM_JOB_NUM_NODES)")]
+)
+def test_a_job_of_several_tasks_or_hosts_without_a_launcher_is_refused(slurm: Cluster, flags: str, found: str) -> None:
     path = slurm.folder / "no-launcher.sbatch"
     path.write_text('#!/bin/bash\nexec hvdvae train "$@"\n')
-    job = slurm.submit("-N2 -n2", path, *SHORT, "--epochs", 1, "--out", "no-launcher")
+    job = slurm.submit(flags, path, *SHORT, "--epochs", 1, "--out", "no-launcher")
     assert slurm.await_end(job) == "FAILED"
-    assert "this Slurm job has 2 tasks (SLURM_NTASKS)" in slurm.output(job)
+    assert f"this Slurm job has {found}" in slurm.output(job)

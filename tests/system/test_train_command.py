@@ -149,6 +149,10 @@ def test_evaluate_sample_and_reconstruct_open_the_run(copied: Run, command: Comm
         assert command(name, copied.folder, *options, "--output", "picture.png").status == 0
         with Image.open("picture.png") as picture:
             assert len(np.unique(np.asarray(picture))) > 10
+    (copied.folder / "samples.png").unlink()
+    (copied.folder / "samples.png").symlink_to(Path("elsewhere").absolute())
+    assert command("sample", copied.folder).status == 2
+    assert not Path("elsewhere").exists()
 
 
 def test_evaluate_gives_the_same_numbers_over_two_ranks(

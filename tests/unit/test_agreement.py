@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hvdvae.cli.agreement import agreed_config, check_same_data
+from hvdvae.cli.agreement import agreed_config, check_same_data, digest
 from hvdvae.cli.asked import Asked
 from hvdvae.cli.config_file import write_config
 from hvdvae.cli.parser import parse
@@ -128,3 +128,21 @@ def test_ranks_that_find_other_data_are_named_with_the_numbers(other: np.ndarray
         with pytest.raises(DataError, match=words):
             raise error
     check_same_data(found[0], Together(1).rank(0))
+
+
+def test_one_example_in_memory_that_differs_is_found() -> None:
+    mine, theirs = (np.arange(4000, dtype=np.uint8).reshape(1000, 4) for _ in range(2))
+    theirs[501, 2] += 1
+    assert digest(ArraySource(mine, "mine")) != digest(ArraySource(theirs, "theirs"))
+    assert digest(ArraySource(mine, "mine")) == digest(ArraySource(mine.copy(), "copy"))
+
+
+def test_of_a_file_that_is_streamed_a_sample_is_read(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(4000, dtype=np.float32).reshape(1000, 4))
+    source = ArraySource(np.load(tmp_path / "a.npy", mmap_mode="r"), "a.npy")
+    asked: list[int] = []
+    gather = source.gather
+    source.gather = lambda indices: asked.extend(indices) or gather(indices)  # type: ignore[method-assign, func-returns-value]
+    assert len(digest(source)) == 12
+    assert len(asked) == 64
+    assert (asked[0], asked[-1]) == (0, 999)

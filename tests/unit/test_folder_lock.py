@@ -54,3 +54,30 @@ def test_a_process_may_hold_what_it_held_and_lets_go(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--out .*none: cannot write there"):
         hold(tmp_path / "none")
+
+
+def test_a_lock_that_no_run_wrote_stays_as_it_is(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    for mine in (b"my notes\n", b"\xff\xfe"):
+        lock.write_bytes(mine)
+        with pytest.raises(ConfigError, match=r"a file lock that no run wrote.*--overwrite"):
+            hold(tmp_path)
+        assert lock.read_bytes() == mine
+    hold(tmp_path, replaces=True)
+    release()
+    # Of a run that ended.
+    assert lock.read_text().startswith("process ")
+    hold(tmp_path)
+    release()
+
+
+def test_a_lock_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("")
+    (tmp_path / "run").mkdir()
+    for target in ("victim", "new"):
+        (tmp_path / "run" / "lock").unlink(missing_ok=True)
+        (tmp_path / "run" / "lock").symlink_to(tmp_path / target)
+        with pytest.raises(ConfigError, match="cannot write there"):
+            hold(tmp_path / "run", replaces=True)
+    assert (tmp_path / "victim").read_text() == ""
+    assert not (tmp_path / "new").exists()

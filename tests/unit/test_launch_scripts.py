@@ -1,6 +1,7 @@
 """launch/mpirun.sh and launch/horovodrun.sh give each launcher the flags that it knows."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -60,6 +61,29 @@ def test_horovodrun(tmp_path: Path, version: str, flags: list[str]) -> None:
     assert status == 0
     supervised = ["supervise", "--restarts", "0", "--", "horovodrun"]
     assert words == [*supervised, "-np", "4", *flags, "-H", "a:2,b:2", "hvdvae", "train", "--out", "a folder"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    ["--gloo", "--gloo --min-np 1", "--min-num-proc=1 --max-np 4", "--host-discovery-script hosts.sh", "--jsrun"],
+)
+def test_horovodrun_does_not_take_two_controllers(tmp_path: Path, asked: str) -> None:
+    status, words = run(tmp_path, "horovodrun.sh", OPEN_MPI_5, "2", "evaluate", "run", HVDVAE_HOROVODRUN_FLAGS=asked)
+    assert status == 0
+    controller = [] if "--gloo" in asked or "--jsrun" in asked else ["--gloo"]
+    assert words == ["-np", "2", *controller, *asked.split(), "hvdvae", "evaluate", "run"]
+
+
+def test_horovodrun_keeps_its_options_of_mpi_beside_other_flags(tmp_path: Path) -> None:
+    flags = "--mpi --network-interfaces lo"
+    _, words = run(tmp_path, "horovodrun.sh", OPEN_MPI_5, "2", "doctor", HVDVAE_HOROVODRUN_FLAGS=flags)
+    assert words[2:-2] == ["--mpi", "--binding-args=--bind-to none --map-by slot", *flags.split()]
+
+
+def test_what_the_readme_calls_can_be_called() -> None:
+    called = set(re.findall(r"launch/\w+\.sh", (LAUNCH.parent / "README.md").read_text()))
+    assert "launch/mpirun.sh" in called
+    assert [name for name in sorted(called) if not os.access(LAUNCH.parent / name, os.X_OK)] == []
 
 
 @pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh"])

@@ -4,9 +4,20 @@ from itertools import combinations
 
 import pytest
 
-from hvdvae.cli.placement import Place, absent_hosts, check_slurm, check_versions, crowded, table
+from hvdvae.cli import main
+from hvdvae.cli.placement import (
+    Place,
+    absent_hosts,
+    announce,
+    check_hosts,
+    check_slurm,
+    check_versions,
+    crowded,
+    table,
+)
 from hvdvae.errors import WorldError
 from hvdvae.launcher import Launch
+from hvdvae.world import World
 from hvdvae.world.probe import Pair, rounds, slow_pairs
 
 
@@ -60,7 +71,9 @@ def test_hosts_with_other_libraries_are_named() -> None:
         ({"SLURM_NTASKS": "1"}, 1, "allreduce", ""),
         ({"SLURM_NTASKS": "8"}, 1, "local", "1 ranks of the 8 tasks"),
         ({"SLURM_NTASKS": "8"}, 4, "allreduce", "4 ranks of the 8 tasks"),
+        ({"SLURM_NTASKS": "2"}, 8, "allreduce", "8 ranks in a Slurm job of 2 tasks (SLURM_NTASKS): more than"),
         ({"SLURM_NTASKS": "2(x3)"}, 4, "allreduce", ""),
+        ({"SLURM_JOB_NUM_NODES": "2"}, 1, "allreduce", ""),  # mpirun -np 1, or srun -n1: as asked
     ],
 )
 def test_ranks_and_the_tasks_of_slurm(environ: dict[str, str], size: int, strategy: str, warning: str) -> None:
@@ -76,6 +89,51 @@ def test_hosts_without_a_rank_are_counted() -> None:
 def test_one_process_of_a_job_of_several_tasks_is_refused() -> None:
     with pytest.raises(WorldError, match=r"8 tasks .*srun --mpi=pmix"):
         check_slurm({"SLURM_NTASKS": "8"}, Launch(launcher="none"), "allreduce")
+
+
+@pytest.mark.parametrize("strategy", ["allreduce", "evaluate"])
+@pytest.mark.parametrize("environ", [{}, {"SLURM_NTASKS": "1"}])
+def test_one_process_of_a_job_of_several_hosts_is_refused(environ: dict[str, str], strategy: str) -> None:
+    """Without --ntasks Slurm counts no tasks."""
+    environ = {**environ, "SLURM_JOB_NUM_NODES": "2"}
+    alone = {"allreduce": "--strategy local", "evaluate": "srun -N1 -n1"}[strategy]
+    with pytest.raises(WorldError, match=rf"2 hosts \(SLURM_JOB_NUM_NODES\).*srun --mpi=pmix .*{alone}"):
+        check_slurm(environ, Launch(launcher="none"), strategy if strategy != "evaluate" else None)
+    assert check_slurm(environ, Launch(launcher="none"), "local") == ""
+    assert check_slurm(environ, Launch(launcher="srun"), strategy) == ""
+
+
+def test_evaluation_makes_the_same_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert main(["evaluate", "run"]) == 2
+    assert "4 tasks (SLURM_NTASKS), but this process was started alone" in capsys.readouterr().err
+
+
+def test_all_tasks_of_a_job_on_some_of_its_hosts_are_refused() -> None:
+    """As by an mpirun that knows no Slurm, or a horovodrun without hosts."""
+    environ = {"SLURM_NTASKS": "4", "SLURM_JOB_NUM_NODES": "2"}
+    here, spread = [place(rank) for rank in range(4)], [place(rank, "ab"[rank % 2]) for rank in range(4)]
+    for launcher in ("mpirun", "horovodrun-gloo"):
+        with pytest.raises(WorldError, match=r"all 4 ranks run on a, .* has 2 hosts .*--host"):
+            check_hosts(environ, Launch(launcher=launcher, size=4), here)
+        check_hosts(environ, Launch(launcher=launcher, size=4), spread)
+    # A step of one host, fewer ranks than tasks, and no Slurm.
+    check_hosts(environ, Launch(launcher="srun", size=4), here)
+    check_hosts(environ, Launch(launcher="mpirun", size=3), here[:3])
+    check_hosts({}, Launch(launcher="mpirun", size=4), here)
+
+
+def test_a_lone_process_is_warned_of_more_threads_than_cores(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hvdvae.cli.placement.available_cores", lambda: {0, 1})
+    world, launch = World.alone(device="cpu"), Launch(launcher="none")
+    announce(world, "local", launch, 1)
+    assert capsys.readouterr().out == ""
+    announce(world, "local", launch, 16)
+    assert "cores for 16 threads of 1 rank: they will wait for each other. Lower --threads" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 8])

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from hvdvae.cli.config_file import write_config
-from hvdvae.cli.results import keep_speed, prepare_folder, write_json
+from hvdvae.cli.config_file import read_config, write_config
+from hvdvae.cli.results import RESULTS, keep_speed, prepare_folder, write_json
 from hvdvae.config import TrainConfig
 from hvdvae.errors import ConfigError
 from hvdvae.world import World
@@ -52,6 +52,54 @@ def test_overwrite_deletes_the_results_of_a_run(tmp_path: Path, mark: str) -> No
         (tmp_path / mark).write_text(MARKS[mark])
     assert prepared(tmp_path, overwrite=True) == tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "lock", "notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["lock", "config.yaml", *RESULTS])
+@pytest.mark.parametrize("resume", [True, False])
+def test_nothing_is_written_through_a_link(tmp_path: Path, name: str, resume: bool) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    write_config(TrainConfig(), run / "config.yaml")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to("../victim")  # Through a link that dangles a file is made.
+    with pytest.raises(ConfigError, match=rf"run/{name} is a symbolic link to \.\./victim"):
+        prepared(run, resume=resume)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_overwrite_deletes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    run.mkdir()
+    victim.mkdir()
+    write_config(TrainConfig(), run / "config.yaml")
+    (run / "checkpoints").symlink_to(victim)
+    (run / "metrics.jsonl").symlink_to(tmp_path / "nowhere")
+    prepared(run, overwrite=True)
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "lock"]
+    assert victim.is_dir()
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_configuration_that_no_run_wrote_is_not_replaced(tmp_path: Path, resume: bool) -> None:
+    mine = "epochs: 3\n"
+    (tmp_path / "config.yaml").write_text(mine)
+    with pytest.raises(ConfigError, match=r"a config.yaml that no run wrote.*--overwrite"):
+        prepared(tmp_path, resume=resume)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert (tmp_path / "config.yaml").read_text() == mine
+    prepared(tmp_path, overwrite=True)
+
+
+def test_a_configuration_is_written_whole_and_not_through_a_link(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "config.yaml"
+    victim.write_text("precious")
+    path.symlink_to(victim)
+    write_config(TrainConfig(epochs=7), path)
+    assert victim.read_text() == "precious"
+    assert read_config(path).epochs == 7
+    with pytest.raises(ConfigError, match=r"cannot write .*none/config.yaml"):
+        write_config(TrainConfig(), tmp_path / "none" / "config.yaml")
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["config.yaml", "victim"]
 
 
 def test_json_has_no_nan(tmp_path: Path) -> None:

@@ -48,11 +48,44 @@ def test_options_reach_the_script_as_they_are(
         (["--gpus-per-node", "2", "--ntasks-per-node", "4", "--", "--out", "x"], "share a GPU"),
         (["--servers", "1", "--", "--out", "x"], "leave none to train"),
         (["--launcher", "prun", "--", "--out", "x"], "--launcher"),
+        (["--", "--out", "x", "--epocs", "3"], "--epocs is no flag of hvdvae train (did you mean --epochs?)"),
+        (["--", "--out", "x", "--epochs", "0"], "--epochs is 0, expected at least 1"),
+        (["--", "--out", "x", "--lr", "fast"], "--lr is 'fast'"),
+        (["--", "--data", "mnist", "--out"], "--out has no value"),
+        (["--", "--out", "x", "--config", "none.yaml"], "--config none.yaml"),
+        (["--", "--out", "x", "--overwrite"], "--overwrite"),
+        (["--ntasks-per-node", "4", "--", "--out", "x", "--strategy", "ps", "--servers", "4"], "leave none to train"),
+        (["--ntasks-per-node", "4", "--", "--out", "x", "--strategy", "ps", "--servers", "2", "--replicas", "1"], "4"),
+        (["--ntasks-per-node", "4", "--servers", "1", "--", "--out", "x", "--strategy", "allreduce"], "--servers"),
+        (["--ntasks-per-node", "4", "--servers", "1", "--", "--out", "x", "--servers", "2"], "say different things"),
+        (["--ntasks-per-node", "4", "--servers", "1", "--", "--out", "x", "--backup-workers", "1"], "--consistency"),
+        (["--ntasks-per-node", "4", "--", "--out", "x", "--pipeline", "3"], "4 are no multiple"),
+        (["--nodes", "2", "--", "--out", "x", "--strategy", "local"], "one process"),
+        (["--nodes", "2", "--", "--out", "x", "--replace-workers"], "a death ends the script's job"),
     ],
 )
 def test_bad_requests(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["slurm", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_servers_do_not_share_a_gpu_wherever_they_are_asked_for(
+    before: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--nodes", "2", "--ntasks-per-node", "5", "--gpus-per-node", "4"]
+    asked = ["--servers", "2"]
+    train = ["--out", "x", "--strategy", "ps", *([] if before else asked)]
+    assert main(["slurm", *words, *(asked if before else []), "--", *train]) == 0
+    assert main(["slurm", *words, "--", "--out", "x"]) == 2
+    assert "share a GPU" in capfd.readouterr().err
+
+
+def test_a_file_of_train_may_name_the_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text("out: run\nepochs: 3\n")
+    assert main(["slurm", "--", "--config", str(file)]) == 0
+    assert f"train --resume --config {file}" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("time", ["4", "00:04:00", "3:59", "0-00:02:30", "soon", "1:2:3:4:5"])

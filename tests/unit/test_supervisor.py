@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from hvdvae.cli import main
+from hvdvae.cli.supervise import leaves_results
 
 JOB = """
 import json, os, pathlib, signal, subprocess, sys, time
@@ -263,6 +264,34 @@ def test_a_run_that_names_no_folder_has_to_say_that_it_is_finished(tmp_path: Pat
         assert ended.returncode == status
 
 
+def test_a_script_of_any_name_has_to_leave_results_in_its_folder(tmp_path: Path) -> None:
+    write = (
+        "import sys; from pathlib import Path; Path(sys.argv[-1]).mkdir(); Path(sys.argv[-1], 'summary.json').touch()"
+    )
+    for script, status in (("pass", 75), (write, 0)):
+        command = ["supervise", "--restarts", "0", "--", sys.executable, "-c", script, "--out", "run"]
+        ended = subprocess.run([sys.executable, "-m", "hvdvae", *command], cwd=tmp_path, timeout=60, check=False)
+        assert ended.returncode == status
+
+
+@pytest.mark.parametrize(
+    ("command", "has"),
+    [
+        ("mpirun -np 2 hvdvae train", True),
+        ("./wrap.sh --out=run", True),
+        ("./wrap.sh --config run.yaml --out run", True),
+        ("mpirun -h n1 hvdvae train --out run", True),
+        ("mpirun -np 2 hvdvae train --help", False),
+        ("mpirun -np 2 hvdvae train --out run -h", False),
+        ("./wrap.sh --help", False),
+        ("hvdvae evaluate run", False),
+    ],
+)
+def test_which_commands_leave_results(command: str, has: bool) -> None:
+    assert leaves_results(command.split()) == has
+    assert leaves_results(["ssh", "host", command]) == has
+
+
 def test_a_job_that_is_cancelled_is_not_requeued(tmp_path: Path) -> None:
     job = Supervised(tmp_path, "time.sleep(60)", "--requeue", SLURM_JOB_ID="7")
     job.await_calls(1)
@@ -297,7 +326,7 @@ def test_a_command_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_what_is_deleted_at_the_start_is_not_deleted_at_a_restart(tmp_path: Path) -> None:
-    (tmp_path / "job.py").write_text(JOB + "sys.exit(75 if calls < 1 else 0)")
+    (tmp_path / "job.py").write_text(JOB + "finish(75 if calls < 1 else 0)")
     words = [
         "-m",
         "hvdvae",
@@ -308,19 +337,19 @@ def test_what_is_deleted_at_the_start_is_not_deleted_at_a_restart(tmp_path: Path
         sys.executable,
         "job.py",
         "--out",
-        "x",
+        "here",
         "--overwrite",
     ]
     ended = subprocess.run([sys.executable, *words], cwd=tmp_path, timeout=60)
     assert ended.returncode == 0
     calls = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert calls == [["--out", "x", "--overwrite"], ["--out", "x", "--resume"]]
+    assert calls == [["--out", "here", "--overwrite"], ["--out", "here", "--resume"]]
 
 
 def test_nobody_listens_any_more(tmp_path: Path) -> None:
     """As in `hvdvae supervise ... | head -1`: the job goes on to its end."""
-    (tmp_path / "job.py").write_text(JOB + "print('word ' * 100000, flush=True); open('done', 'w')")
-    words = [sys.executable, "-m", "hvdvae", "supervise", "--", sys.executable, "job.py", "--out", "x"]
+    (tmp_path / "job.py").write_text(JOB + "print('word ' * 100000, flush=True); open('done', 'w'); finish()")
+    words = [sys.executable, "-m", "hvdvae", "supervise", "--", sys.executable, "job.py", "--out", "here"]
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.close()
