@@ -83,7 +83,7 @@ class Cluster:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_promises_hold_whatever_happens(name: str, data: st.DataObject) -> None:
     cluster = Cluster(name, data.draw(st.integers(2, 5), "workers"))

@@ -5,7 +5,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor, nn
 from torch.optim import Adagrad, Adam, Optimizer, RMSprop
 
@@ -26,7 +26,6 @@ def states(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", [Adam, Adagrad, RMSprop])
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=4), st.integers(1, 5))
 def test_cut_and_joined(kind: type[Optimizer], sizes: list[int], servers: int) -> None:
     optimizer, fresh = stepped(kind, sizes), stepped(kind, sizes)
