@@ -6,7 +6,7 @@ import torch
 from hvdvae.errors import ConfigError
 from hvdvae.strategies import DistributedOptimizer
 from hvdvae.world import World
-from tests.parallel.regression import examples, loss_of, network, share, weights
+from tests.parallel.regression import EXAMPLES, examples, loss_of, network, share, weights
 
 pytest.importorskip("horovod.torch")
 
@@ -43,7 +43,7 @@ def test_adasum_of_two_ranks_is_its_formula(world: World) -> None:
     model = network(seed=100)
     halves = []
     for rank in range(2):
-        part = slice(rank * 8, rank * 8 + 8)
+        part = slice(rank * EXAMPLES // 2, (rank + 1) * EXAMPLES // 2)
         model.zero_grad()
         loss_of(model, *(tensor[part] for tensor in examples())).backward()
         halves.append([-0.1 * parameter.grad for parameter in model.parameters()])  # type: ignore[operator]
