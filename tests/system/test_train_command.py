@@ -350,7 +350,8 @@ def test_fewer_bytes_of_two_ranks(start: Start, tmp_path: Path, images: Path) ->
         sent[name] = summary["bytes_sent_per_step"]
     assert sent["none"] == pytest.approx(2 * sent["horovod"], abs=4)
     assert sent["horovod"] == pytest.approx(sent["fp16"], abs=4)
-    assert sent["fp16"] == sent["bf16"] > 1.9 * sent["int8"] > 5 * sent["sign"]
+    # Of `sign` also what is remembered, whole, at each checkpoint of these short epochs.
+    assert sent["fp16"] == sent["bf16"] > 1.9 * sent["int8"] > 3 * sent["sign"]
     # An epoch is 20 steps, and its checkpoint an average of Adam's two vectors: 5 + 2 and 4 / 4 + 2 rings of 20.
     assert sent["local-sgd"] == pytest.approx(sent["none"] * 7 / 20, rel=0.02)
     assert sent["diloco"] == pytest.approx(sent["none"] * 3 / 20, rel=0.1)
