@@ -163,6 +163,8 @@ def _check_same_run(trainer: "Trainer", checkpoint: Source) -> None:
     mine = {"optimizer": trainer.optimizer.wrapped_class, "examples": trainer.batches.examples}
     mine |= {key: trainer.configuration[key] for key in FIXED if key in trainer.configuration}
     saved = {**record["config"], **{key: record[key] for key in ("optimizer", "examples") if key in record}}
+    for found in (mine, saved):
+        found |= {key: str(found[key]).lower() for key in ("optimizer",) if key in found}  # As the flag names it.
     for key, value in mine.items():
         if key in saved and saved[key] != value:
             what = "an epoch of" if key == "examples" else f"--{key}"

@@ -117,7 +117,9 @@ def choose_cuts(text: str, model: nn.Module, chain: Chain, stages: int, batch: B
     given = given_cuts(text, chain, stages)
     if given is not None:
         return given
-    costs = costs_of(model, chain, batch) if world.is_first else []
+    # What rank 0 alone draws meanwhile must not part its generator from the others'.
+    with torch.random.fork_rng([]):
+        costs = costs_of(model, chain, batch) if world.is_first else []
     world.barrier("rank 0 measures the steps of the model", patient=True)
     found: list[int] = world.gather_objects(cut_points(costs, stages) if costs else [], "cuts of the model")[0]
     return found

@@ -321,9 +321,10 @@ def test_layers_draw_their_own_noise_wherever_the_model_is_cut(groups: Groups) -
         layers = [layer for _ in range(5) for layer in (nn.Linear(6, 6), Masks())]
         model = nn.Sequential(*layers)
         chain = SequentialChain(model, lambda output, batch, epoch: output.square().mean())
+        torch.manual_seed(groups.replicas.rank)
+        choose_cuts("measured", model, chain, groups.mesh.pp, torch.ones(4, 6), groups.whole)
         places = choose_cuts(cuts, model, chain, groups.mesh.pp, torch.ones(4, 6), groups.whole)
         pipeline = Pipeline(chain, keep_stage(model, chain, places, groups), groups, micros=2, recompute=True)
-        torch.manual_seed(groups.replicas.rank)
         for layer in layers[1::2]:
             layer.seen.clear()  # Of measuring.
         for _ in range(2):

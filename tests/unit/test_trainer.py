@@ -491,7 +491,7 @@ def test_the_resumed_runs_own_options_rule(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"optimizer": torch.optim.SGD}, "--optimizer Adam"),
+        ({"optimizer": torch.optim.SGD}, "--optimizer adam"),
         ({"data": rows(EXAMPLES - 1)}, "an epoch of 26 examples, this run has 25"),
         ({"config": {"seed": 2, "lr": 1.0}}, "--seed 1"),
     ],
