@@ -23,7 +23,8 @@ mpi_name() {
     local said
     allow_root
     said=$("$1" --version 2>&1) || said="unknown MPI ($1 --version failed)"
-    if [[ $said =~ \(Open\ MPI\)\ +([0-9][^[:space:]]*) ]]; then
+    # Version 4 calls itself OpenRTE under any other name than mpirun, as Debian's mpirun.openmpi is.
+    if [[ $said =~ \(Open\ ?[MR][PT][IE]\)\ +([0-9][^[:space:]]*) ]]; then
         echo "Open MPI ${BASH_REMATCH[1]}"
     elif [[ $said =~ HYDRA.*Version:\ +([0-9][^[:space:]]*) ]]; then
         echo "MPICH ${BASH_REMATCH[1]}"

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +37,22 @@ class Network:
     agent: Path
     """Starts a command on a host, as ssh would: AGENT ADDRESS WORDS..., which the shell there reads."""
 
-    def mpirun(self, program: str, command: Sequence[str], *, each: int = 1, fault_tolerant: bool = False) -> list[str]:
-        """A launch of `each` ranks a host, from the first host (Open MPI 4 and 5)."""
+    def mpirun(
+        self,
+        program: str,
+        command: Sequence[str],
+        *,
+        each: int = 1,
+        fault_tolerant: bool = False,
+        variables: Mapping[str, str] | None = None,
+    ) -> list[str]:
+        """A launch of `each` ranks a host, from the first host (Open MPI 4 and 5).
+
+        `variables`: what the program needs in its environment, to say its version here.
+        """
         net = f"{SUBNET}.0/24"
         shared, daemons, agent = "sm", ["--prtemca", "prte_if_include", net], ["--prtemca", "plm_ssh_agent"]
-        if re.match(r"Open MPI [1-4]\.", mpirun.name(program)):
+        if re.match(r"Open MPI [1-4]\.", mpirun.name(program, variables)):
             shared, daemons, agent = "vader", ["--mca", "oob_tcp_if_include", net], ["--mca", "plm_rsh_agent"]
         launcher = [program, *(["--with-ft", "ulfm"] if fault_tolerant else [])]
         launcher += ["--host", ",".join(f"{address}:{each}" for address in self.addresses)]

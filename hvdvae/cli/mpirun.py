@@ -18,12 +18,14 @@ def find() -> str | None:
     return str(own) if own.exists() else shutil.which("mpirun")
 
 
-def name(mpirun: str) -> str:
-    """Maker and version, as `Open MPI 5.0.11`; else what it says of itself first. Blocks for up to 20 s."""
+def name(mpirun: str, variables: Mapping[str, str] | None = None) -> str:
+    """Maker and version, as `Open MPI 5.0.11`; else what it says of itself first. Blocks for up to 20 s.
+
+    `variables`: of its environment, beside this process's.
+    """
+    inner = environment(os.environ) | dict(variables or {})
     try:
-        run = subprocess.run(
-            [mpirun, "--version"], capture_output=True, text=True, timeout=20, env=environment(os.environ)
-        )
+        run = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=20, env=inner)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"unknown ({mpirun} --version: {error})"
     return parse_name(run.stdout + run.stderr)
@@ -32,7 +34,8 @@ def name(mpirun: str) -> str:
 def parse_name(said: str) -> str:
     """The name and version in what `mpirun --version` or MPI_Get_library_version says. Pure."""
     for pattern, maker in (
-        (r"\(?Open MPI\)? v?(\d[\w.]*)", "Open MPI"),
+        # Version 4 calls itself OpenRTE under any other name than mpirun, as Debian's mpirun.openmpi is.
+        (r"\(?Open ?(?:MPI|RTE)\)? v?(\d[\w.]*)", "Open MPI"),
         (r"HYDRA[\s\S]*?Version:\s*(\d[\w.]*)", "MPICH"),
         (r"MPICH Version:\s*(\d[\w.]*)", "MPICH"),
         (r"Intel\(R\) MPI Library\D*?(\d[\w.]*)", "Intel MPI"),

@@ -15,6 +15,18 @@ def prefer(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("OMPI_MCA_btl_tcp_flags", "send,inplace")
     # Its shared windows need no UCX, which complains on every host that it does not find its way on.
     environ.setdefault("OMPI_MCA_osc", "^ucx")
+    # Version 4 takes libfabric's `net`, which is newer than it and only TCP, for a fast network: matched receives
+    # fail there. Version 5 leaves it out by itself. A list beside one of what to include would be refused.
+    if not any(name in environ for name in _PROVIDERS):
+        environ["OMPI_MCA_mtl_ofi_provider_exclude"] = "shm,sockets,tcp,udp,rstream,usnic,net"
     # Where ranks may die, not to meet once more in MPI_Finalize: its fence can wait for the dead. World.close has met.
     if survives_deaths(environ):
         environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
+
+
+_PROVIDERS = [
+    f"OMPI_MCA_{part}_provider_{way}"
+    for part in ("mtl_ofi", "btl_ofi", "opal_common_ofi")
+    for way in ("include", "exclude")
+]
+"""What says which of libfabric's providers to use: names of one setting."""

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -13,35 +12,41 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from benchmarks.study.namespaces import PREFIX, Network, NoNetwork, network
-from hvdvae.cli import mpirun
-from tests.system.conftest import Launch, clean_environment
+from tests.system.conftest import Launch
+from tests.system.open_mpi import OpenMpi, four, own
 from tests.system.worker_jobs import await_first_epoch, has_ulfm
 
 FAST_MBIT = 5000.0
+TWO, THREE = (2, FAST_MBIT, None), (3, FAST_MBIT, None)
+TWO_BY_4, THREE_BY_4 = (pytest.param((count, FAST_MBIT, 4), id=f"{count} hosts, Open MPI 4") for count in (2, 3))
+"""How many hosts, on links of how many Mbit/s, with which Open MPI: None is the environment's own."""
 SHORT = "--data digits --batch-size 10 --nll-samples 2 --pictures-every 0 --threads 1 --deadline 30 --out run"
 
 
 class Hosts:
     """So many hosts, and jobs on them that are ended with them."""
 
-    def __init__(self, made: Network, folder: Path) -> None:
-        self.made, self.folder = made, folder
+    def __init__(self, made: Network, folder: Path, mpi: OpenMpi) -> None:
+        self.made, self.folder, self.mpi = made, folder, mpi
         self.jobs: list[Launch] = []
 
     def train(self, options: str, *, each: int = 1, fault_tolerant: bool = False, supervise: str = "") -> Launch:
         """`hvdvae train` on `each` ranks a host, started from the first host."""
-        program = shutil.which("mpirun", path=clean_environment()["PATH"])
-        if program is None or not mpirun.name(program).startswith("Open MPI"):
-            pytest.skip("launches over hosts are written for Open MPI")
         if fault_tolerant and not has_ulfm():
             pytest.skip("this MPI has no ULFM")
         command = [sys.executable, "-m", "hvdvae", "train", *SHORT.split(), *options.split()]
         passed = [word for name in ("PYTHONPATH", "OMP_NUM_THREADS") for word in ("-x", name)]
-        words = self.made.mpirun(program, [*passed, *command], each=each, fault_tolerant=fault_tolerant)
+        words = self.made.mpirun(
+            self.mpi.program,
+            [*passed, *command],
+            each=each,
+            fault_tolerant=fault_tolerant,
+            variables=self.mpi.variables,
+        )
         if supervise:
             # The command is one word, a line for the shell of the first host: what follows is added to it.
             words = [sys.executable, "-m", "hvdvae", "supervise", *supervise.split(), "--", *words, "--out", "run"]
-        self.jobs.append(Launch(words, clean_environment(), self.folder))
+        self.jobs.append(Launch(words, self.mpi.environment(), self.folder))
         return self.jobs[-1]
 
     def of(self, host: int) -> list[psutil.Process]:
@@ -61,10 +66,11 @@ class Hosts:
 
 @pytest.fixture
 def hosts(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hosts]:
-    count, mbit = getattr(request, "param", (2, FAST_MBIT))
+    count, mbit, version = getattr(request, "param", TWO)
+    mpi = four() if version == 4 else own()
     try:
         with network(count, mbit) as made:
-            found = Hosts(made, tmp_path)
+            found = Hosts(made, tmp_path, mpi)
             yield found
             for job in found.jobs:
                 job.kill()
@@ -76,7 +82,7 @@ def hosts(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hosts]:
 
 
 @pytest.mark.parametrize("engine", ["mpi", "horovod"])
-@pytest.mark.parametrize("hosts", [(2, FAST_MBIT), (3, FAST_MBIT)], indirect=True)
+@pytest.mark.parametrize("hosts", [TWO, THREE, TWO_BY_4], indirect=True)
 def test_training_in_step(hosts: Hosts, engine: str) -> None:
     ended = hosts.train(f"--epochs 2 --engine {engine}").finish(120)
     assert ended.status == 0, ended.output
@@ -94,7 +100,15 @@ def test_servers_are_on_all_hosts(hosts: Hosts) -> None:
     assert hosts.summary()["servers"] == 2
 
 
-@pytest.mark.parametrize("hosts", [(2, 50.0)], indirect=True)
+@pytest.mark.parametrize("hosts", [THREE_BY_4], indirect=True)
+def test_a_server_for_workers_on_other_hosts(hosts: Hosts) -> None:
+    ended = hosts.train("--epochs 2 --strategy ps").finish(120)
+    assert ended.status == 0, ended.output
+    assert re.search(rf"{PREFIX}3 +2 +serves", ended.output)
+    assert hosts.summary()["servers"] == 1
+
+
+@pytest.mark.parametrize("hosts", [(2, 50.0, None)], indirect=True)
 def test_a_slow_link_is_named_at_the_start(hosts: Hosts) -> None:
     ended = hosts.train("--epochs 1 --compression int8").finish(120)
     assert ended.status == 0, ended.output
@@ -117,7 +131,22 @@ def test_a_rank_that_dies_on_another_host(hosts: Hosts, plan: str) -> None:
     assert hosts.summary()["epochs"] == 8
 
 
+@pytest.mark.parametrize("plan", ["--engine mpi", "--engine horovod", "--strategy ps"])
+@pytest.mark.parametrize("hosts", [TWO_BY_4], indirect=True)
+def test_a_rank_that_dies_on_another_host_ends_a_job_that_cannot_go_on(hosts: Hosts, plan: str) -> None:
+    job = hosts.train(f"--epochs 200 {plan}", each=2 if "ps" in plan else 1)
+    await_first_epoch(hosts.folder)
+    victim = hosts.rank_on(2)
+    rank = victim.environ()["OMPI_COMM_WORLD_RANK"]
+    victim.kill()
+    ended = job.finish(60)
+    assert ended.status != 0, ended.output
+    # It names the host as it was told to reach it.
+    assert re.search(rf"rank {rank} .*({PREFIX}2|{re.escape(hosts.made.addresses[1])})", ended.output), ended.output
+
+
 @pytest.mark.parametrize("plan", ["--engine mpi", "--strategy ps"])
+@pytest.mark.parametrize("hosts", [TWO, TWO_BY_4], indirect=True)
 def test_a_link_that_is_cut_for_ten_seconds(hosts: Hosts, plan: str) -> None:
     job = hosts.train(f"--epochs 15 {plan}", each=2 if "ps" in plan else 1)
     await_first_epoch(hosts.folder)
@@ -131,6 +160,7 @@ def test_a_link_that_is_cut_for_ten_seconds(hosts: Hosts, plan: str) -> None:
     assert hosts.summary()["epochs"] == 15
 
 
+@pytest.mark.parametrize("hosts", [TWO, TWO_BY_4], indirect=True)
 def test_a_host_that_vanishes_ends_the_job_and_a_supervisor_starts_it_again(hosts: Hosts) -> None:
     job = hosts.train("--epochs 12 --engine mpi --resume", supervise="--restarts 1 --backoff 1")
     while not list(hosts.folder.glob("run/checkpoints/step-*")):

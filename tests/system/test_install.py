@@ -103,11 +103,12 @@ def test_a_path_with_a_space_is_refused(tmp_path: Path) -> None:
     ("said", "flags"),
     [
         ("mpirun (Open MPI) 4.1.4\n\nReport bugs to", "-np 2 --oversubscribe --bind-to none"),
+        ("mpirun.openmpi (OpenRTE) 4.1.4\n\nReport bugs to", "-np 2 --oversubscribe --bind-to none"),
         ("mpirun (Open MPI) 5.0.11\n\nReport bugs to", "-np 2 --map-by :OVERSUBSCRIBE --bind-to none"),
         ("HYDRA build details:\n    Version:         5.0.2\n    Release Date: x", "-np 2 -bind-to none"),
         ("Something else 1.0", "-np 2"),
     ],
-    ids=["Open MPI 4", "Open MPI 5", "MPICH", "unknown"],
+    ids=["Open MPI 4", "Debian's Open MPI 4", "Open MPI 5", "MPICH", "unknown"],
 )
 def test_each_mpirun_is_called_as_it_wants(tmp_path: Path, said: str, flags: str) -> None:
     mpirun = script(tmp_path / "mpirun", said)

@@ -124,6 +124,7 @@ def test_the_quota_of_a_control_group_counts() -> None:
     [
         ("mpirun (Open MPI) 5.0.11\n\nReport bugs to", "Open MPI 5.0.11"),
         ("mpirun (Open MPI) 4.1.4\n", "Open MPI 4.1.4"),
+        ("mpirun.openmpi (OpenRTE) 4.1.4\n", "Open MPI 4.1.4"),
         ("Open MPI v5.0.11, package: Open MPI user@localhost Distribution", "Open MPI 5.0.11"),
         ("HYDRA build details:\n    Version:           5.0.2\n    Release Date: x", "MPICH 5.0.2"),
         ("MPICH Version:\t5.0.2\nMPICH Release date:\tx", "MPICH 5.0.2"),
