@@ -35,8 +35,7 @@ def examine() -> Iterator[Finding]:
 
     mpi = probes.ask(probes.MPI)
     yield checks.mpi(mpi)
-    path = mpirun.find()
-    maker = mpirun.name(path) if path else ""
+    path, maker = mpirun.of_library(mpirun.parse_name(mpi.facts.get("library", "")))
     yield checks.launcher_program(path, shutil.which("mpirun"), maker, mpi)
     if not mpi.error:
         yield checks.threads(mpi)

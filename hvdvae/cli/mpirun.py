@@ -18,6 +18,19 @@ def find() -> str | None:
     return str(own) if own.exists() else shutil.which("mpirun")
 
 
+def of_library(library: str) -> tuple[str | None, str]:
+    """The mpirun of an MPI library, whose name is as `parse_name` says it, and its own name; else what `find` finds.
+
+    An environment may bring an mpirun while a module of the site has put another library in front of its own.
+    """
+    path = find()
+    maker = name(path) if path else ""
+    on_path = shutil.which("mpirun")
+    if on_path and on_path != path and maker != library and name(on_path) == library:
+        return on_path, library
+    return path, maker
+
+
 def name(mpirun: str, variables: Mapping[str, str] | None = None) -> str:
     """Maker and version, as `Open MPI 5.0.11`; else what it says of itself first. Blocks for up to 20 s.
 

@@ -231,3 +231,17 @@ def test_mpirun_of_the_environment_comes_before_the_one_on_path(
     own = tmp_path / "environment" / "mpirun"
     own.write_text("#!/bin/sh\n")
     assert mpirun.find() == str(own)
+
+
+def test_the_mpirun_of_the_library_in_use_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place, version in (("environment", "5.0.11"), ("site", "4.1.4")):
+        program = tmp_path / place / "mpirun"
+        program.parent.mkdir()
+        program.write_text(f"#!/bin/sh\necho 'mpirun (Open MPI) {version}'\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'site'}:{os.environ['PATH']}")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "environment" / "python"))
+    own, site = str(tmp_path / "environment" / "mpirun"), str(tmp_path / "site" / "mpirun")
+    assert mpirun.of_library("Open MPI 4.1.4") == (site, "Open MPI 4.1.4")
+    for library in ("Open MPI 5.0.11", "Open MPI 3.0.0", ""):
+        assert mpirun.of_library(library) == (own, "Open MPI 5.0.11")
