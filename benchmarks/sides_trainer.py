@@ -15,6 +15,8 @@ from hvdvae.data import Loader
 
 DEADLINE = 60.0
 """Seconds that a rank waits for the other before the job is ended with a report."""
+MADE_BEFORE = 8
+"""Batches of the sides that are forward, backward and optimizer alone."""
 
 
 class Stretch:
@@ -84,7 +86,7 @@ def _one_process(task: Task, *, precision: str = "fp32", channels_last: bool = F
 def _bare(task: Task) -> Iterator[Run]:
     model = task.network()
     adam = torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=True)
-    yield plain_loop(task, model, adam, _one_batch(task))
+    yield plain_loop(task, model, adam, _made_before(task))
 
 
 @contextmanager
@@ -92,11 +94,12 @@ def _our_optimizer(task: Task) -> Iterator[Run]:
     model = task.network()
     adam = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     optimizer = DistributedOptimizer(adam, model, world=World.alone(device="cpu"), strategy="local")
-    yield plain_loop(task, model, optimizer, _one_batch(task))
+    yield plain_loop(task, model, optimizer, _made_before(task))
 
 
-def _one_batch(task: Task) -> Iterator[Tensor]:
-    return itertools.repeat(next(endless(task.loader())))
+def _made_before(task: Task) -> Iterator[Tensor]:
+    """Batches that cost nothing to make any more; several, so that each is as cold as the Trainer's are."""
+    return itertools.cycle([batch.clone() for batch in itertools.islice(endless(task.loader()), MADE_BEFORE)])
 
 
 MPI = Side("mpi", "our Trainer, engine mpi", partial(_two_ranks, engine="mpi"))

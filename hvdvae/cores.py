@@ -79,7 +79,7 @@ def threads_of_rank(world: World) -> int:
     )
     rank = world.everyone.rank if world.servers else world.rank
     seats = [Seat(host, set(cores), serves) for host, cores, serves in everyone]
-    own = own_cores(rank, seats, _neighbourhood(seats[rank].cores))
+    own = own_cores(rank, seats, in_neighbourhood(seats[rank].cores))
     if own and hasattr(os, "sched_setaffinity"):
         with suppress(OSError):  # Where a rank may not choose, it computes as well where it is put.
             os.sched_setaffinity(0, own)
@@ -126,7 +126,7 @@ def own_cores(rank: int, everyone: Sequence[Seat], ordered: Sequence[int]) -> se
     return set(ordered[place * each : (place + 1) * each])
 
 
-def _neighbourhood(cores: set[int]) -> list[int]:
+def in_neighbourhood(cores: set[int]) -> list[int]:
     """By socket and physical core, so that neighbours share caches and memory."""
     return sorted(cores, key=lambda core: (*(_topology(core, of) for of in ("physical_package_id", "core_id")), core))
 

@@ -142,7 +142,7 @@ def _gradients(config: TrainConfig, mesh: Mesh, count: int, largest: int) -> int
 def _vectors_in_shared_memory(config: TrainConfig) -> int:
     if config.engine == "horovod" or config.zero_stage == 2:
         return 0
-    return {"local": 0, "allreduce": 1, "sharded": 2}[config.strategy]
+    return 0 if config.strategy == "local" else 2
 
 
 def _cuts(config: TrainConfig, model: nn.Module, chain: VaeChain, stages: int) -> list[int]:

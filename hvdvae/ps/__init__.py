@@ -25,6 +25,6 @@ A worker
 Between them
     channel.py       headers and vectors from here to there; opening.py: how one is opened
     wire.py          short messages, with a codec
-    doorbell.py      how a waiting process sleeps
+    doorbell.py      how a waiting process sleeps; seating.py: on which core a worker computes
     memory.py        what processes of one host share
 """

@@ -1,7 +1,7 @@
 """Headers and vectors between workers and servers: MPI messages, and shared memory where both are on one host."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -36,15 +36,17 @@ class Channel:
         bell: Doorbell,
         vectors: dict[int, tuple[Tensor, Tensor]],
         sharing: Iterable[int] = (),
+        leave_seat: Callable[[], None] = lambda: None,
     ) -> None:
         """Take the parts; ps/opening.py makes them.
 
-        `vectors`: of this rank, and of the workers that share memory with it; `sharing`: ranks that do.
+        `vectors`: of this rank, and of the workers that share memory with it; `sharing`: ranks that do. `leave_seat`:
+        called at the end (ps/seating.py).
         """
         self.comm, self.rank, self.workers, self.dtype = comm, rank, workers, dtype
         self.vectors = vectors
         """Outgoing and incoming."""
-        self._bell, self._sharing = bell, set(sharing)
+        self._bell, self._sharing, self._leave_seat = bell, set(sharing), leave_seat
         self._sends: list[tuple[int, Any, MPI.Request, Any]] = []
         self._routes: dict[int, tuple[Any, int]] = {}
         """Ranks that `comm` does not reach: a communicator that does, and the rank there."""
@@ -119,6 +121,7 @@ class Channel:
     def close(self) -> None:
         """Take the bell down. The memory is given back when MPI ends."""
         self._bell.close()
+        self._leave_seat()
 
     def _route(self, other: int) -> tuple[Any, int]:
         """The communicator that reaches a rank, and its rank there."""

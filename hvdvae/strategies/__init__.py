@@ -217,7 +217,10 @@ def _wrap(
     # Imported where they are chosen: Horovod and MPI need not be there for the others.
     if engine != "horovod":
         from hvdvae.strategies.allreduce_mpi import MpiAllreduce
+        from hvdvae.strategies.allreduce_shared import SharedAllreduce, can_share
 
+        if can_share(optimizer, model, world):
+            return SharedAllreduce(optimizer, model, world, **options)
         return MpiAllreduce(optimizer, model, world, **options)
     from hvdvae.strategies.allreduce_horovod import HorovodAdasum, HorovodAllreduce
 

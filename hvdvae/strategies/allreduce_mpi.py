@@ -1,8 +1,9 @@
 """`--strategy allreduce --engine mpi`: one allreduce of the flat gradient and one fused optimizer step.
 
-No background thread: the rank that computes keeps its core. On CPU ranks this is the faster engine. Ranks of one host
-average their gradients in shared memory (world/shared_memory.py); ranks of several hosts by one MPI_Allreduce. Vectors
-on a GPU are staged through host memory, since not every MPI is CUDA-aware; there NCCL (`--engine horovod`) is faster.
+No background thread: the rank that computes keeps its core. On CPU ranks this is the faster engine. Ranks of several
+hosts average by one MPI_Allreduce, those of one host in shared memory (world/shared_memory.py), where they also split
+the step (allreduce_shared.py) unless they may have to go on without one that has died. Vectors on a GPU are staged
+through host memory, since not every MPI is CUDA-aware; there NCCL (`--engine horovod`) is faster.
 """
 
 from typing import Any

@@ -1,10 +1,7 @@
-"""`--strategy sharded`: every rank keeps the optimizer's state of its slice of the parameters, and steps that slice.
+"""`--strategy sharded`: as sliced_step.py, and every rank keeps the optimizer's state of its slice alone.
 
-    gradients (P,)      --- reduce-scatter --->  mean of my slice (P/N,)
-    my slice's step     --- allgather -------->  parameters (P,) on all ranks
-
-The bytes of an allreduce, and 1/N of the optimizer's state and work: ZeRO stage 1 (Rajbhandari et al. 2020,
-arXiv:1910.02054). A checkpoint holds the whole state, as any strategy's, and loads at any number of ranks.
+ZeRO stage 1 (Rajbhandari et al. 2020, arXiv:1910.02054). A checkpoint holds the whole state, as any strategy's, and
+loads at any number of ranks.
 """
 
 from collections.abc import Iterator
@@ -18,63 +15,25 @@ from torch.optim import Optimizer
 
 from hvdvae.checkpoint import Piece
 from hvdvae.errors import ConfigError
-from hvdvae.strategies.flat_optimizer import COUNTERS, check_shape, counter, flat_optimizer, is_elementwise
+from hvdvae.strategies.flat_optimizer import COUNTERS, check_shape, counter, is_elementwise
 from hvdvae.strategies.optimizer_state import Entries, Groups, Scalars, of_trained, take_groups
-from hvdvae.strategies.slices import Slices, slices_of
-from hvdvae.strategies.strategy import Strategy
+from hvdvae.strategies.sliced_step import SlicedStep, is_vector, overlap, within
 from hvdvae.world import World
-from hvdvae.world.collectives import slice_of
 
 
-class Sharded(Strategy):
+class Sharded(SlicedStep):
     """Synchronous SGD whose optimizer is split over the ranks."""
 
     name = "sharded"
-    steps_whole = False
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, world: World, *, engine: str, **options: Any) -> None:
-        """As Strategy; `engine`: mpi or horovod. Raises ConfigError for optimizers that are not elementwise."""
+        """As SlicedStep. Raises ConfigError for optimizers that are not elementwise."""
         if not is_elementwise(optimizer):
             raise ConfigError(
                 f"--strategy sharded steps slices of the parameter vector, and {type(optimizer).__name__} is not "
                 "elementwise: use SGD, Adam, AdamW, RMSprop or Adagrad"
             )
-        super().__init__(optimizer, model, world, **options)
-        flat = self.flat
-        self.part = slice_of(flat.parameters.numel(), world.rank, world.size)
-        self._whole = self.inner
-        """Over all parameters; has a state only while that is saved or loaded."""
-        self._slices: Slices = self._carrier(engine)
-        self.follow_parameters()
-        self._places = [overlap(group, self.part) for group in flat.group_slices]
-        """What my slice has of each group, in the whole vector."""
-        self.inner = flat_optimizer(optimizer, flat, self._places)
-        self._take_gradient()
-        self._take_state()
-
-    def exchange(self, gradient: Tensor) -> None:
-        """The mean over ranks of this rank's slice, in place."""
-        self._slices.reduce_(gradient)
-        self.moved.steps += 1
-        self._count(gradient.nbytes)
-
-    def synchronize(self) -> None:
-        """As Strategy's: all of `.grad` holds the mean. `step` alone does without the rest."""
-        if not self._exchanged:
-            super().synchronize()
-            self._slices.gather_(self.flat.gradient)
-            self._count(self.flat.gradient.nbytes)
-
-    def squared_norm(self, gradient: Tensor) -> float:
-        """As Strategy's: a sum over the ranks' slices."""
-        places = [overlap(place, self.part) for place in self.own]
-        squares = sum(float(torch.dot(gradient[place], gradient[place])) for place in places)
-        return float(self.world.sum_(torch.tensor([squares], dtype=torch.float64), "norm of the gradient"))
-
-    def update(self) -> None:
-        """Step this rank's slice, and get the others'. Blocks; every rank must call it."""
-        super().update()
-        self._spread()
+        super().__init__(optimizer, model, world, engine=engine, **options)
 
     @contextmanager
     def fetched(self, *, state: bool = False) -> Iterator[Tensor]:
@@ -107,7 +66,7 @@ class Sharded(Strategy):
             like, mine = self.flat.tensors[number], inner["params"][0]
             for key, value in sorted(self.inner.state.get(mine, {}).items()):
                 name = f"{self.numbers[number]}/{key}"
-                if _is_vector(value, mine):
+                if is_vector(value, mine):
                     get = partial(self._put_together, "the optimizer's state", number, place, value, group)
                     pieces[name] = Piece(tuple(like.shape), value.dtype, get)
                 elif isinstance(value, Tensor):
@@ -139,32 +98,11 @@ class Sharded(Strategy):
                 self.flat.view(ordered, number).copy_(value)
                 kept[within(shared, group)] = ordered[within(shared, place)]
 
-    def traffic(self) -> dict[str, float]:
-        """As Strategy's."""
-        return self.moved.metrics()
-
     def results(self) -> dict[str, Any]:
         """As Strategy's, and the bytes of the optimizer's state on this rank."""
         tensors = [value for entries in self.inner.state.values() for value in entries.values()]
         nbytes = sum(value.nbytes for value in tensors if isinstance(value, Tensor))
         return {**super().results(), "optimizer_state_bytes": nbytes}
-
-    def _take_gradient(self) -> None:
-        """Point the optimizer at this rank's slice of it. Local."""
-        for group, place in zip(self.inner.param_groups, self._places, strict=True):
-            group["params"][0].grad = self.flat.gradient[place]
-
-    def _spread(self) -> None:
-        """All ranks' slices of the parameters to all. Blocks; every rank must call it."""
-        self._slices.gather_(self.flat.parameters)
-        self._count(self.flat.parameters.nbytes)
-
-    def _carrier(self, engine: str) -> Slices:
-        return slices_of(self.flat, self.world, engine)
-
-    def _count(self, nbytes: int) -> None:
-        # A reduce-scatter is the first half of a ring, an allgather the second.
-        self.moved.ring(nbytes // 2, self.world.size)
 
     def _parameters(self) -> Iterator[tuple[int, slice, dict[str, Any], slice]]:
         """Number, place in the vector, the group with my part of its vector, and where that part stands."""
@@ -184,18 +122,8 @@ class Sharded(Strategy):
         self.world.sum_(whole, f"gather of {what}")
         return self.flat.view(whole, number)
 
-    def _groups(self) -> Iterator[tuple[Tensor, Tensor, slice]]:
-        """Of each group the whole vector, my part of it, and where that stands in it."""
-        groups = zip(self._whole.param_groups, self.inner.param_groups, strict=True)
-        for (whole, mine), group, place in zip(groups, self.flat.group_slices, self._places, strict=True):
-            yield whole["params"][0], mine["params"][0], slice(place.start - group.start, place.stop - group.start)
-
     def _take_state(self) -> None:
-        """Keep what the whole optimizer's state has of this rank's slice. Local."""
-        self.inner.state.clear()
-        for whole, mine, piece in self._groups():
-            for key, value in self._whole.state.get(whole, {}).items():
-                self.inner.state[mine][key] = value[piece].clone() if _is_vector(value, whole) else value
+        super()._take_state()
         self._whole.state.clear()
 
     def _gather_state(self) -> None:
@@ -203,25 +131,9 @@ class Sharded(Strategy):
         for whole, mine, piece in self._groups():
             for key, value in sorted(self.inner.state.get(mine, {}).items()):
                 entry = value
-                if _is_vector(value, mine):
+                if is_vector(value, mine):
                     entry = torch.zeros_like(whole, dtype=value.dtype, requires_grad=False)
                     entry[piece] = value
                     self.world.sum_(entry, "gather of the optimizer's state")
                 if self.world.is_first:
                     self._whole.state[whole][key] = entry
-
-
-def overlap(group: slice, part: slice) -> slice:
-    """What lies in both; may be empty."""
-    start = min(max(group.start, part.start), group.stop)
-    return slice(start, max(start, min(group.stop, part.stop)))
-
-
-def within(place: slice, whole: slice) -> slice:
-    """The same, counted from the start of `whole`."""
-    return slice(place.start - whole.start, place.stop - whole.start)
-
-
-def _is_vector(value: object, like: Tensor) -> bool:
-    """Whether an entry of a state is one number an element."""
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == like.shape

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdvae.errors import ConfigError
-from hvdvae.strategies.sharded import Sharded, overlap, within
+from hvdvae.strategies.sharded import Sharded
+from hvdvae.strategies.sliced_step import overlap, within
 from hvdvae.strategies.slices import HorovodSlices, MessageSlices, OneSlice, Slices
 from hvdvae.world import World
 from hvdvae.world.collectives import slice_of

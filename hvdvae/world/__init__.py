@@ -190,22 +190,46 @@ class World:
         with self.waiting(what, patient=patient):
             self.carrier.barrier()
 
-    def shared_vectors(self, like: torch.Tensor) -> Any:
-        """Vectors like this one in memory that all ranks see (SharedVectors), or None where that cannot be.
+    def shares_memory(self, bytes_each: int) -> bool:
+        """Whether all ranks can see memory of so many bytes a rank. Blocks; every rank must call it.
 
-        None with one rank, without MPI, over several hosts, on a GPU, or where shared memory is too small. Blocks;
-        every rank must call it.
+        Not with one rank, without MPI, over several hosts, on a GPU, or where shared memory is too small.
         """
-        if self.size == 1 or self.comm is None or like.device.type != "cpu":
-            return None
-        from hvdvae.world.shared_memory import SharedVectors, fits
+        if self.size == 1 or self.comm is None or self.device.type != "cpu":
+            return False
+        from hvdvae.world.shared_memory import fits
 
         with self.waiting("shared memory"):
-            if not fits(self.comm, like.numel() * like.element_size()):
-                return None
+            return fits(self.comm, bytes_each)
+
+    def shared_vectors(self, like: torch.Tensor) -> Any:
+        """Vectors like this one in memory that all ranks see (SharedVectors), or None where they do not share it.
+
+        Blocks; every rank must call it.
+        """
+        if not self.shares_memory(like.nbytes):
+            return None
+        from hvdvae.world.shared_memory import SharedVectors
+
+        with self.waiting("shared memory"):
             shared = SharedVectors(self.comm, like)
         self.revocable.append(shared.comm)
         return shared
+
+    def shared_vector(self, like: torch.Tensor) -> torch.Tensor:
+        """One vector like this one (P,), zeroed, that all ranks see. Blocks; every rank must call it.
+
+        Raises WorldError where there is no room for it.
+        """
+        from hvdvae.world.shared_memory import fits, one_vector
+
+        with self.waiting("shared memory"):
+            if not fits(self.comm, like.nbytes // self.size):
+                raise WorldError(
+                    f"no room in /dev/shm for {like.nbytes:,} bytes of the optimizer's state, which there was when "
+                    "training began: free some, or use --engine horovod"
+                )
+            return one_vector(self.comm, like)
 
     def horovod(self) -> Any:
         """Horovod's torch module, started on the trainers' communicator. Blocks; every rank must call the first time.

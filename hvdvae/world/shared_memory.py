@@ -22,6 +22,8 @@ from hvdvae.world.collectives import slice_of
 CHUNK = 65536
 """Elements that are summed, scaled and written while they are in the cache."""
 
+_KEPT: list[MPI.Win] = []
+
 _BACKING = "/dev/shm"  # Where MPI libraries put shared windows; a container may give it a few MB.
 
 
@@ -98,6 +100,24 @@ class SharedVectors:
         self._window.Sync()
         self._comm.Barrier()
         self._window.Sync()
+
+
+def one_vector(comm: MPI.Intracomm, like: Tensor) -> Tensor:
+    """A vector of `like`'s length and dtype, zeroed, that all ranks of `comm` see. Blocks; every rank must call it."""
+    comm = comm.Dup()
+    itemsize = like.element_size()
+    window = MPI.Win.Allocate_shared(like.nbytes if comm.rank == 0 else 0, itemsize, comm=comm)
+    _KEPT.append(window)
+    window.Lock_all()
+    memory, _ = window.Shared_query(0)
+    vector = torch.frombuffer(memory, dtype=like.dtype, count=like.numel())
+    part = slice_of(like.numel(), comm.rank, comm.size)
+    # Each its own: a page lies in the memory of the processor that touches it first.
+    vector[part] = 0
+    window.Sync()
+    comm.Barrier()
+    window.Sync()
+    return vector
 
 
 def fits(comm: MPI.Intracomm, bytes_each: int) -> bool:

@@ -62,8 +62,8 @@ def test_neighbouring_cores_are_of_one_socket(tmp_path: Path, monkeypatch: pytes
         folder.mkdir(parents=True)
         (folder / "physical_package_id").write_text(f"{number // 2 % 2}\n")
         (folder / "core_id").write_text(f"{number % 2}\n")
-    assert cores._neighbourhood(ALL) == [0, 4, 1, 5, 2, 6, 3, 7]
-    assert cores._neighbourhood({9, 8}) == [8, 9], "where nothing is known"
+    assert cores.in_neighbourhood(ALL) == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert cores.in_neighbourhood({9, 8}) == [8, 9], "where nothing is known"
 
 
 @pytest.mark.parametrize(
