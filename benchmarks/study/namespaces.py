@@ -37,8 +37,10 @@ class Network:
     agent: Path
     """Starts a command on a host, as ssh would: AGENT ADDRESS WORDS..., which the shell there reads."""
 
-    def mpirun(self, program: str, command: Sequence[str], *, each: int = 1, fault_tolerant: bool = False) -> list[str]:
-        """A launch of `each` ranks a host, from the first host (Open MPI 4 and 5)."""
+    def mpirun(
+        self, program: str, command: Sequence[str], *, each: int = 1, ranks: int = 0, fault_tolerant: bool = False
+    ) -> list[str]:
+        """A launch of `each` ranks a host, from the first host (Open MPI 4 and 5). `ranks`: in all, if fewer."""
         net = f"{SUBNET}.0/24"
         shared, daemons, agent = "sm", ["--prtemca", "prte_if_include", net], ["--prtemca", "plm_ssh_agent"]
         if re.match(r"Open MPI [1-4]\.", mpirun.name(program)):
@@ -47,7 +49,7 @@ class Network:
         launcher += ["--host", ",".join(f"{address}:{each}" for address in self.addresses)]
         launcher += [
             "-np",
-            str(each * len(self.addresses)),
+            str(ranks or each * len(self.addresses)),
             "--bind-to",
             "none",
             "--prefix",
