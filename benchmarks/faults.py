@@ -1,6 +1,6 @@
 """What happens to a run when something breaks: every fault, every way of training, one job each.
 
-    python benchmarks/faults.py                                    # all of them, half an hour
+    python benchmarks/faults.py                                    # all of them, most of an hour
     python benchmarks/faults.py --only 'killed / ps'               # by words of the names of faults and ways
     python benchmarks/faults.py --soak 100                         # random kills of random ways that survive them
 
