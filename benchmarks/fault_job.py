@@ -36,6 +36,7 @@ def spoil() -> None:
             found = dict(inner(*values))
             if now == {"step": nan_step, "rank": nan_rank}:
                 found["loss"] = found["loss"] * float("nan")
+                sys.stderr.write(f"fault_job: the loss of step {nan_step} of rank {nan_rank} is not a number now\n")
             return found
 
         return loss

@@ -7,6 +7,7 @@
 What a host sends is shaped by a token bucket (tc tbf) at its own end. Needs root, ip, tc and unshare.
 """
 
+import fcntl
 import os
 import re
 import shlex
@@ -23,6 +24,9 @@ from hvdvae.cli import mpirun
 PREFIX, SUBNET = "hvdvae", "10.77.0"
 BURST, LATENCY = "64kb", "200ms"
 """Of the token bucket: what may leave at once, and how long a packet may queue."""
+
+
+LOCK = Path(tempfile.gettempdir()) / "hvdvae-hosts.lock"
 
 
 class NoNetwork(Exception):
@@ -43,10 +47,11 @@ class Network:
         command: Sequence[str],
         *,
         each: int = 1,
+        ranks: int = 0,
         fault_tolerant: bool = False,
         variables: Mapping[str, str] | None = None,
     ) -> list[str]:
-        """A launch of `each` ranks a host, from the first host (Open MPI 4 and 5).
+        """A launch of `each` ranks a host, from the first host (Open MPI 4 and 5). `ranks`: in all, if fewer.
 
         `variables`: what the program needs in its environment, to say its version here.
         """
@@ -58,7 +63,7 @@ class Network:
         launcher += ["--host", ",".join(f"{address}:{each}" for address in self.addresses)]
         launcher += [
             "-np",
-            str(each * len(self.addresses)),
+            str(ranks or each * len(self.addresses)),
             "--bind-to",
             "none",
             "--prefix",
@@ -71,14 +76,18 @@ class Network:
 
 @contextmanager
 def network(count: int, mbit: float) -> Iterator[Network]:
-    """Inside, there are so many hosts, each on a link of `mbit` Mbit/s. Raises NoNetwork."""
+    """Inside, there are so many hosts, each on a link of `mbit` Mbit/s. Raises NoNetwork.
+
+    Blocks while another process has its hosts, which have the same names.
+    """
     if os.geteuid() != 0:
         raise NoNetwork("network namespaces need root")
     for program in ("ip", "tc", "unshare"):
         if shutil.which(program) is None:
             raise NoNetwork(f"network namespaces need {program}, which is not on the path")
-    _remove(count)
-    with tempfile.TemporaryDirectory(prefix="hvdvae-hosts-") as place:
+    with LOCK.open("w") as lock, tempfile.TemporaryDirectory(prefix="hvdvae-hosts-") as place:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _remove(count)
         agent = Path(place) / "agent"
         agent.write_text(AGENT)
         agent.chmod(0o700)

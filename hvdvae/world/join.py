@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hvdvae import abort
 from hvdvae.errors import ConfigError, WorldError
 from hvdvae.launcher import Launch
 from hvdvae.world.collectives import Collectives
@@ -92,6 +93,7 @@ def join_mpi(launch: Launch, servers: int) -> Joined:
         carrier = MpiCollectives(MPI.COMM_WORLD.Split(0, mine))
         place, neighbours = place_on_host(hosts, order, servers)[mine]
     inquiry = MpiInquiry(carrier.comm) if carrier.size > 1 and can_ask_from_threads() else None
+    abort.TELL_OTHERS[:] = [inquiry.end_others] if inquiry is not None else []
     return Joined(carrier, inquiry, carrier.comm, place, neighbours)
 
 

@@ -5,9 +5,12 @@ Protocol of the watchdogs, on a second communicator of their own so that no user
     tag       direction                 payload, uint8
     ASK       late rank -> every other  empty
     ANSWER    other -> late rank        JSON of the other's state (deadline.State)
+    END       rank that ends -> other   JSON of the exit status with which the other shall end, too
 """
 
 import json
+import os
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +23,7 @@ from hvdvae.world.collectives import Array, unequal_lengths
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ASK, ANSWER = 1, 2
+ASK, ANSWER, END = 1, 2, 3
 
 # MPI counts are 32-bit in most installed libraries; longer vectors go in pieces.
 MAX_COUNT = 2**30
@@ -165,15 +168,29 @@ class MpiInquiry:
         self.lost: set[int] = set()
 
     def answer(self, state: "Callable[[], State]") -> None:
-        """Answer every question that has come in. Does not block."""
+        """Answer every question that has come in, and end this process where it is told to. Does not block."""
         status = MPI.Status()
+        if self._has_come(END, status):
+            data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+            self._comm.Recv(data, status.source, END)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(json.loads(data.tobytes()))
         while self._has_come(ASK, status):
             self._comm.Recv(np.empty(0, np.uint8), status.source, ASK)
             self._send(json.dumps(state().__dict__).encode(), status.source, ANSWER)
 
+    def end_others(self, code: int) -> None:
+        """Have every other rank end with this exit status as soon as it listens. Does not block."""
+        for other in self._others():
+            self._send(json.dumps(code).encode(), other, END)
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self._comm.size) if rank != self._comm.rank and rank not in self.lost]
+
     def ask(self, state: "Callable[[], State]", seconds: float) -> dict[int, State]:
         """Ask every other rank; answer theirs meanwhile. Blocks for at most `seconds`; the silent are left out."""
-        others = [rank for rank in range(self._comm.size) if rank != self._comm.rank and rank not in self.lost]
+        others = self._others()
         for other in others:
             self._send(b"", other, ASK)
         answers: dict[int, State] = {}

@@ -17,6 +17,8 @@ def end_job_on_uncaught_exception(rank: int, host: str) -> None:
         abort_job(1)
 
     def end_from_thread(hook: threading.ExceptHookArgs) -> None:
+        if hook.exc_value is not None and getattr(hook.thread, "exception", None) is hook.exc_value:
+            return  # It keeps its error for whoever gives it work, who knows better what it means (TensorBoard's).
         if hook.exc_value is not None and not issubclass(hook.exc_type, SystemExit):
             end(hook.exc_type, hook.exc_value, hook.exc_traceback)
 

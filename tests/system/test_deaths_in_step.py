@@ -171,6 +171,17 @@ def test_a_job_that_cannot_go_on_tells_so(tmp_path: Path, ranks: int) -> None:
     assert ended.status == 75, ended.output
 
 
+@pytest.mark.parametrize(("ranks", "words"), [(2, "0 2"), (3, "1 75"), (4, "0 2"), (4, "2 2"), (5, "1 2 0 3")])
+def test_all_end_with_the_status_of_the_rank_that_fails(tmp_path: Path, ranks: int, words: str) -> None:
+    """Open MPI's launcher takes its abort for one more death."""
+    if not has_ulfm():
+        pytest.skip("this MPI has no ULFM")
+    launch = f"mpirun --with-ft ulfm --bind-to none --map-by :OVERSUBSCRIBE -n {ranks} {sys.executable}"
+    script = Path(__file__).parent / "one_fails.py"
+    ended = Launch(f"{launch} {script} {words}".split(), clean_environment(), tmp_path).finish(60)
+    assert ended.status == int(words.split()[1]), ended.output
+
+
 ENDED_BY_A_DEATH = (
     "--strategy local-sgd",
     "--strategy diloco --optimizer adamw",
