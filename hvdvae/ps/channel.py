@@ -1,7 +1,7 @@
 """Headers and vectors between workers and servers: MPI messages, and shared memory where both are on one host."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hvdvae.ps.doorbell import Doorbell
 from hvdvae.ps.protocol import HEADER, VECTOR, Header
+from hvdvae.ps.seating import Seat
 from hvdvae.world.mpi import MAX_COUNT, acknowledged_deaths
 
 
@@ -36,17 +37,18 @@ class Channel:
         bell: Doorbell,
         vectors: dict[int, tuple[Tensor, Tensor]],
         sharing: Iterable[int] = (),
-        leave_seat: Callable[[], None] = lambda: None,
+        seat: Seat | None = None,
     ) -> None:
         """Take the parts; ps/opening.py makes them.
 
-        `vectors`: of this rank, and of the workers that share memory with it; `sharing`: ranks that do. `leave_seat`:
-        called at the end (ps/seating.py).
+        `vectors`: of this rank, and of the workers that share memory with it; `sharing`: ranks that do. `seat`: left
+        at the end.
         """
         self.comm, self.rank, self.workers, self.dtype = comm, rank, workers, dtype
         self.vectors = vectors
         """Outgoing and incoming."""
-        self._bell, self._sharing, self._leave_seat = bell, set(sharing), leave_seat
+        self._bell, self._sharing = bell, set(sharing)
+        self.seat = seat or Seat()
         self._sends: list[tuple[int, Any, MPI.Request, Any]] = []
         self._routes: dict[int, tuple[Any, int]] = {}
         """Ranks that `comm` does not reach: a communicator that does, and the rank there."""
@@ -121,7 +123,7 @@ class Channel:
     def close(self) -> None:
         """Take the bell down. The memory is given back when MPI ends."""
         self._bell.close()
-        self._leave_seat()
+        self.seat.leave()
 
     def _route(self, other: int) -> tuple[Any, int]:
         """The communicator that reaches a rank, and its rank there."""

@@ -51,7 +51,9 @@ class Link:
 
     def hear(self) -> tuple[int, Header]:
         """The next request, and whose it is. Raises PeersDied."""
-        return self.channel.receive()
+        worker, request = self.channel.receive()
+        self.channel.seat.join(worker)
+        return worker, request
 
     def text(self, worker: int, tag: int) -> Any:
         """The JSON record that came with a request."""

@@ -41,12 +41,12 @@ def open_channel(
     ranks = np.zeros(host.size, np.int64)
     host.Allgather(np.array([rank], np.int64), ranks)
     neighbours = ranks.tolist()
-    leave_seat = take_seat(host, serves=rank >= workers)
+    seat = take_seat(host, rank, workers=workers)
     mine = (2 * lengths[0] + lengths[1]) * dtype.itemsize if rank < workers else 0
     largest = np.array([mine], np.int64)
     host.Allreduce(MPI.IN_PLACE, largest, op=MPI.MAX)
     shares = may_share and host.size > 1 and fits(host, int(largest[0]))
-    bell = Doorbell(token, rank, workers=workers)
+    bell = Doorbell(token, rank)
     vectors = {}
     if mine:
         created = memory.create(f"hvdvae-{token}-{rank}", mine) if shares else bytearray(mine)
@@ -61,16 +61,14 @@ def open_channel(
     bell.unlink()
     memory.forget(f"hvdvae-{token}-{rank}")
     sharing = neighbours if shares else ()
-    return Channel(
-        comm, rank, workers=workers, dtype=dtype, bell=bell, vectors=vectors, sharing=sharing, leave_seat=leave_seat
-    )
+    return Channel(comm, rank, workers=workers, dtype=dtype, bell=bell, vectors=vectors, sharing=sharing, seat=seat)
 
 
 def open_joining_channel(
     comm: Any, worker: int, *, workers: int, lengths: tuple[int, int], dtype: torch.dtype
 ) -> Channel:
     """The end of a worker that joins a running job. `comm`: this process, and the server as its rank 1. Local."""
-    bell = Doorbell(secrets.token_hex(8), worker, workers=workers)
+    bell = Doorbell(secrets.token_hex(8), worker)
     bell.unlink()
     vectors = {worker: _halves(bytearray((2 * lengths[0] + lengths[1]) * dtype.itemsize), lengths, dtype)}
     channel = Channel(comm, worker, workers=workers, dtype=dtype, bell=bell, vectors=vectors)

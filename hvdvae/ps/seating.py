@@ -1,14 +1,14 @@
-"""Workers keep to cores of their own where servers have none left to be on.
+"""Workers keep to cores of their own where servers have none left, and a server goes where it is waited for.
 
-A server that wakes takes a core from a worker for a moment. Left to itself, the scheduler then moves workers about, and
-each finds its caches cold; a worker that has a place of its own comes back to it. Servers go where a worker waits for
-them (doorbell.py).
+A server that wakes takes a core from a worker for a moment. Left to itself, the scheduler takes any, and then moves
+workers about, who find their caches cold. So each worker has a place of its own to come back to, and a server that has
+heard from one goes on at that one's core, which nobody else wants: the worker waits for the answer, and has just
+written there what is to be read.
 """
 
 import os
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,35 +17,56 @@ import torch
 from hvdvae.cores import available_cores, in_neighbourhood
 
 
-def take_seat(host: Any, *, serves: bool) -> Callable[[], None]:
-    """Keep this process to its share of cores, if it is one of `host`'s that trains; returns how to leave it again.
+class Seat:
+    """Where one process computes."""
 
-    `host`: a communicator of the ranks of one host. Blocks; all of them must call it.
+    def __init__(self, cores: dict[int, set[int]] | None = None, own: set[int] | None = None) -> None:
+        """`cores`: of each worker on a server's host; `own`: those that a worker keeps to from now on."""
+        self._cores = cores or {}
+        self._before = available_cores()
+        self._at: set[int] = self._before
+        self._move(own or self._before)
+
+    def join(self, worker: int) -> None:
+        """A server goes on where this worker is; not where it is on another host. Local."""
+        self._move(self._cores.get(worker, self._before))
+
+    def leave(self) -> None:
+        """Be free again. Local."""
+        self._move(self._before)
+
+    def _move(self, cores: set[int]) -> None:
+        if cores == self._at:
+            return
+        try:
+            os.sched_setaffinity(0, cores)
+            self._at = cores
+        except OSError:  # Where a process may not choose, it computes as well where it is put.
+            self._cores = {}
+
+
+def take_seat(host: Any, rank: int, *, workers: int) -> Seat:
+    """This process's place among those of `host`, a communicator of the ranks of one host; workers come first.
+
+    Blocks; all of them must call it.
     """
-    cores = available_cores()
-    seats = np.zeros((host.size, 2), np.int64)
-    host.Allgather(np.array([serves, zlib.crc32(repr(sorted(cores)).encode())], np.int64), seats)
-    alike = bool((seats[:, 1] == seats[0, 1]).all())
-    if not alike or not hasattr(os, "sched_setaffinity"):
-        return _nothing  # A launcher, or `hvdvae.cores`, has placed them.
-    place = int((seats[: host.rank, 0] == 0).sum())
-    servers = int(seats[:, 0].sum())
-    own = seat(place, host.size - servers, servers, in_neighbourhood(cores)) if not serves else set()
-    if not own or torch.get_num_threads() > len(own):
-        return _nothing
-    with suppress(OSError):  # Where a rank may not choose, it computes as well where it is put.
-        os.sched_setaffinity(0, own)
-        return lambda: os.sched_setaffinity(0, cores)
-    return _nothing
+    cores, threads = available_cores(), torch.get_num_threads()
+    seats = np.zeros((host.size, 3), np.int64)
+    host.Allgather(np.array([rank, threads, zlib.crc32(repr(sorted(cores)).encode())], np.int64), seats)
+    if not hasattr(os, "sched_setaffinity") or len(set(seats[:, 2].tolist())) > 1:
+        return Seat()  # A launcher, or hvdvae/cores.py, has placed them.
+    here = [int(number) for number in seats[:, 0] if number < workers]
+    shares = worker_cores(len(here), host.size - len(here), in_neighbourhood(cores))
+    # Servers have one thread, and no say.
+    if not shares or max(seats[seats[:, 0] < workers, 1]) > min(map(len, shares)):
+        return Seat()
+    places = dict(zip(here, shares, strict=True))
+    return Seat(own=places[rank]) if rank in places else Seat(places)
 
 
-def seat(place: int, workers: int, servers: int, ordered: Sequence[int]) -> set[int]:
-    """The cores of a worker among its host's; empty: all, since servers have room, or workers have none. Pure."""
+def worker_cores(workers: int, servers: int, ordered: Sequence[int]) -> list[set[int]]:
+    """The cores of each worker of a host; none, where servers have room, or workers have less than one each. Pure."""
+    if workers == 0 or servers == 0 or not workers <= len(ordered) < workers + servers:
+        return []
     each = len(ordered) // workers
-    if servers == 0 or len(ordered) >= workers + servers or each == 0:
-        return set()
-    return set(ordered[place * each : (place + 1) * each])
-
-
-def _nothing() -> None:
-    """Nothing was changed."""
+    return [set(ordered[place * each : (place + 1) * each]) for place in range(workers)]

@@ -1,4 +1,4 @@
-"""Workers keep to cores of their own where servers have none left."""
+"""Workers keep to cores of their own where servers have none left, and servers go where they are waited for."""
 
 import os
 
@@ -8,7 +8,7 @@ pytest.importorskip("mpi4py", reason="parameter servers need mpi4py")
 
 from mpi4py import MPI
 
-from hvdvae.ps.seating import seat, take_seat
+from hvdvae.ps.seating import Seat, take_seat, worker_cores
 
 
 @pytest.mark.parametrize(
@@ -18,19 +18,54 @@ from hvdvae.ps.seating import seat, take_seat
         (2, 2, [4, 6], [{4}, {6}]),
         (3, 2, range(4), [{0}, {1}, {2}]),
         (2, 3, range(4), [{0, 1}, {2, 3}]),
-        # Servers have room, there are none, or there is less than a core for each worker.
-        (2, 1, range(3), [set(), set()]),
-        (2, 0, range(2), [set(), set()]),
-        (3, 1, range(2), [set(), set(), set()]),
+        # Servers have room, one of both is not there, or there is less than a core for each worker.
+        (2, 1, range(3), []),
+        (2, 0, range(2), []),
+        (0, 2, range(1), []),
+        (3, 1, range(2), []),
     ],
 )
 def test_workers_share_the_cores(workers: int, servers: int, cores: list[int], expected: list[set[int]]) -> None:
-    assert [seat(place, workers, servers, list(cores)) for place in range(workers)] == expected
+    assert worker_cores(workers, servers, list(cores)) == expected
 
 
-def test_a_worker_alone_stays_where_it_is() -> None:
-    before = os.sched_getaffinity(0)
-    leave = take_seat(MPI.COMM_SELF, serves=False)
-    assert os.sched_getaffinity(0) == before
-    leave()
-    assert os.sched_getaffinity(0) == before
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_who_sits_down_gets_up_again() -> None:
+    free = os.sched_getaffinity(0)
+    first = {min(free)}
+    seat = Seat(own=first)
+    try:
+        assert os.sched_getaffinity(0) == first
+    finally:
+        seat.leave()
+    assert os.sched_getaffinity(0) == free
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_a_server_goes_to_who_waits() -> None:
+    free = os.sched_getaffinity(0)
+    first, last = {min(free)}, {max(free)}
+    seat = Seat({0: first, 1: last})
+    try:
+        assert os.sched_getaffinity(0) == free
+        for worker, cores in ((1, last), (0, first), (7, free)):  # The last is on another host.
+            seat.join(worker)
+            assert os.sched_getaffinity(0) == cores
+        seat.join(0)
+    finally:
+        seat.leave()
+    assert os.sched_getaffinity(0) == free
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_cores_that_a_process_may_not_have_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = os.sched_getaffinity(0)
+    seat = Seat({0: {100_000}})
+    seat.join(0)
+    assert os.sched_getaffinity(0) == free
+
+
+def test_alone_there_is_nobody_to_make_room_for() -> None:
+    free = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    take_seat(MPI.COMM_SELF, 0, workers=1).leave()
+    assert not free or os.sched_getaffinity(0) == free
