@@ -49,6 +49,8 @@ class FlatModel:
                     start += parameter.numel()
                 self.group_slices.append(slice(group_start, start))
         self.buffers = _flatten_buffers(model)
+        self._others = [buffer for buffer in model.buffers() if buffer.dtype != torch.float32]
+        self._kept: list[Tensor] = []
         in_vectors = {*self.names, *(name for name, b in model.named_buffers() if b.dtype == torch.float32)}
         state = model.state_dict(keep_vars=True)
         self.rest = [tensor for name, tensor in state.items() if name not in in_vectors]
@@ -98,6 +100,16 @@ class FlatModel:
         if targets:
             torch._foreach_copy_(targets, sources)
         return whole
+
+    def keep_buffers(self) -> None:
+        """Remember all buffers as they are, unless a number in `buffers` is not finite. Local."""
+        if self.buffers.numel() and bool(self.buffers.isfinite().all()):
+            self._kept = [buffer.clone() for buffer in (self.buffers, *self._others)]
+
+    def restore_buffers(self) -> None:
+        """Let all buffers be as they were when they were kept last. Local."""
+        for buffer, kept in zip((self.buffers, *self._others), self._kept, strict=False):
+            buffer.copy_(kept)
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of a vector (P,), by parameter name and in the parameters' shapes."""

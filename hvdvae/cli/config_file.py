@@ -15,9 +15,28 @@ CONFIG_FILE = "config.yaml"
 """The resolved configuration, in the folder of results."""
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key comes twice, where the first would be forgotten silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.YAMLError(f"the key {key.value} comes twice, again in line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+def _loaded(text: str) -> Any:
+    """What a YAML file says; one without a line says nothing of any key."""
+    found = yaml.load(text, _Loader)
+    return {} if found is None else found
+
+
 def load_yaml(text: str) -> Any:
     """YAML whose keys may be spelled as the flags are: batch-size is batch_size, and `out: 2026` is a name."""
-    loaded = yaml.safe_load(text)
+    loaded = _loaded(text)
     if not isinstance(loaded, dict):
         return loaded
     hints = get_type_hints(TrainConfig)
@@ -41,7 +60,7 @@ def _as_text(value: Any, hint: Any) -> Any:
 def read_values(path: Path, name: str) -> dict[str, Any]:
     """Keys and values of a YAML file, of the types of TrainConfig. `name` is for messages; raises ConfigError."""
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = _loaded(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{name}: {error.strerror or error}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:

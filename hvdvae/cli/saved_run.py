@@ -9,7 +9,7 @@ from hvdvae.cli import assemble
 from hvdvae.cli.config_file import CONFIG_FILE, read_config
 from hvdvae.config import TrainConfig
 from hvdvae.data import Dataset, Source, check_support
-from hvdvae.errors import ConfigError
+from hvdvae.errors import CheckpointError, ConfigError, DataError
 from hvdvae.resume import load_weights
 from hvdvae.vae import VAE
 from hvdvae.world import World
@@ -42,11 +42,20 @@ def open_run(folder: str, choice: str, world: World, *, data: str | None = None)
     values, file = world.gather_objects(seen, "configuration of the run")[0]
     config = TrainConfig(**values)
     dataset = assemble.data(data or config.data, world, validation=None if data else config.validation)
+    for split in (dataset.train, dataset.validation, dataset.test):
+        check_support(split, config.likelihood, assemble.binarization(config))
     model = assemble.model(config, dataset.shape, world.device)
-    check_support(dataset.test, config.likelihood, assemble.binarization(config))
     found = checkpoints.spread(Path(file) if world.is_first else None, world)
     assert found is not None
-    load_weights(model, found, ema=True)
+    try:
+        load_weights(model, found, ema=True)
+    except CheckpointError as error:
+        if data is None:
+            raise
+        raise DataError(
+            f"--data {data}: found examples of shape {dataset.shape}, expected that of what the run was trained "
+            f"on, {config.data}: name data of that shape ({error})"
+        ) from error
     return SavedRun(config, dataset, model, file)
 
 

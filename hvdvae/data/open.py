@@ -87,7 +87,8 @@ def _open_folder(folder: Path) -> dict[str, Source]:
     if idx:
         return {split: open_idx(file) for split, file in _idx_splits(folder, idx).items()}
     arrays = {file.stem: file for file in entries if file.is_file() and file.suffix.lower() == ".npy"}
-    if arrays:
+    # Beside images an array that is not named for a split has their labels.
+    if arrays and (any(map(split_called, arrays)) or not find_images(folder)):
         return {split: open_npy(arrays[key]) for split, key in pick_splits(list(arrays), str(folder)).items()}
     subfolders = [entry.name for entry in entries if entry.is_dir()]
     if "train" in map(split_called, subfolders):

@@ -20,6 +20,8 @@ _NAMES = {
     "validation": re.compile(r"^(x_)?val(id(ation)?)?([_-](images|x))?$", re.IGNORECASE),
     "test": re.compile(r"^(x_)?(test|t10k)([_-](images|x))?$", re.IGNORECASE),
 }
+_LABELS = ("labels", "label", "targets", "target", "y")
+"""What may stand beside the examples."""
 _CUT_SEED = 20160301
 
 
@@ -29,7 +31,7 @@ def split_called(name: str) -> str | None:
 
 
 def pick_splits(keys: Sequence[str], path: str) -> dict[str, str]:
-    """Which key holds which split; a single key of any name holds train.
+    """Which key holds which split; a single key of any name, but for labels beside it, holds train.
 
     Raises DataError if that is not clear.
     """
@@ -40,8 +42,9 @@ def pick_splits(keys: Sequence[str], path: str) -> dict[str, str]:
             raise DataError(f"{path}: found both {chosen[split]!r} and {key!r} for {split}; expected one: rename one")
         if split is not None:
             chosen[split] = key
-    if not chosen and len(keys) == 1:
-        return {"train": keys[0]}
+    examples = [key for key in keys if key.lower() not in _LABELS] or keys
+    if not chosen and len(examples) == 1:
+        return {"train": examples[0]}
     if "train" not in chosen:
         found = ", ".join(sorted(keys)) or "nothing"
         raise DataError(

@@ -41,12 +41,16 @@ class SharedAllreduce(SlicedStep):
         """As Strategy, where `can_share`."""
         self._homes: dict[tuple[int, str], Tensor] = {}
         """Of each group and entry of the optimizer's state: the vector that all ranks see."""
+        self._seen: list[tuple[dict[str, Any], str, Any]] = []
+        """Entries of this rank's slice that all see: where they stand, their names, and what stood there."""
         super().__init__(optimizer, model, world, engine="mpi", **options)
 
     def update(self) -> None:
         """As SlicedStep's."""
         self.inner.step()
-        self._share_state()
+        known = sum(map(len, self.inner.state.values())) == len(self._seen)
+        if not known or any(entries[key] is not value for entries, key, value in self._seen):
+            self._share_state()
         self._spread()
 
     def state_dict(self) -> dict[str, Any]:
@@ -57,9 +61,11 @@ class SharedAllreduce(SlicedStep):
         """As Strategy's."""
         load_state(self._wrapped, self._whole, self.flat, self.numbers, groups, entries)
         self._take_state()
+        self._seen = []
 
     def _share_state(self) -> None:
         """Let all ranks see this rank's slice of the state. Blocks where an entry is new, which it is on all."""
+        self._seen = []
         for group, (whole, mine, piece) in enumerate(self._groups()):
             entries = self.inner.state.get(mine, {})
             for key in sorted(entries):
@@ -71,6 +77,7 @@ class SharedAllreduce(SlicedStep):
                         entries[key] = home[piece]
                     value = home
                 self._whole.state[whole][key] = value
+                self._seen.append((entries, key, entries[key]))
 
     def _home(self, group: int, key: str, value: Tensor, whole: Tensor) -> Tensor:
         if (group, key) not in self._homes:

@@ -57,8 +57,7 @@ class SlicedStep(Strategy):
     def squared_norm(self, gradient: Tensor) -> float:
         """As Strategy's: a sum over the ranks' slices."""
         places = [overlap(place, self.part) for place in self.own]
-        squares = sum(float(torch.dot(gradient[place], gradient[place])) for place in places)
-        return float(self.world.sum_(torch.tensor([squares], dtype=torch.float64), "norm of the gradient"))
+        return self._slices.sum(sum(float(torch.dot(gradient[place], gradient[place])) for place in places))
 
     def update(self) -> None:
         """Step this rank's slice, and get the others'. Blocks; every rank must call it."""

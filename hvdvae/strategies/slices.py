@@ -23,6 +23,9 @@ class Slices(Protocol):
     def gather_(self, vector: Tensor) -> None:
         """Replace all other slices of a vector (P,) by their owners'."""
 
+    def sum(self, number: float) -> float:
+        """Of every rank's number; the same bits on all."""
+
 
 def slices_of(flat: FlatModel, world: World, engine: str) -> Slices:
     """Those of a model's vectors, which may be moved. Blocks; every rank must call it."""
@@ -49,6 +52,10 @@ class OneSlice:
     def gather_(self, vector: Tensor) -> None:
         """It is there."""
 
+    def sum(self, number: float) -> float:
+        """That number."""
+        return number
+
 
 class SharedSlices:
     """Of ranks of one host: each reads and writes the others' vectors (world/shared_memory.py)."""
@@ -56,6 +63,7 @@ class SharedSlices:
     def __init__(self, world: World, gradients: Any, parameters: Any) -> None:
         """`gradients`, `parameters`: SharedVectors."""
         self._world, self._gradients, self._parameters = world, gradients, parameters
+        self._numbers = world.shared_vector(torch.zeros(world.size, dtype=torch.float64))
 
     def reduce_(self, gradient: Tensor) -> None:
         """As Slices'."""
@@ -65,11 +73,28 @@ class SharedSlices:
     def gather_(self, vector: Tensor) -> None:
         """As Slices'. `vector` is one of the two that are shared."""
         is_gradient = vector.data_ptr() == self._gradients.mine.data_ptr()
-        with self._world.waiting("spread of slices in shared memory"):
-            (self._gradients if is_gradient else self._parameters).spread_slice_()
+        with self._world.waiting("gather of slices in shared memory"):
+            (self._gradients if is_gradient else self._parameters).gather_slices_()
+
+    def sum(self, number: float) -> float:
+        """As Slices'. Not twice without another of these between: somebody may not have read yet."""
+        self._numbers[self._world.rank] = number
+        with self._world.waiting("sum in shared memory"):
+            self._gradients.meet()
+        return float(self._numbers.sum())
 
 
-class MessageSlices:
+class _Summed:
+    """What is summed by messages."""
+
+    _world: World
+
+    def sum(self, number: float) -> float:
+        """As Slices'."""
+        return float(self._world.sum_(torch.tensor([number], dtype=torch.float64), "sum over slices"))
+
+
+class MessageSlices(_Summed):
     """Over MPI: MPI_Reduce_scatter and MPI_Allgatherv. Vectors of a GPU are staged through host memory."""
 
     def __init__(self, world: World) -> None:
@@ -104,7 +129,7 @@ class MessageSlices:
         return [part.stop - part.start for part in parts]
 
 
-class HorovodSlices:
+class HorovodSlices(_Summed):
     """Over Horovod (NCCL, MPI or Gloo): reducescatter and allgather."""
 
     def __init__(self, world: World) -> None:

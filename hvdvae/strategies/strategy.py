@@ -39,6 +39,8 @@ class Strategy(SavedOptimizer):
     """The only one that it computes in, as in --precision."""
     part = slice(None)
     """What this rank steps of the parameter vector."""
+    is_told_the_step = False
+    """Whether somebody else, as the Trainer, tells the watchdog which step this is."""
     parts: "Parts | None" = None
     """Where several ranks hold a model together: this rank's part."""
     steps_whole = True
@@ -104,6 +106,7 @@ class Strategy(SavedOptimizer):
             optimizer.state.clear()  # It has been copied, and Adagrad's is there before the first step.
         check_same_model(self.flat, world)
         self.broadcast_model()
+        self.flat.keep_buffers()
 
     def follow_gradient(self) -> None:
         """Point the inner optimizer at the gradient vector, after it was moved. Local."""
@@ -189,8 +192,11 @@ class Strategy(SavedOptimizer):
         """Exchange gradients and update the parameters. Blocks; every rank must call it.
 
         Where any rank's gradient is not finite, no rank steps and `skipped_steps` counts one: the exchange has
-        carried the NaN or infinity to all, so that all decide alike.
+        carried the NaN or infinity to all, so that all decide alike. Buffers are then again what they were at the last
+        `zero_grad`, or before it where that came after a forward pass that spoiled them.
         """
+        if not self.is_told_the_step:
+            self.world.watchdog.step += 1
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -216,6 +222,8 @@ class Strategy(SavedOptimizer):
         follow(self.param_groups, self.inner)
         if not _is_finite(self.gradient_norm):
             self.skipped_steps += 1
+            # The forward pass of what is skipped has left its mark on statistics (BatchNorm).
+            self.flat.restore_buffers()
             self.skip()
             return loss
         if self.clip_norm is not None and self.gradient_norm > self.clip_norm:
@@ -296,6 +304,7 @@ class Strategy(SavedOptimizer):
         """As torch's; forgets an exchange that was not stepped."""
         self._exchanged = False
         self._poison = None
+        self.flat.keep_buffers()
         super().zero_grad(set_to_none)
 
     def skip_synchronize(self) -> "nullcontext[None]":

@@ -42,7 +42,7 @@ class SharedVectors:
         self.vectors = [self._vector_of(rank, like) for rank in range(comm.size)]
         self.mine.zero_()
         self._slice = slice_of(like.numel(), comm.rank, comm.size)
-        self._meet()
+        self.meet()
 
     @property
     def mine(self) -> Tensor:
@@ -56,28 +56,33 @@ class SharedVectors:
 
     def mean_(self) -> None:
         """Replace every rank's vector by the mean of all. Blocks; every rank must call it."""
-        self._meet()
+        self.meet()
         for part in self._chunks():
             mean = self._mean_of(part)
             for other in self._others(part):
                 other.copy_(mean)
-        self._meet()
+        self.meet()
 
     def mean_of_slice_(self) -> None:
         """Replace this rank's slice of its own vector by the mean of all. Blocks; every rank must call it.
 
-        Nobody may write a new vector before all have come through `spread_slice_`, of these vectors or of others.
+        Nobody may write a new vector before all have come through `gather_slices_`, of these vectors or of others.
         """
-        self._meet()
+        self.meet()
         for part in self._chunks():
             self._mean_of(part)
 
-    def spread_slice_(self) -> None:
-        """Copy this rank's slice into all others' vectors. Blocks; every rank must call it."""
-        for part in self._chunks():
-            for other in self._others(part):
-                other.copy_(self.mine[part])
-        self._meet()
+    def gather_slices_(self) -> None:
+        """Replace all others' slices of this rank's vector by theirs. Blocks; every rank must call it.
+
+        Each reads what it needs next, where to write into the others' would take it out of their caches.
+        """
+        self.meet()
+        for rank, theirs in enumerate(self.vectors):
+            if rank != self._comm.rank:
+                part = slice_of(self.mine.numel(), rank, self._comm.size)
+                self.mine[part].copy_(theirs[part])
+        self.meet()
 
     def _chunks(self) -> Iterator[slice]:
         for start in range(self._slice.start, self._slice.stop, CHUNK):
@@ -96,7 +101,8 @@ class SharedVectors:
         memory, _ = self._window.Shared_query(rank)
         return torch.frombuffer(memory, dtype=like.dtype, count=like.numel())
 
-    def _meet(self) -> None:
+    def meet(self) -> None:
+        """Return once all have come, and see what they wrote. Blocks; every rank must call it."""
         self._window.Sync()
         self._comm.Barrier()
         self._window.Sync()

@@ -137,3 +137,44 @@ def test_low_precision_goes_in_and_out(world: World) -> None:
     out = ours(part(world, x).bfloat16())
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), ours(part(world, x)), atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("synchronized", [False, True])
+@pytest.mark.parametrize("forward_first", [False, True])
+def test_a_skipped_step_leaves_no_mark_on_statistics(world: World, synchronized: bool, forward_first: bool) -> None:
+    """Whether a loop clears gradients before the forward pass or after it; counters, too."""
+    torch.manual_seed(3)
+    model: nn.Module = nn.Sequential(nn.Linear(4, CHANNELS), nn.BatchNorm1d(CHANNELS), nn.Linear(CHANNELS, 1))
+    if synchronized:
+        model = convert_sync_batch_norm(model, world)
+    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, world=world, engine="mpi")
+
+    def step(x: Tensor) -> None:
+        if not forward_first:
+            optimizer.zero_grad()
+        loss = model(x).square().mean()
+        if forward_first:
+            optimizer.zero_grad()
+        loss.backward()
+        optimizer.watch(loss)
+        optimizer.step()
+
+    def good() -> Tensor:
+        return torch.randn(6, 4)
+
+    torch.manual_seed(10 + world.rank)
+    step(good())
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    bad = good()
+    if world.rank == world.size - 1:
+        bad[2, 1] = torch.inf
+    step(bad)
+    assert optimizer.skipped_steps == 1
+    if not forward_first:
+        # Otherwise the good ranks' forward pass was over when buffers were kept.
+        assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert all(bool(buffer.isfinite().all()) for buffer in model.buffers())
+    step(good())
+    assert optimizer.skipped_steps == 1
+    model.eval()
+    assert bool(model(good()).isfinite().all())

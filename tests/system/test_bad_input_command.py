@@ -89,6 +89,7 @@ def test_command_lines(command: Command, line: str, words: list[str]) -> None:
         ("model: foo", ["model is 'foo', expected one of mlp, mlp2, conv"]),
         ("batch_norm: 3", ["batch_norm is 3, expected true or false"]),
         ("lr: [", ["found no YAML"]),
+        ("lr: 0.1\nepochs: 2\nlr: 0.2", ["the key lr comes twice, again in line 3"]),
         ("\0", ["found no YAML"]),
         ("- 1", ["found list, expected lines of `key: value`"]),
     ],

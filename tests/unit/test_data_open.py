@@ -110,6 +110,22 @@ def test_a_plain_idx_file_is_preferred_to_its_gz_and_two_others_are_unclear(tmp_
         open_dataset(str(tmp_path))
 
 
+def test_labels_beside_the_examples_are_left_alone(tmp_path):
+    labels = np.arange(len(GREY))
+    np.savez(tmp_path / "both.npz", images=GREY, labels=labels)
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(GREY):
+        Image.fromarray(image).save(tmp_path / f"images/{number:02}.png")
+    np.save(tmp_path / "images/labels.npy", labels)
+    for name in ("both.npz", "images"):
+        data = open_dataset(str(tmp_path / name))
+        assert len(data.train) + len(data.validation) + len(data.test) == len(GREY)
+        assert data.shape == (1, *GREY.shape[1:])
+    np.savez(tmp_path / "unclear.npz", images=GREY, masks=GREY)
+    with pytest.raises(DataError, match="found the keys images, masks"):
+        open_dataset(str(tmp_path / "unclear.npz"))
+
+
 def test_single_files_and_folders_of_arrays_or_images(tmp_path):
     write_idx(tmp_path / "one.idx.gz", GREY)
     np.save(tmp_path / "one.npy", GREY)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from hvdvae.cli import assemble
 from hvdvae.cli.config_file import write_config
 from hvdvae.cli.saved_run import open_run
 from hvdvae.config import TrainConfig
-from hvdvae.errors import ConfigError
+from hvdvae.errors import ConfigError, DataError
 from hvdvae.world import World
 
 
@@ -56,3 +57,23 @@ def test_a_rank_without_the_folder_gets_the_run_of_rank_0(tmp_path: Path, monkey
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     with pytest.raises(ConfigError, match="not here is no folder"):
         open_run(str(tmp_path / "not here"), "best", first)
+
+
+@pytest.mark.parametrize(
+    ("examples", "words"),
+    [
+        (np.zeros((40, 9), np.float32), r"--data .*other.npy.*shape \(9,\).*digits"),
+        # What is held out for test may be good.
+        (np.linspace(0, 2, 40 * 64, dtype=np.float32).reshape(40, 8, 8), r"other.npy.*2"),
+    ],
+    ids=["shape", "support"],
+)
+def test_other_data_is_judged_as_data(tmp_path: Path, examples: Any, words: str) -> None:
+    config = TrainConfig(hidden=[5], latent=[3])
+    write_config(config, tmp_path / "config.yaml")
+    model = assemble.model(config, (1, 8, 8), torch.device("cpu"))
+    saved = Checkpoint({f"model/{name}": tensor for name, tensor in model.state_dict().items()}, {"step": 7})
+    checkpoints.Folder(tmp_path / "checkpoints", 3).save(saved, is_best=True)
+    np.save(tmp_path / "other.npy", examples)
+    with pytest.raises(DataError, match=words):
+        open_run(str(tmp_path), "best", World.alone(device="cpu"), data=str(tmp_path / "other.npy"))
