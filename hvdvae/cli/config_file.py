@@ -28,15 +28,9 @@ class _Loader(yaml.SafeLoader):
         return found
 
 
-def _loaded(text: str) -> Any:
-    """What a YAML file says; one without a line says nothing of any key."""
-    found = yaml.load(text, _Loader)
-    return {} if found is None else found
-
-
 def load_yaml(text: str) -> Any:
     """YAML whose keys may be spelled as the flags are: batch-size is batch_size, and `out: 2026` is a name."""
-    loaded = _loaded(text)
+    loaded = yaml.load(text, _Loader)
     if not isinstance(loaded, dict):
         return loaded
     hints = get_type_hints(TrainConfig)
@@ -60,7 +54,7 @@ def _as_text(value: Any, hint: Any) -> Any:
 def read_values(path: Path, name: str) -> dict[str, Any]:
     """Keys and values of a YAML file, of the types of TrainConfig. `name` is for messages; raises ConfigError."""
     try:
-        loaded = _loaded(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{name}: {error.strerror or error}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
