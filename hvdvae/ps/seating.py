@@ -1,9 +1,9 @@
 """Workers keep to cores of their own where servers have none left, and a server goes where it is waited for.
 
 A server that wakes takes a core from a worker for a moment. Left to itself, the scheduler takes any, and then moves
-workers about, who find their caches cold. So each worker has a place of its own to come back to, and a server that has
-heard from one goes on at that one's core, which nobody else wants: the worker waits for the answer, and has just
-written there what is to be read.
+workers about, who find their caches cold. So each worker has a place of its own to come back to, and the server of a
+host, if it has one, goes on at the core of the worker that it has heard from, which nobody else wants: the worker waits
+for the answer, and has just written there what is to be read.
 """
 
 import os
@@ -61,7 +61,10 @@ def take_seat(host: Any, rank: int, *, workers: int) -> Seat:
     if not shares or max(seats[seats[:, 0] < workers, 1]) > min(map(len, shares)):
         return Seat()
     places = dict(zip(here, shares, strict=True))
-    return Seat(own=places[rank]) if rank in places else Seat(places)
+    if rank in places:
+        return Seat(own=places[rank])
+    # A worker waits for all servers at once: they would only stand in each other's way.
+    return Seat(places if host.size == len(here) + 1 else None)
 
 
 def worker_cores(workers: int, servers: int, ordered: Sequence[int]) -> list[set[int]]:

@@ -176,6 +176,7 @@ def test_strategies_do_not_import_each_other() -> None:
         "saved_optimizer",
         "sharded",
         "sharded_gradients",
+        "sliced_step",
         "slices",
         "traffic",
     }
