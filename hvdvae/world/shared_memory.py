@@ -23,6 +23,7 @@ CHUNK = 65536
 """Elements that are summed, scaled and written while they are in the cache."""
 
 _KEPT: list[MPI.Win] = []
+"""Windows of single vectors, which somebody may see until MPI ends."""
 
 _BACKING = "/dev/shm"  # Where MPI libraries put shared windows; a container may give it a few MB.
 
