@@ -115,7 +115,7 @@ def _footprint(config: TrainConfig, model: nn.Module, mesh: Mesh, **passes: int)
     entries = ENTRIES[assemble.optimizer_name(config)] + (
         config.optimizer in ("sgd", "rmsprop") and config.momentum > 0
     )
-    owners = mesh.dp if config.strategy == "sharded" else 1
+    owners = mesh.dp if _splits_the_step(config) else 1
     weights, start = FLOAT * count, FLOAT * (count + largest)
     if config.weights == "bf16":
         weights = HALF * count + FLOAT * count // owners
@@ -140,9 +140,13 @@ def _gradients(config: TrainConfig, mesh: Mesh, count: int, largest: int) -> int
 
 
 def _vectors_in_shared_memory(config: TrainConfig) -> int:
-    if config.engine == "horovod" or config.zero_stage == 2:
-        return 0
-    return 0 if config.strategy == "local" else 2
+    return 2 if _splits_the_step(config) and config.engine != "horovod" and config.zero_stage == 1 else 0
+
+
+def _splits_the_step(config: TrainConfig) -> bool:
+    """Whether a rank steps its slice alone, as ranks of one host do; who saves an allreduce's state sees all of it."""
+    shares = config.strategy == "allreduce" and config.engine != "horovod" and config.compression == "none"
+    return shares or config.strategy == "sharded"
 
 
 def _cuts(config: TrainConfig, model: nn.Module, chain: VaeChain, stages: int) -> list[int]:
