@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), USAGE_STATUS, joins=True)
     except HvdvaeError as error:
         return _fail(str(error), USAGE_STATUS)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         # In training Ctrl-C saves and leaves (signals.py); before and after it there is nothing to save.
-        return _fail("interrupted", 128 + signal.SIGINT)
+        return _fail(str(interrupt) or "interrupted", 128 + signal.SIGINT)
 
 
 def _fail(message: str, status: int, *, joins: bool = False) -> int:

@@ -125,7 +125,12 @@ def _train(asked: Asked) -> int:
         world.close()
         return exit_status(outcome)
     with deaf_to_warnings():
-        surviving(trainer, lambda: _conclude(config, trainer, model, dataset, pictures, folder, outcome, started))
+        try:
+            surviving(trainer, lambda: _conclude(config, trainer, model, dataset, pictures, folder, outcome, started))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted in the final test; training is saved: --resume --out {folder} makes up for it"
+            ) from None
         world.close()
     return 0
 

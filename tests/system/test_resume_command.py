@@ -44,7 +44,9 @@ def stop(job: Launch, folder: Path, number: signal.Signals, *, after: Path | Non
     It is sent soon after the next whole checkpoint: that of the first epoch, or the one that follows `after`.
     """
     give_up = time.monotonic() + 60
-    while not (found := Folder(folder / "checkpoints", 3).steps()) or found[0] == after:
+    kept = Folder(folder / "checkpoints", 3)
+    # The first epoch is saved before it is validated, too.
+    while not (found := kept.steps()) or found[0] == after or not kept.best.exists():
         assert time.monotonic() < give_up, "no checkpoint came"
         time.sleep(0.01)
     time.sleep(0.1)
@@ -57,18 +59,19 @@ def newest(folder: Path) -> Path:
     return Folder(folder / "checkpoints", 3).steps()[0]
 
 
-def assert_same_end(found: Path, expected: Path) -> None:
-    """Weights, moments and moving average are equal bit for bit, and so is what was made of them."""
+def assert_same_end(found: Path, expected: Path, *, exactly: bool = True) -> None:
+    """Weights, moments and moving average are equal, bit for bit if `exactly`, and so is what was made of them."""
     ours, theirs = load(newest(found)), load(newest(expected))
     assert (
         ours.record["position"] == theirs.record["position"] == {"epoch": EPOCHS, "examples": 0, "step": EPOCHS * STEPS}
     )
     assert ours.tensors.keys() == theirs.tensors.keys()
     assert {name.partition("/")[0] for name in ours.tensors} == {"model", "optimizer", "ema", "buffers"}
-    different = [name for name, tensor in ours.tensors.items() if not torch.equal(tensor, theirs.tensors[name])]
-    assert not different
+    near = {"rtol": 0.0, "atol": 0.0} if exactly else {"rtol": 1e-3, "atol": 1e-4}
+    for name, tensor in ours.tensors.items():
+        torch.testing.assert_close(tensor, theirs.tensors[name], **near, msg=lambda text, name=name: f"{name}: {text}")
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (found, expected)]
-    assert summaries[0]["test_nll"] == summaries[1]["test_nll"]
+    assert summaries[0]["test_nll"] == pytest.approx(summaries[1]["test_nll"], rel=0.0 if exactly else 1e-4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
@@ -121,7 +124,7 @@ def test_two_ranks_stop_and_go_on_again_and_again(
 ) -> None:
     """Each launcher gets a signal alone and ends its ranks; Open MPI's mpirun gives them half a second to save.
 
-    It is the same run, bit for bit, whatever launches it and whichever engine adds two gradients.
+    It is the same run, bit for bit, and within the rounding of a norm and of a step where another engine takes over.
     """
     folder = Path(shutil.copytree(stopped_at_two_ranks, tmp_path / "run"))
     again = ("-m", "hvdvae", "train", "--resume", "--out", "run")
@@ -131,9 +134,10 @@ def test_two_ranks_stop_and_go_on_again_and_again(
         assert job.status != 0
         assert "resumed at step" in job.output
         assert "uncaught exception" not in job.output
-    last = start(2, *again, "--engine", "mpi").finish(60)
-    assert last.status == 0, last.output
-    assert_same_end(folder, never_stopped[2])
+        last = shutil.copytree(folder, tmp_path / launcher)
+        resumed = start(2, *again[:-1], launcher, "--engine", "mpi").finish(60)
+        assert resumed.status == 0, resumed.output
+        assert_same_end(last, never_stopped[2], exactly=launcher == "mpirun")
 
 
 def test_one_rank_continues_the_run_of_two(
