@@ -102,12 +102,12 @@ FAULTS: dict[str, Callable[[Job, Way], None]] = {
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
-    """Inside, the results go to a file system of 24 MB."""
+    """Inside, the results go to a file system of 64 MB."""
     run = folder / "run"
     run.mkdir()
     if os.geteuid() != 0:
         raise Skipped("a small file system needs root")
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(run)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(run)], check=True)
     try:
         yield
     finally:
