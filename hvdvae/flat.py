@@ -102,9 +102,15 @@ class FlatModel:
         return whole
 
     def keep_buffers(self) -> None:
-        """Remember all buffers as they are, unless a number in `buffers` is not finite. Local."""
-        if self.buffers.numel() and bool(self.buffers.isfinite().all()):
-            self._kept = [buffer.clone() for buffer in (self.buffers, *self._others)]
+        """Remember all buffers as they are, unless a number in `buffers` is not finite. Local; awaits no GPU."""
+        if not self.buffers.numel():
+            return
+        buffers = (self.buffers, *self._others)
+        if not self._kept:
+            self._kept = [buffer.clone() for buffer in buffers]
+        is_good = self.buffers.isfinite().all()
+        for kept, buffer in zip(self._kept, buffers, strict=True):
+            torch.where(is_good, buffer, kept, out=kept)
 
     def restore_buffers(self) -> None:
         """Let all buffers be as they were when they were kept last. Local."""

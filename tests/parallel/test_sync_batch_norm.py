@@ -147,7 +147,7 @@ def test_a_skipped_step_leaves_no_mark_on_statistics(world: World, synchronized:
     model: nn.Module = nn.Sequential(nn.Linear(4, CHANNELS), nn.BatchNorm1d(CHANNELS), nn.Linear(CHANNELS, 1))
     if synchronized:
         model = convert_sync_batch_norm(model, world)
-    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, world=world, engine="mpi")
+    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, world=world, engine="auto")
 
     def step(x: Tensor) -> None:
         if not forward_first:
