@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 HOSTS_CHANGED = 1000
 """Beyond all signals: some rank has heard that there are other hosts."""
-QUICK_SECONDS = 0.2
-"""A validation that takes longer begins once its epoch is saved: mpirun leaves half a second after a signal."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +112,6 @@ class Trainer:
         """Ranks that were lost while the others went on, by their ranks and hosts at the start."""
         self._checkpoints, self._checkpoint_every = checkpoints, checkpoint_every
         self._validate, self._validate_every = validate, validate_every
-        self._validation_seconds = math.inf
-        """Of the last one, the same on all ranks."""
         self._told = 0
         """Epochs that monitors know of."""
         self.configuration = dict(config or {})
@@ -278,12 +274,8 @@ class Trainer:
             return  # Rank 0 evaluates and saves what the servers hold; the others train on.
         epoch, last = self.position.epoch, self.position.epoch >= epochs
         metrics = self._sums.metrics(self.optimizer, examples, seconds)
-        due, is_best = last or epoch % self._checkpoint_every == 0, False
+        is_best = False
         if self._validate is not None and (epoch % self._validate_every == 0 or last):
-            if due and self._validation_seconds > QUICK_SECONDS:
-                # Whatever ends the run meanwhile, the epoch is not lost.
-                self._save(is_best=False)
-                due = False
             found = self._run_validation(self._validate)
             self._meet("validation")
             metrics |= {f"validation_{name}": value for name, value in found.items()}
@@ -294,7 +286,7 @@ class Trainer:
             monitor.on_epoch(epoch, self.position.step, metrics)
         self._told = epoch
         before, self.best = self.best, found["loss"] if is_best else self.best
-        if is_best or due:
+        if is_best or last or epoch % self._checkpoint_every == 0:
             try:
                 self._save(is_best=is_best)
             except RankLost:
@@ -306,13 +298,8 @@ class Trainer:
     def _run_validation(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
         self.model.eval()
         optimizer = self.optimizer
-        begin = time.perf_counter()
         with torch.no_grad(), optimizer.fetched(), optimizer.arithmetic(), self.evaluation_weights():
             found = validate()
-        self._validation_seconds = time.perf_counter() - begin
-        if optimizer.synchronous:
-            longest = torch.tensor([self._validation_seconds], dtype=torch.float64)
-            self._validation_seconds = float(self.world.max_(longest, "seconds of validation"))
         self.model.train()
         return found
 

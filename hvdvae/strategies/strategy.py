@@ -195,8 +195,6 @@ class Strategy(SavedOptimizer):
         carried the NaN or infinity to all, so that all decide alike. Buffers are then again what they were at the last
         `zero_grad`, or before it where that came after a forward pass that spoiled them.
         """
-        if not self.is_told_the_step:
-            self.world.watchdog.step += 1
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -225,6 +223,7 @@ class Strategy(SavedOptimizer):
             # The forward pass of what is skipped has left its mark on statistics (BatchNorm).
             self.flat.restore_buffers()
             self.skip()
+            self._count_step()
             return loss
         if self.clip_norm is not None and self.gradient_norm > self.clip_norm:
             self.flat.gradient[self.part].mul_(self.clip_norm / self.gradient_norm)
@@ -233,7 +232,12 @@ class Strategy(SavedOptimizer):
             self.parts.level(self.flat)
         # A scheduler that was built on the wrapped optimizer asks it whether it has stepped.
         self._wrapped._opt_called = True  # type: ignore[attr-defined]
+        self._count_step()
         return loss
+
+    def _count_step(self) -> None:
+        if not self.is_told_the_step:
+            self.world.watchdog.step += 1
 
     def squared_norm(self, gradient: Tensor) -> float:
         """Of the mean gradient, which `gradient` (P,) holds after the exchange. The same on all ranks."""

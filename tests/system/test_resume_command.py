@@ -44,9 +44,7 @@ def stop(job: Launch, folder: Path, number: signal.Signals, *, after: Path | Non
     It is sent soon after the next whole checkpoint: that of the first epoch, or the one that follows `after`.
     """
     give_up = time.monotonic() + 60
-    kept = Folder(folder / "checkpoints", 3)
-    # The first epoch is saved before it is validated, too.
-    while not (found := kept.steps()) or found[0] == after or not kept.best.exists():
+    while not (found := Folder(folder / "checkpoints", 3).steps()) or found[0] == after:
         assert time.monotonic() < give_up, "no checkpoint came"
         time.sleep(0.01)
     time.sleep(0.1)

@@ -248,40 +248,6 @@ def test_validation_sees_the_moving_average_in_eval_mode_without_gradients() -> 
     assert not torch.allclose(weights(model), seen[-1], atol=1e-4), "training goes on with its own weights"
 
 
-def test_what_ends_a_run_in_validation_does_not_cost_the_epoch(tmp_path: Path) -> None:
-    def validate() -> dict[str, float]:
-        raise KeyboardInterrupt
-
-    trainer = trainer_of(plain_network(), checkpoints=Folder(tmp_path, 3), validate=validate)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit(2)
-    newest = Folder(tmp_path, 3).newest_good()
-    assert newest is not None
-    assert load(newest).record["position"] == {"epoch": 1, "examples": 0, "step": STEPS}
-
-
-def test_an_epoch_is_saved_twice_only_where_validation_is_slow_and_finds_it_best(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written: list[tuple[int, bool]] = []
-    monkeypatch.setattr(
-        Folder, "save", lambda folder, draft, *, is_best: written.append((draft.record["step"], is_best))
-    )
-    losses = iter([3.0, 2.0, 4.0, 1.0, 5.0])
-    trainer = trainer_of(plain_network(), checkpoints=Folder(tmp_path, 3), validate=lambda: {"loss": next(losses)})
-    trainer.fit(3)
-    first, second, third = (STEPS * epoch for epoch in (1, 2, 3))
-    assert written == [(first, False), (first, True), (second, True), (third, False)], "the first may be slow"
-    written.clear()
-    trainer._validation_seconds = 60.0
-    trainer.fit(4)
-    assert written == [(STEPS * 4, False), (STEPS * 4, True)]
-    written.clear()
-    trainer._validation_seconds = 60.0
-    trainer.fit(5)
-    assert written == [(STEPS * 5, False)]
-
-
 def test_the_watchdog_knows_the_step_of_an_own_loop() -> None:
     model, world = plain_network(), World.alone(device="cpu")
     optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, world=world, strategy="local")
