@@ -2,7 +2,7 @@
 
     gradients of all (N, P)    each reads its slice of all      mean of my slice (P/N,)
     optimizer's state (P,)     once for all, each its slice     my slice's step
-    parameters of all (N, P)   each writes its slice into all
+    parameters of all (N, P)   each reads the others' slices    what all have stepped (P,)
 
 What every rank would do with all of the vector (allreduce_mpi.py), each does with 1/N of it: less to compute, and less
 to push what the next forward pass needs out of caches. As with any allreduce every rank can save the whole optimizer.
