@@ -121,7 +121,9 @@ class Channel:
             self._bell.sleep()
 
     def close(self) -> None:
-        """Take the bell down. The memory is given back when MPI ends."""
+        """Take the bell down once all that was sent has left. Blocks. The memory is given back when MPI ends."""
+        while self._unfinished_sends():
+            self._bell.sleep()
         self._bell.close()
         self.seat.leave()
 

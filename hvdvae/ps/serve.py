@@ -49,7 +49,8 @@ def serve(world: World, plan: Plan) -> None:
         Server(link, weights, plan, world.watchdog, flag, recruiter).run()
     if plan.replicas:
         world.shrink()  # A server may have died, and not all that are left need to know.
-    channel.close()
+    with world.watchdog.waiting("workers that take the last answers", patient=True):
+        channel.close()
 
 
 def _link(
