@@ -13,6 +13,10 @@ from types import FrameType
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came where it acts as Ctrl-C does."""
+
+
 class Caught:
     """Number of the signal that came; 0 while none has."""
 
@@ -55,3 +59,21 @@ def deaf_to_warnings() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGUSR1, before or signal.SIG_DFL)
+
+
+@contextmanager
+def termination_interrupts() -> Iterator[None]:
+    """Inside, SIGTERM raises Terminated, so that what was interrupted can say so; not while C code waits."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

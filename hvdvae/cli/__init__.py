@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from hvdvae.abort import abort_job
 from hvdvae.errors import BusyError, HvdvaeError, MisfitError, RankLost, WorldError
 from hvdvae.launcher import Launch, detect
+from hvdvae.signals import Terminated
 
 USAGE_STATUS = 2
 """Exit status of an error that the user can mend."""
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), USAGE_STATUS)
     except KeyboardInterrupt as interrupt:
         # In training Ctrl-C saves and leaves (signals.py); before and after it there is nothing to save.
-        return _fail(str(interrupt) or "interrupted", 128 + signal.SIGINT)
+        number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
+        return _fail(str(interrupt) or "interrupted", 128 + number)
 
 
 def _fail(message: str, status: int, *, joins: bool = False) -> int:

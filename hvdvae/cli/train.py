@@ -34,7 +34,7 @@ from hvdvae.parallel.mesh import Groups
 from hvdvae.quick_start import spare_the_compiler
 from hvdvae.recovery import surviving
 from hvdvae.resume import load_weights, part_of
-from hvdvae.signals import deaf_to_warnings
+from hvdvae.signals import deaf_to_warnings, termination_interrupts
 from hvdvae.strategies import Strategy
 from hvdvae.strategies.sync_batch_norm import convert_sync_batch_norm
 from hvdvae.trainer import Trainer
@@ -126,9 +126,12 @@ def _train(asked: Asked) -> int:
         return exit_status(outcome)
     with deaf_to_warnings():
         try:
-            surviving(trainer, lambda: _conclude(config, trainer, model, dataset, pictures, folder, outcome, started))
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
+            with termination_interrupts():
+                surviving(
+                    trainer, lambda: _conclude(config, trainer, model, dataset, pictures, folder, outcome, started)
+                )
+        except KeyboardInterrupt as interrupt:
+            raise type(interrupt)(
                 f"interrupted in the final test; training is saved: --resume --out {folder} makes up for it"
             ) from None
         world.close()

@@ -93,6 +93,24 @@ def test_a_signal_saves_and_resume_goes_on_bit_for_bit(
     assert_same_end(folder, never_stopped[1])
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_interrupted_in_the_final_test_it_says_that_training_is_saved(
+    start: Start, command: Command, tmp_path: Path, images: Path, number: signal.Signals
+) -> None:
+    few = ("--epochs", "1", "--hidden", "10", "--batch-size", "48", "--pictures-every", "0", "--out", "run")
+    run = ("-m", "hvdvae", "train", "--data", str(images), *few, "--nll-samples", "1000000")
+    # Alone: what a rank says after mpirun was told to end, mpirun does not pass on.
+    ended = stop(start(1, *run, launcher="none"), tmp_path / "run", number)
+    assert ended.status == 128 + number
+    assert "interrupted in the final test; training is saved: --resume --out run makes up for it" in ended.output, (
+        ended.output
+    )
+    assert "Traceback" not in ended.output
+    resumed = command("train", "--resume", "--out", "run", "--nll-samples", "2")
+    assert resumed.status == 0, resumed.output
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
 def test_sigkill_leaves_whole_checkpoints_to_resume_from(
     start: Start, command: Command, tmp_path: Path, images: Path, never_stopped: dict[int, Path]
 ) -> None:
