@@ -46,7 +46,9 @@ def chunks(batch: Batch, count: int) -> list[Batch]:
     parts = zip(*(tensor.chunk(count) for tensor in _tensors(batch)), strict=True)
     if isinstance(batch, Mapping):
         return [dict(zip(batch, part, strict=True)) for part in parts]
-    return [list(part) for part in parts]
+    if hasattr(batch, "_make"):  # A named tuple.
+        return [batch._make(part) for part in parts]
+    return [tuple(part) if isinstance(batch, tuple) else list(part) for part in parts]
 
 
 def _tensors(batch: Batch) -> list[Tensor]:

@@ -42,6 +42,8 @@ AT_LEAST: dict[str, float] = {
     "weight_decay": 0,
     "seed": 0,
 }
+MOST_THREADS = 1024
+"""torch starts as many as it is asked for, and crashes where it cannot."""
 ABOVE_ZERO = ("sigma", "outer_lr", "lr", "eps", "clip_norm", "deadline", "step_epochs", "gamma")
 BELOW_ONE = ("momentum", "ema", "compression_momentum", "outer_momentum")
 AVERAGING = ("local-sgd", "diloco")
@@ -135,6 +137,8 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
             raise ConfigError(f"{flag(key)} is {values[key]}, expected at least {least:g}")
         if values[key] == float("inf"):
             raise ConfigError(f"{flag(key)} is inf, expected a finite number")
+    if values["threads"] is not None and values["threads"] > MOST_THREADS:
+        raise ConfigError(f"--threads is {values['threads']}, expected at most {MOST_THREADS}")
     for key in ABOVE_ZERO:
         if values[key] is not None and not 0 < values[key] < float("inf"):
             raise ConfigError(f"{flag(key)} is {values[key]}, expected a finite number above 0")
@@ -147,8 +151,8 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
         raise ConfigError(f"--compression-share is {values['compression_share']}, expected a part of 1 above 0")
     for key in ("hidden", "latent"):
         sizes = values[key]
-        if sizes is not None and (not sizes or min(sizes) < 1):
-            raise ConfigError(f"{flag(key)} is {sizes}, expected sizes of at least 1")
+        if sizes is not None and (not sizes or min(sizes) < 1 or max(sizes) >= 2**31):
+            raise ConfigError(f"{flag(key)} is {sizes}, expected sizes of at least 1 and below 2**31")
 
 
 def _check_vae(config: "TrainConfig") -> None:

@@ -34,6 +34,8 @@ class FlatModel:
         self.tensors: list[nn.Parameter] = [parameter for group in groups for parameter in group]
         self.shapes = [tuple(parameter.shape) for parameter in self.tensors]
         first = _same_kind(self.names, self.tensors)
+        self._views: list[Tensor] = []
+        """Of `parameters`, one a parameter: where it is, unless somebody has replaced its storage."""
         self.parameters = torch.empty(sum(p.numel() for p in self.tensors), dtype=first.dtype, device=first.device)
         self._gradient: Tensor | None = None
         self._gradient_views: list[Tensor] = []
@@ -46,13 +48,20 @@ class FlatModel:
                     view = _view_as(self.parameters, start, parameter)
                     view.copy_(parameter)
                     parameter.data = view
+                    self._views.append(view)
                     start += parameter.numel()
                 self.group_slices.append(slice(group_start, start))
-        self.buffers = _flatten_buffers(model)
-        self._others = [buffer for buffer in model.buffers() if buffer.dtype != torch.float32]
+        # Statistics are float32 beside weights of less.
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        self._places = [
+            (module, name, buffer)
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+        ]
+        self._buffers = _flatten([buffer for buffer in model.buffers() if buffer.dtype == dtype], dtype)
         self._kept: list[Tensor] = []
-        in_vectors = {*self.names, *(name for name, b in model.named_buffers() if b.dtype == torch.float32)}
-        state = model.state_dict(keep_vars=True)
+        in_vectors = {*self.names, *(name for name, buffer in model.named_buffers() if buffer.dtype == dtype)}
+        state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
         self.rest = [tensor for name, tensor in state.items() if name not in in_vectors]
         self._layout = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in state.items()]
 
@@ -63,6 +72,42 @@ class FlatModel:
             self.move_gradient(torch.zeros_like(self.parameters))
         assert self._gradient is not None
         return self._gradient
+
+    @property
+    def buffers(self) -> Tensor:
+        """(F,); what a module has put in the place of a buffer (`self.mean = ...`) is copied into it first.
+
+        Raises ConfigError where that has another shape.
+        """
+        for module, name, buffer in self._places:
+            found = module._buffers.get(name)
+            if found is None or found is buffer:
+                continue
+            if found.shape != buffer.shape:
+                raise ConfigError(
+                    f"buffer {name!r} of {type(module).__name__} had shape {tuple(buffer.shape)} when the model was "
+                    f"wrapped, and has {tuple(found.shape)} now: keep its shape"
+                )
+            buffer.copy_(found.detach())
+            module._buffers[name] = buffer
+        return self._buffers
+
+    def take_back(self) -> None:
+        """Copy in what has replaced the storage of parameters since (`p.data = ...`), and let them be views again.
+
+        Raises ConfigError naming a parameter that was moved to another device, or has another dtype or shape.
+        """
+        for name, parameter, view in zip(self.names, self.tensors, self._views, strict=True):
+            if parameter.data_ptr() == view.data_ptr():
+                continue
+            found, expected = ((t.dtype, t.device, tuple(t.shape)) for t in (parameter, view))
+            if found != expected:
+                raise ConfigError(
+                    f"parameter {name!r} was {expected[0]} {expected[2]} on {expected[1]} when the optimizer was "
+                    f"wrapped, and is {found[0]} {found[2]} on {found[1]} now: change the model first, then wrap"
+                )
+            view.copy_(parameter.data)
+            parameter.data = view
 
     def move_gradient(self, vector: Tensor) -> None:
         """Let `vector` (P,), zeroed, be the gradient from now on. Call it before the first backward()."""
@@ -76,9 +121,10 @@ class FlatModel:
 
     def move_parameters(self, vector: Tensor) -> None:
         """Let `vector` (P,) hold the parameters from now on. Copies them; optimizers over `parameters` must follow."""
+        self._views = list(self.views(vector).values())
         vector.copy_(self.parameters)
         self.parameters = vector
-        for parameter, view in zip(self.tensors, self.views(vector).values(), strict=True):
+        for parameter, view in zip(self.tensors, self._views, strict=True):
             parameter.data = view
 
     def gather_gradient(self) -> Tensor:
@@ -103,26 +149,31 @@ class FlatModel:
 
     def keep_buffers(self) -> None:
         """Remember all buffers as they are, unless a number in `buffers` is not finite. Local; awaits no GPU."""
-        if not self.buffers.numel():
+        floats = self.buffers
+        if not floats.numel():
             return
-        buffers = (self.buffers, *self._others)
+        buffers = (floats, *self._others())
         if not self._kept:
             self._kept = [buffer.clone() for buffer in buffers]
-        is_good = self.buffers.isfinite().all()
+        is_good = floats.isfinite().all()
         for kept, buffer in zip(self._kept, buffers, strict=True):
             torch.where(is_good, buffer, kept, out=kept)
 
     def restore_buffers(self) -> None:
         """Let all buffers be as they were when they were kept last. Local."""
-        for buffer, kept in zip((self.buffers, *self._others), self._kept, strict=False):
+        for buffer, kept in zip((self.buffers, *self._others()), self._kept, strict=False):
             buffer.copy_(kept)
+
+    def _others(self) -> list[Tensor]:
+        """Buffers that are not in the vector: counters, say."""
+        return [buffer for _, _, buffer in self._places if buffer.dtype != self._buffers.dtype]
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of a vector (P,), by parameter name and in the parameters' shapes."""
         found, start = {}, 0
-        for name, parameter in zip(self.names, self.tensors, strict=True):
-            found[name] = _view_as(vector, start, parameter)
-            start += parameter.numel()
+        for name, like in zip(self.names, self._views, strict=True):
+            found[name] = _view_as(vector, start, like)
+            start += like.numel()
         return found
 
     def places(self) -> dict[str, slice]:
@@ -135,7 +186,7 @@ class FlatModel:
 
     def view(self, piece: Tensor, number: int) -> Tensor:
         """A piece of a vector, that of parameter `number`, in its shape."""
-        return _view_as(piece, 0, self.tensors[number])
+        return _view_as(piece, 0, self._views[number])
 
     def split(self, vector: Tensor, group: int) -> list[Tensor]:
         """Views of a vector that is aligned with one group's slice, one a parameter, in the parameters' shapes."""
@@ -186,11 +237,11 @@ def _same_kind(names: Sequence[str], tensors: Sequence[Tensor]) -> Tensor:
     return first
 
 
-def _flatten_buffers(model: nn.Module) -> Tensor:
-    buffers = [buffer for buffer in model.buffers() if buffer.dtype == torch.float32]
+def _flatten(buffers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One vector, of which these are views from now on."""
     if not buffers:
-        return torch.empty(0)
-    vector = torch.empty(sum(buffer.numel() for buffer in buffers), device=buffers[0].device)
+        return torch.empty(0, dtype=dtype)
+    vector = torch.empty(sum(buffer.numel() for buffer in buffers), dtype=dtype, device=buffers[0].device)
     start = 0
     for buffer in buffers:
         view = vector[start : start + buffer.numel()].view(buffer.shape)

@@ -134,7 +134,15 @@ def restore(trainer: "Trainer", checkpoint: Source) -> None:
     optimizer.skipped_steps, trainer.stepper.overflows = record["skipped_steps"], record["overflows"]
     optimizer.moved.count_on(record.get("moved", {}))
     trainer.position = Position(**record["position"])
-    trainer.best = record["best"]
+    # Of another objective it is another number, which those to come cannot be compared with.
+    same = judged_by(record["config"]) == judged_by(trainer.configuration)
+    trainer.best = record["best"] if same else None
+
+
+def judged_by(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What makes the loss of a validation the number that it is: the objective, and the samples of its bound. Pure."""
+    objective = config.get("objective")
+    return objective, config.get("samples") if objective == "iwae" else None
 
 
 def _entries(source: Source) -> Iterator[tuple[int, str, Any]]:

@@ -141,7 +141,8 @@ def _stream(path: Path) -> Iterator[BinaryIO]:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
     except _Torn as error:
         raise CheckpointError(
-            f"{path} is torn or not a checkpoint ({error}): delete it, an earlier one is used then"
+            f"{path} is torn or not a checkpoint ({error}): name another one, or delete it if it is one of a run's, so "
+            "that an earlier one is used"
         ) from error
 
 

@@ -71,8 +71,16 @@ def data(name_or_path: str, world: World, *, validation: int | None = None) -> D
 def model(config: TrainConfig, shape: tuple[int, ...], device: torch.device) -> VAE:
     """The model, with initial weights that follow from the seed alone; on torch's meta device, none and no memory."""
     seed_everything(torch.device("cpu"), config.seed, _INITIAL_WEIGHTS)
-    with device if device.type == "meta" else torch.device("cpu"):
-        built = _built(config, shape).to(device)
+    try:
+        with device if device.type == "meta" else torch.device("cpu"):
+            built = _built(config, shape).to(device)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+            raise
+        raise ConfigError(
+            f"the model does not fit into the memory of {device}: lower --hidden {config.hidden} or --latent "
+            f"{config.latent} ({str(error).splitlines()[0]})"
+        ) from error
     if config.channels_last:
         built = built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return built
@@ -223,7 +231,7 @@ def distributed(config: TrainConfig, trained: nn.Module, world: World, parts: Pa
         reduce_op=config.reduce_op,
         zero_stage=config.zero_stage,
         weights=config.weights,
-        plan=plan(config),
+        plan=plan(config) if config.strategy == "ps" else None,
         parts=parts,
     )
 

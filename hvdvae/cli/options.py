@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hvdvae.config import TrainConfig, flag
+from hvdvae.config_check import MOST_THREADS
 from hvdvae.errors import ConfigError
 
 DEADLINE = TrainConfig.deadline
@@ -24,6 +25,8 @@ class Checked:
                 raise ConfigError(f"{flag(key)} is {value}, expected at least {_AT_LEAST[key]}")
             if key in _BELOW and value >= _BELOW[key]:
                 raise ConfigError(f"--{key} is {value}, expected less than 2**63")
+            if key == "threads" and value is not None and value > MOST_THREADS:
+                raise ConfigError(f"--threads is {value}, expected at most {MOST_THREADS}")
             if key in _DURATIONS and not 0 < value < float("inf"):
                 raise ConfigError(f"--{key} is {value}, expected a finite number above 0")
 

@@ -66,7 +66,11 @@ def _read_header(stream: IO[bytes], label: str) -> tuple[tuple[int, ...], bool, 
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
-    except (ValueError, EOFError) as error:
+        if not all(type(length) is int and length >= 0 for length in shape):
+            raise ValueError(f"shape {shape}")
+    except (zipfile.BadZipFile, zlib.error, OSError):
+        raise
+    except Exception as error:  # numpy parses the header as Python, which fails in many ways where it is damaged.
         raise DataError(f"{label}: found no readable .npy header ({error}); expected a plain numeric array") from error
     checked_layout(shape, label)
     checked_dtype(dtype, label)

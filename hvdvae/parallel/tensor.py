@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hvdvae.errors import ConfigError
+from hvdvae.first_order import refuse_graph
 from hvdvae.parallel.parts import Cut
 from hvdvae.world import World
 
@@ -115,6 +116,7 @@ class _Fan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        refuse_graph("a layer that is split over ranks")
         return _summed(gradients[0], ctx.group, "backward of a split layer"), None
 
 
@@ -127,6 +129,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        refuse_graph("a layer that is split over ranks")
         return gradients[0], None
 
 

@@ -93,6 +93,8 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
         outer_lr=outer_lr,
         outer_momentum=outer_momentum,
         group_size=group_size,
+        servers=servers,
+        plan=plan,
     )
     if world is None:
         replicas = plan.replicas if plan is not None else 0

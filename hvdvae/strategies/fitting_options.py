@@ -11,6 +11,8 @@ _STRATEGIES: dict[str, tuple[str, ...]] = {
     "compression_share": _OF_THE_COMMAND["compression"],
     "compression_rank": ("allreduce", "local-sgd", "diloco"),
     "process_set": ("allreduce",),
+    "servers": ("ps",),
+    "plan": ("ps",),
 }
 _DEFAULTS = {
     "compression": "none",

@@ -62,14 +62,16 @@ def flat_optimizer(optimizer: Optimizer, flat: FlatModel, places: Sequence[slice
     groups: list[dict[str, Any]] = []
     for group, part in zip(optimizer.param_groups, places or flat.group_slices, strict=True):
         vector = nn.Parameter(flat.parameters[part])
-        groups.append({**group, "params": [vector], **_fused(optimizer, group)})
+        groups.append({**group, "params": [vector], **_fused(optimizer, group, flat.parameters.dtype)})
     accepted = inspect.signature(type(optimizer)).parameters
     defaults = {key: value for key, value in optimizer.defaults.items() if key in accepted}
-    return bare(type(optimizer)(groups, **{**defaults, **_fused(optimizer, optimizer.defaults)}))
+    return bare(type(optimizer)(groups, **{**defaults, **_fused(optimizer, optimizer.defaults, flat.parameters.dtype)}))
 
 
-def _fused(optimizer: Optimizer, options: dict[str, Any]) -> dict[str, bool]:
+def _fused(optimizer: Optimizer, options: dict[str, Any], dtype: torch.dtype) -> dict[str, bool]:
     """Choose the fused kernel where the class has one and the user has not chosen otherwise."""
+    if dtype not in (torch.float32, torch.float64):
+        return {}  # torch 2.13's fused SGD leaves most of a vector of half precision as it was, on a CPU.
     unset = options.get("fused", False) is None and not options.get("foreach")
     free = not options.get("differentiable") and not options.get("capturable")
     return {"fused": True} if unset and free and not isinstance(options.get("lr"), Tensor) else {}

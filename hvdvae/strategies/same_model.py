@@ -1,6 +1,10 @@
-"""Whether ranks can train a model together: the same one on all, where each computes."""
+"""Whether ranks can train a model together: the same one on all, where each computes, and optimizers alike."""
+
+import hashlib
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
 from hvdvae.errors import ConfigError, WorldError
 from hvdvae.flat import FlatModel
@@ -32,4 +36,37 @@ def check_same_model(flat: FlatModel, world: World) -> None:
         raise WorldError(
             f"ranks {odd} hold another model than rank 0 (names, shapes or dtypes of parameters differ): build "
             "the same model on every rank"
+        )
+
+
+def summary(optimizer: Optimizer) -> str:
+    """Class, options and what the state comes to, of a torch optimizer: what ranks must have alike. Local."""
+    groups = [
+        {key: _plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = [
+        {key: _plain(value) for key, value in sorted(optimizer.state.get(parameter, {}).items())} for parameter in order
+    ]
+    return repr([type(optimizer).__name__, groups, states])
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    if not isinstance(value, Tensor):
+        # Of what is no number or text, ranks may have another object of the same sort.
+        return value if isinstance(value, bool | int | float | str | None) else type(value).__name__
+    wide = value.detach().double()
+    return (tuple(value.shape), float(wide.sum()), float(wide.square().sum()))
+
+
+def check_same_optimizer(mine: str, world: World) -> None:
+    """Raises WorldError, on all ranks, where their summaries differ. Blocks; every rank must call it."""
+    summaries = world.gather_bytes(hashlib.sha256(mine.encode()).digest(), "comparison of optimizers")
+    odd = [rank for rank, found in enumerate(summaries) if found != summaries[0]]
+    if odd:
+        raise WorldError(
+            f"ranks {odd} hold another optimizer than rank 0 (its class, options or state differ): build it alike, and "
+            "load the same state, on every rank"
         )

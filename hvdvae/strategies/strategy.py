@@ -17,7 +17,7 @@ from hvdvae.errors import ConfigError
 from hvdvae.flat import FlatModel
 from hvdvae.strategies.flat_optimizer import check_supported, flat_optimizer, is_elementwise
 from hvdvae.strategies.optimizer_state import entries_of, follow, load_state
-from hvdvae.strategies.same_model import check_device, check_same_model
+from hvdvae.strategies.same_model import check_device, check_same_model, check_same_optimizer, summary
 from hvdvae.strategies.saved_optimizer import SavedOptimizer
 from hvdvae.strategies.traffic import Traffic
 from hvdvae.world import World
@@ -67,10 +67,12 @@ class Strategy(SavedOptimizer):
         gradient of a step is the mean over ranks and backward passes, its global norm clipped at `clip_norm`. Raises
         WorldError where ranks hold different models.
         """
-        if backward_passes_per_step < 1:
-            raise ConfigError(f"backward_passes_per_step is {backward_passes_per_step}, expected at least 1")
-        if clip_norm is not None and clip_norm <= 0:
-            raise ConfigError(f"clip_norm (--clip-norm) is {clip_norm}, expected a number above 0, or none")
+        if not isinstance(backward_passes_per_step, int) or backward_passes_per_step < 1:
+            raise ConfigError(
+                f"backward_passes_per_step is {backward_passes_per_step!r}, expected a whole number of at least 1"
+            )
+        if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
+            raise ConfigError(f"clip_norm (--clip-norm) is {clip_norm!r}, expected a number above 0, or none")
         check_supported(optimizer)
         self.world = world
         everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -88,9 +90,12 @@ class Strategy(SavedOptimizer):
         self.skipped_steps = 0
         self.gradient_norm = 0.0
         self._exchanged = False
+        self._kept_buffers = False
+        """Whether they have been kept since the last step."""
         self._poison: Tensor | None = None
         self._step_supports_amp_scaling = True  # Then GradScaler always calls `step`, on all ranks.
         saved = optimizer.state_dict() if optimizer.state else None
+        mine = summary(optimizer) if self.synchronous else ""
         # LR schedulers that are built already hold `optimizer`: its groups stay the ones that rule.
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups = optimizer.param_groups
@@ -105,6 +110,7 @@ class Strategy(SavedOptimizer):
             load_state(optimizer, self.inner, self.flat, self.numbers, groups, entries)
             optimizer.state.clear()  # It has been copied, and Adagrad's is there before the first step.
         check_same_model(self.flat, world)
+        check_same_optimizer(mine, world)
         self.broadcast_model()
         self.flat.keep_buffers()
 
@@ -147,7 +153,7 @@ class Strategy(SavedOptimizer):
         `state_dict` is wanted too. Blocks; every rank must enter it where `synchronous`, else it is one rank's affair.
         """
         own = self.flat.buffers.clone()
-        rows = torch.zeros(self.world.size, own.numel())
+        rows = torch.zeros(self.world.size, own.numel(), dtype=own.dtype)
         rows[self.world.rank] = own
         self.world.sum_(rows, "gather of buffers")
         self.average_(self.flat.buffers)
@@ -170,7 +176,8 @@ class Strategy(SavedOptimizer):
     def synchronize(self) -> None:
         """Exchange gradients now, so that `.grad` holds the mean over ranks (to clip or unscale them before `step`).
 
-        Blocks; every rank must call it. `step` calls it unless it was called since the last step. Call it before
+        Blocks; every rank must call it, after the last backward() of the step: what a later one adds is not averaged.
+        `step` calls it unless it was called since the last step. Call it before
         GradScaler's `unscale_` and `step`: whether a gradient overflowed is then the same on all ranks.
         """
         self._exchange_once()
@@ -193,12 +200,14 @@ class Strategy(SavedOptimizer):
 
         Where any rank's gradient is not finite, no rank steps and `skipped_steps` counts one: the exchange has
         carried the NaN or infinity to all, so that all decide alike. Buffers are then again what they were at the last
-        `zero_grad`, or before it where that came after a forward pass that spoiled them.
+        `zero_grad`, or before it where that came after a forward pass that spoiled them; in a loop without, what they
+        were after the last step that was taken.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.flat.take_back()
         if self._exchanged:
             self.flat.gather_gradient()  # Somebody may have assigned other gradients since.
         elif self.world.size > 1 and getattr(self, "found_inf", None) is not None:
@@ -232,6 +241,9 @@ class Strategy(SavedOptimizer):
             self.parts.level(self.flat)
         # A scheduler that was built on the wrapped optimizer asks it whether it has stepped.
         self._wrapped._opt_called = True  # type: ignore[attr-defined]
+        if not self._kept_buffers:  # Of a loop that has the model clear its gradients, not the optimizer.
+            self.flat.keep_buffers()
+        self._kept_buffers = False
         self._count_step()
         return loss
 
@@ -309,6 +321,7 @@ class Strategy(SavedOptimizer):
         self._exchanged = False
         self._poison = None
         self.flat.keep_buffers()
+        self._kept_buffers = True
         super().zero_grad(set_to_none)
 
     def skip_synchronize(self) -> "nullcontext[None]":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hvdvae.first_order import refuse_graph
 from hvdvae.world import World
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -30,6 +31,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph("SyncBatchNorm")
         (gradient,) = gradients
         normalized, scale = ctx.saved_tensors
         over = [dim for dim in range(gradient.dim()) if dim != 1]
@@ -53,7 +55,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         """(B, C, ...) -> the same shape. Every rank must call it in training."""
         if not self.training:
             return super().forward(input)
-        x = input.float()
+        x = input if input.dtype == torch.float64 else input.float()
         over = [dim for dim in range(x.dim()) if dim != 1]
         detached = x.detach()
         count = torch.tensor([x.numel() / x.shape[1]], dtype=torch.float64, device=x.device)
@@ -67,7 +69,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.track_running_stats:
             self._track(mean, variance * (total / max(total - 1, 1)))
         scale = (variance + self.eps).rsqrt()
-        y: Tensor = _Normalize.apply(x, mean.float(), scale.float(), total, self.world)  # type: ignore[no-untyped-call]
+        y: Tensor = _Normalize.apply(x, mean.to(x.dtype), scale.to(x.dtype), total, self.world)  # type: ignore[no-untyped-call]
         if self.affine:
             shape = (1, -1, *([1] * (x.dim() - 2)))
             y = y * self.weight.view(shape) + self.bias.view(shape)
@@ -89,15 +91,22 @@ def convert_sync_batch_norm(module: nn.Module, world: World) -> nn.Module:
     Call it before the optimizer is wrapped.
     """
     if isinstance(module, _PLAIN):
+        held = next(iter(module.state_dict().values()), torch.empty(0))
         replacement = SyncBatchNorm(
-            module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
+            module.num_features,
+            module.eps,
+            module.momentum,
+            module.affine,
+            module.track_running_stats,
+            device=held.device,
+            dtype=held.dtype,
         )
         replacement.load_state_dict(module.state_dict())
         if module.affine:
             replacement.weight, replacement.bias = module.weight, module.bias
         replacement.train(module.training)
         replacement.world = world
-        return replacement.to(next(iter(module.state_dict().values())).device) if module.state_dict() else replacement
+        return replacement
     for name, child in module.named_children():
         setattr(module, name, convert_sync_batch_norm(child, world))
     return module

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hvdvae.first_order import refuse_graph
+
 # Each fold halves the columns; an odd column joins the first product, so 5 folds multiply at most 2**6
 # factors.
 _FOLDS = 5
@@ -57,5 +59,6 @@ class _BernoulliLogProb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        refuse_graph("the Bernoulli likelihood")
         sigmoid, x = ctx.saved_tensors
         return (x - sigmoid).mul_(grads[0].unsqueeze(-1)).to(ctx.dtype), None

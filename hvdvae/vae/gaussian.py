@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hvdvae.first_order import refuse_graph
+
 
 class DiagonalGaussian(NamedTuple):
     """N(mean, exp(log_sigma)^2), independent over the last dimension.
@@ -63,6 +65,7 @@ class _SampleAndKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        refuse_graph("the sample of a Gaussian and its KL")
         mean, sigma, noise = ctx.saved_tensors
         grad_z, grad_kl = grads
         by_noise = grad_z * noise

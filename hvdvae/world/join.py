@@ -40,8 +40,8 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         name = f"cuda:{local_rank % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=device).tolist()  # A device without numbers (meta) fails here.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
             f"--device {name} cannot be used ({str(error).splitlines()[0]}): expected auto, cpu, "
             "or a GPU that this torch sees"

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,15 @@ def test_a_signal_saves_and_resume_goes_on_bit_for_bit(
     assert_same_end(folder, never_stopped[1])
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Where tests run in the background of a shell, SIGINT is ignored, and what they start inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_interrupted_in_the_final_test_it_says_that_training_is_saved(
     start: Start, command: Command, tmp_path: Path, images: Path, number: signal.Signals

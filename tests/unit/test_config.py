@@ -57,6 +57,8 @@ def test_rates_and_times_are_finite_and_above_zero(key: str, value: float) -> No
         ({"hidden": []}, ["--hidden"]),
         ({"hidden": [10, 0]}, ["--hidden", "[10, 0]"]),
         ({"latent": [-3]}, ["--latent", "[-3]"]),
+        ({"latent": [10**13]}, ["--latent", "below 2**31"]),
+        ({"threads": 40_000}, ["--threads", "40000", "1024"]),
         ({"objective": "iwae", "free_bits": 0.1}, ["--free-bits", "--objective"]),
         ({"objective": "iwae", "beta": 2.0}, ["--beta", "--objective"]),
         ({"objective": "iwae", "beta_warmup": 2.0}, ["--beta-warmup", "--objective"]),

@@ -122,6 +122,14 @@ def test_object_arrays_are_refused_and_never_unpickled(tmp_path):
         open_npz(tmp_path / "a.npz")
 
 
+@pytest.mark.parametrize("shape", ["(3, 4", "(-3, 4)", "(True, 4)", "(3, 'x')", "(3, 4)]"])
+def test_a_damaged_npy_header_is_refused(tmp_path, shape):
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + bytes(12))
+    with pytest.raises(DataError, match=r"a\.npy: found no readable \.npy header"):
+        open_npy(tmp_path / "a.npy")
+
+
 def test_torn_npy_and_npz_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", GREY)
     content = (tmp_path / "a.npy").read_bytes()

@@ -156,3 +156,74 @@ def test_the_digest_tells_models_apart_not_their_values() -> None:
     without_buffers = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 2))
     for other in (renamed, shapes, without_buffers, network().double()):
         assert flat_of(other).digest() != reference
+
+
+def test_what_replaces_a_parameters_storage_is_copied_in_and_trained_on() -> None:
+    """`p.data = ...` is how weights are clamped, and `model.to(memory_format=...)` does it, too."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+    flat = flat_of(model)
+    clamped = model[2].weight.detach().clamp(0.0, 0.1)
+    model[2].weight.data = clamped
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    before = model[0].weight.detach().clone()
+    flat.take_back()
+    flat.parameters.mul_(2)
+    assert torch.equal(model[2].weight, 2 * clamped)
+    assert torch.equal(model[0].weight, 2 * before)
+    assert torch.equal(flat.views(flat.parameters)["0.weight"], model[0].weight)
+
+
+def test_a_parameter_that_was_moved_is_named() -> None:
+    model = network()
+    flat = flat_of(model)
+    model.to(torch.float64)
+    with pytest.raises(ConfigError, match=r"'0\.weight' was torch\.float32 \(3, 4\) on cpu .* and is torch\.float64"):
+        flat.take_back()
+
+
+class Mean(nn.Module):
+    """Assigns its buffer anew, as many codebooks do."""
+
+    mean: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean = 0.5 * self.mean + 0.5 * x.mean(0) * self.weight
+        return self.mean
+
+
+def test_a_buffer_that_a_module_assigns_anew_stays_in_the_vector() -> None:
+    model = Mean()
+    flat = flat_of(model)
+    model(torch.full((2, 3), 4.0))
+    assert torch.equal(flat.buffers, torch.full((3,), 2.0))
+    flat.buffers.fill_(7.0)
+    assert torch.equal(model.mean, torch.full((3,), 7.0))
+    model.mean = torch.zeros(4)
+    with pytest.raises(ConfigError, match=r"buffer 'mean' of Mean had shape \(3,\).*has \(4,\) now"):
+        _ = flat.buffers
+
+
+def test_buffers_of_a_float64_model_are_in_the_vector() -> None:
+    model = network().double()
+    flat = flat_of(model)
+    assert flat.buffers.dtype == torch.float64
+    flat.buffers.fill_(5.0)
+    assert torch.equal(model[1].running_mean, torch.full((3,), 5.0, dtype=torch.float64))  # type: ignore[arg-type]
+
+
+def test_state_that_is_no_tensor_is_left_alone() -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 3}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            assert state == {"version": 3}
+
+    flat = flat_of(Extra(2, 2))
+    assert flat.rest == []

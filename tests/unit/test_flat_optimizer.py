@@ -213,3 +213,14 @@ def test_what_an_optimizer_has_at_its_start_is_not_kept_twice() -> None:
     assert not plain.state
     state = optimizer.state_dict()["state"]
     assert all(bool((state[number]["sum"] == 0.5).all()) for number in range(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_are_stepped_whole(dtype: torch.dtype) -> None:
+    model = nn.Linear(20, 20).to(dtype)
+    before = model.weight.detach().clone()
+    optimizer = wrapped(torch.optim.SGD(model.parameters(), lr=1.0), model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert bool((model.weight != before).all())

@@ -286,6 +286,43 @@ def test_a_validation_that_is_not_a_number_is_never_the_best(tmp_path: Path, los
     assert epoch_of(checkpoints.best) == 3
 
 
+@pytest.mark.parametrize(
+    ("options", "goes_on"),
+    [
+        ({"objective": "iwae", "samples": 5}, True),
+        ({"objective": "iwae", "samples": 7}, False),
+        ({"objective": "elbo", "samples": 5}, False),
+    ],
+)
+def test_a_best_of_another_objective_is_not_compared_with(
+    tmp_path: Path, options: dict[str, Any], *, goes_on: bool
+) -> None:
+    """The bound of 5 samples is less than the ELBO of the same weights."""
+    before = {"objective": "iwae", "samples": 5}
+    _, checkpoints = run_with_validation(tmp_path, [2.0, 1.0], config=before)
+    trainer = trainer_of(
+        plain_network(), checkpoints=checkpoints, validate=lambda: {"loss": 1.5, "elbo": 0.0}, config=options
+    )
+    trainer.resume(load(checkpoints.steps()[0]))
+    trainer.fit(3)
+    assert epoch_of(checkpoints.best) == (2 if goes_on else 3)
+
+
+def test_a_skipped_step_costs_no_statistics_where_the_model_clears_its_gradients() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, world=WORLD, strategy="local")
+    for step in range(5):
+        model.zero_grad()
+        loss = model(torch.randn(6, 3)).square().mean() * (math.nan if step == 4 else 1.0)
+        loss.backward()
+        before = {name: value.clone() for name, value in model.named_buffers()}
+        optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert int(model[1].num_batches_tracked) == 4  # type: ignore[arg-type]
+    assert not torch.equal(before["1.running_mean"], model[1].running_mean)  # type: ignore[arg-type]
+    assert bool(model[1].running_mean.abs().max() > 0)  # type: ignore[union-attr, operator]
+
+
 def test_periods_of_validation_and_checkpoints_and_the_last_epoch_always(tmp_path: Path) -> None:
     told = Notes()
     checkpoints = Folder(tmp_path, 99)

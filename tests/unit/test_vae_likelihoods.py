@@ -9,6 +9,7 @@ from torch.nn import functional
 from hvdvae.errors import ConfigError
 from hvdvae.vae import build_likelihood
 from hvdvae.vae.bernoulli import bernoulli_log_prob
+from hvdvae.vae.gaussian import DiagonalGaussian
 from hvdvae.vae.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian
 
 
@@ -135,3 +136,14 @@ def test_unknown_names_and_useless_settings_are_refused() -> None:
         build_likelihood("bernoulli", sigma=0.1)
     with pytest.raises(ConfigError, match="positive"):
         build_likelihood("gaussian", sigma=-1)
+
+
+def test_second_derivatives_are_refused_and_not_wrong() -> None:
+    logits = torch.randn(2, 3, requires_grad=True)
+    packed = torch.randn(1, 2, 6, requires_grad=True)
+    for value, of in (
+        (bernoulli_log_prob(logits, torch.ones(2, 3)), logits),
+        (DiagonalGaussian(packed).sample(torch.randn(1, 2, 3))[1], packed),
+    ):
+        with pytest.raises(RuntimeError, match="has no second derivative here"):
+            torch.autograd.grad(value.sum(), of, create_graph=True)
