@@ -125,6 +125,8 @@ def check(config: "TrainConfig", defaults: Mapping[str, Any], of_servers: Sequen
             raise ConfigError(f"{flag(key)} is for {fitting}, found {found}")
     _check_vae(config)
     _check_parallelism(config)
+    if config.out == "":
+        raise ConfigError("--out is empty, expected a folder: a variable that is not set?")
     if config.resume and config.overwrite:
         raise ConfigError("--resume continues a run and --overwrite deletes it: give one of them")
     if config.resume and config.out is None:

@@ -35,10 +35,15 @@ DYING = re.compile(rb"hvdvae: (deadline of .* exceeded|uncaught exception on ran
 """What ranks say before they end the job. A launcher that lost a host has been seen to go on without any rank."""
 FINISHED = b"hvdvae: finished, results in "
 """What rank 0 says last."""
+SAVED = b": saved at step "
+"""What rank 0 says after a signal."""
 DYING_SECONDS = 60.0
 END_SECONDS = 10.0
 """Between SIGTERM and SIGKILL."""
 LONGEST_PAUSE = 600.0
+LAUNCHERS = {"mpirun", "mpiexec", "mpirun.openmpi", "mpiexec.hydra", "orterun", "prterun", "srun"}
+"""What hands a SIGUSR1 on to its ranks."""
+SHELLS = ("bash", "sh", "dash", "zsh", "ksh")
 MENDED_BY_USERS = (2, 126, 127)
 """Exit statuses that would be the same again: our own errors, and a command that cannot be run."""
 LOST_STATUS = 75
@@ -71,6 +76,8 @@ class End(NamedTuple):
     """Whether it said that it has its results (FINISHED)."""
     for_good: bool = False
     """Whether a signal came that does not announce a later stretch: not SIGUSR1 alone."""
+    said_saved: bool = False
+    """Whether it said that it saved before it left (SAVED)."""
 
 
 def supervise(command: Sequence[str], policy: Policy, results: Callable[[], object] | None) -> End:
@@ -131,8 +138,10 @@ def _run(command: Sequence[str], policy: Policy, received: list[int]) -> End:
             if received and asked_at is None:
                 asked_at = now
                 _say(f"{signal.Signals(received[0]).name}: asking the job to save and leave")
-                _ask_to_leave(job, command)
+                _ask_to_leave(job)
             reason = _reason_to_end(words, policy, asked_at, now)
+            if received.count(signal.SIGINT) > 1:
+                reason = "a second SIGINT"
             if reason:
                 _say(f"{reason}; ending it")
                 break
@@ -141,10 +150,12 @@ def _run(command: Sequence[str], policy: Policy, received: list[int]) -> End:
     words.close()
     status = job.returncode if job.returncode >= 0 else 128 - job.returncode
     if received:
-        return End(status, received[0], words.said_finished, {*received} != {signal.SIGUSR1})
+        return End(status, received[0], words.said_finished, {*received} != {signal.SIGUSR1}, words.said_saved)
+    if reason and status == 0:
+        status = LOST_STATUS  # It left in peace when it was ended, and has not done its work.
     # Ranks that got the signal themselves, as from `scancel --signal` or sbatch's --signal without B:.
     stopped = status - 128 if status - 128 in STOPPING and not reason else 0
-    return End(status, stopped, words.said_finished, stopped not in (0, signal.SIGUSR1))
+    return End(status, stopped, words.said_finished, stopped not in (0, signal.SIGUSR1), words.said_saved)
 
 
 def _reason_to_end(words: "_Words", policy: Policy, asked_at: float | None, now: float) -> str:
@@ -163,7 +174,7 @@ class _Words:
 
     def __init__(self, job: "subprocess.Popen[bytes]") -> None:
         self.last = time.monotonic()
-        self.said_dying = self.said_finished = False
+        self.said_dying = self.said_finished = self.said_saved = False
         pipes = ((job.stdout, sys.stdout), (job.stderr, sys.stderr))
         self._threads = [threading.Thread(target=self._pass_on, args=pair, daemon=True) for pair in pipes]
         for thread in self._threads:
@@ -177,6 +188,7 @@ class _Words:
             tail = (tail + some)[-200 - len(some) :]
             self.said_dying |= bool(DYING.search(tail))
             self.said_finished |= FINISHED in tail
+            self.said_saved |= SAVED in tail
             with suppress(OSError):  # Whoever listened has gone; the job goes on, and must not block on a full pipe.
                 os.write(to.fileno(), some)
 
@@ -186,19 +198,52 @@ class _Words:
             thread.join(END_SECONDS)
 
 
-def _ask_to_leave(job: "subprocess.Popen[bytes]", command: Sequence[str]) -> None:
-    """SIGUSR1, by the launcher; horovodrun would die of it, so there to the ranks of this host: one is enough."""
-    if not any(os.path.basename(word) == "horovodrun" for word in command):
-        job.send_signal(signal.SIGUSR1)
-        return
-    asked = 0
-    for process in psutil.Process(job.pid).children(recursive=True):
+def _ask_to_leave(job: "subprocess.Popen[bytes]") -> None:
+    """SIGUSR1, by the launcher, which may stand behind a script of the user's, who would die of it.
+
+    So would horovodrun: there the ranks of this host get it, and one is enough.
+    """
+    tree = [psutil.Process(job.pid)]
+    tree += tree[0].children(recursive=True)
+    programs = {process.pid: _program(process) for process in tree}
+    if "horovodrun" in programs.values():
+        asked = [process for process in tree if _is_rank(process)]
+        if not asked:  # All are on other hosts, and nobody can ask them.
+            job.terminate()
+            return
+    else:
+        launchers = [process for process in tree if programs[process.pid] in LAUNCHERS]
+        asked = launchers or [process for process in tree if programs[process.pid] not in (*SHELLS, "")]
+        # Those on top: they pass it on.
+        below = {child.pid for process in asked for child in _children(process)}
+        asked = [process for process in asked if process.pid not in below] or tree[:1]
+    for process in asked:
         with suppress(psutil.Error):
-            if {"HOROVOD_RANK", "OMPI_COMM_WORLD_RANK"} & process.environ().keys() and "train" in process.cmdline():
-                process.send_signal(signal.SIGUSR1)
-                asked += 1
-    if not asked:  # All are on other hosts, and nobody can ask them.
-        job.terminate()
+            process.send_signal(signal.SIGUSR1)
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    with suppress(psutil.Error):
+        found: list[psutil.Process] = process.children(recursive=True)
+        return found
+    return []
+
+
+def _program(process: psutil.Process) -> str:
+    """Name of the program that a process runs, of a script or a module where it is an interpreter."""
+    with suppress(psutil.Error):
+        words = [os.path.basename(word) for word in process.cmdline()[:4]]
+        if words[:1] and words[0].startswith("python"):
+            words = [word for word in words[1:] if not word.startswith("-")]
+        return words[0] if words else ""
+    return ""
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        ranks = {"HOROVOD_RANK", "OMPI_COMM_WORLD_RANK"}
+        return bool(ranks & process.environ().keys()) and "train" in process.cmdline()
+    return False
 
 
 def _end(job: "subprocess.Popen[bytes]") -> None:
@@ -219,8 +264,13 @@ def _end(job: "subprocess.Popen[bytes]") -> None:
 
 def _resuming(command: Sequence[str]) -> list[str]:
     """The command, told to go on from its newest good checkpoint."""
-    words = [word for word in command if word != "--overwrite"]
-    return words if "--resume" in words else [*words, "--resume"]
+    parts: list[list[str]] = [[]]
+    for word in command:
+        if word == ":":  # mpirun starts several programs, each with words of its own.
+            parts.append([":"])
+        elif word != "--overwrite":
+            parts[-1].append(word)
+    return [word for part in parts for word in (part if "--resume" in part else [*part, "--resume"])]
 
 
 @contextmanager

@@ -4,6 +4,10 @@
 # HOSTS=host1:4,host2:4 spreads them; HVDVAE_HOROVODRUN_FLAGS has more flags for horovodrun.
 set -euo pipefail
 ranks=${1:?usage: launch/horovodrun.sh N COMMAND [--FLAG VALUE ...]}
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || {
+    echo "launch/horovodrun.sh: N is '$ranks', expected a number of ranks" >&2
+    exit 2
+}
 shift
 read -r -a more <<< "${HVDVAE_HOROVODRUN_FLAGS:-}"
 flags=()

@@ -4,6 +4,10 @@
 # HOSTS=host1:4,host2:4 spreads them; HVDVAE_MPIRUN_FLAGS has more flags for mpirun.
 set -euo pipefail
 ranks=${1:?usage: launch/mpirun.sh N COMMAND [--FLAG VALUE ...]}
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || {
+    echo "launch/mpirun.sh: N is '$ranks', expected a number of ranks" >&2
+    exit 2
+}
 shift
 flags=()
 case $(mpirun --version 2>&1) in

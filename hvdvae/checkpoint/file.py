@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,7 +70,8 @@ def save(path: Path, checkpoint: Checkpoint | Draft) -> None:
             "or fix the folder, then continue with --resume"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def load(path: Path) -> Checkpoint:

@@ -4,6 +4,7 @@ import fcntl
 import os
 import re
 import socket
+import stat
 import time
 from pathlib import Path
 from typing import TextIO
@@ -30,6 +31,9 @@ def hold(folder: Path, *, replaces: bool = False) -> None:
         opened = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise ConfigError(f"--out {folder}: cannot write there ({error.strerror or error})") from error
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise ConfigError(f"--out {folder} holds {LOCK_FILE}, which is no file: move it away, or choose another folder")
     file = os.fdopen(opened, "r+", errors="replace")
     if any(os.path.sameopenfile(held.fileno(), file.fileno()) for held in _HELD):
         file.close()

@@ -104,7 +104,7 @@ def _seconds(time: str) -> float:
     """Of a limit as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; 0 is none. Raises ConfigError. Pure."""
     if time.upper() in ("0", "UNLIMITED", "INFINITE"):
         return math.inf
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time, re.ASCII)
     if found is None:
         raise ConfigError(f"--time is {time!r}, expected minutes, H:MM:SS or D-H:MM:SS, as sbatch takes it")
     days, *rest = found.groups()

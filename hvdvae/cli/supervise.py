@@ -15,24 +15,30 @@ from hvdvae.errors import ConfigError
 from hvdvae.supervisor import MENDED_BY_USERS, Policy
 from hvdvae.supervisor import supervise as run
 
-NAMES_A_FOLDER = ("--out", "--config")
-
 
 def supervise(options: SuperviseOptions) -> int:
     """Run the command. Blocks; returns its exit status, or 0 where the job was requeued. Raises ConfigError."""
     command = options.command
     if not command:
         raise ConfigError("supervise has no command: hvdvae supervise -- mpirun -np 2 hvdvae train --out DIR")
-    if options.restarts and not any(word.split("=")[0] in NAMES_A_FOLDER for word in command):
+    words = _words(command)
+    asked = _of_file(words)
+    if options.restarts and not ("--out" in words[:-1] or asked is None or isinstance(asked.get("out"), str)):
         raise ConfigError(
             f"supervise: found no --out in {' '.join(command)!r}: name it, or each restart begins anew in a folder of "
             "its own"
+        )
+    if "--out" in words and words[words.index("--out") + 1 :][:1] in ([], [""]):
+        raise ConfigError("supervise: --out is empty, expected a folder: a variable that is not set?")
+    if options.restarts and asked and asked.get("overwrite"):
+        raise ConfigError(
+            "supervise: the file of --config says overwrite, and a restart resumes: say --overwrite on the command "
+            "line instead, which the first start alone has"
         )
     job = os.environ.get("SLURM_JOB_ID")
     if options.requeue and job is None:
         raise ConfigError("--requeue: found no SLURM_JOB_ID, expected a Slurm job: use sbatch, or drop --requeue")
     policy = Policy(restarts=options.restarts, backoff=options.backoff, silence=options.silence, grace=options.grace)
-    words = _words(command)
     folder = _folder(words)
     before = _checkpoints(folder)
     end = run(
@@ -43,7 +49,8 @@ def supervise(options: SuperviseOptions) -> int:
         return end.status
     if end.status in MENDED_BY_USERS:
         return end.status
-    if folder is not None and folder.is_dir() and _checkpoints(folder) == before:
+    # What it has said counts, too: the folder may be one that only its own hosts see.
+    if folder is not None and _checkpoints(folder) == before and not end.said_saved:
         sys.stderr.write(
             f"hvdvae supervise: {folder} has no checkpoint of this stretch: the next would not come further, so it is "
             "not requeued; ask for more time\n"
@@ -70,13 +77,20 @@ def _folder(words: Sequence[str]) -> Path | None:
     """Where the run's results will be, as far as its command says."""
     if "--out" in words[:-1]:
         return Path(words[len(words) - words[::-1].index("--out")])
+    found = _of_file(words)
+    out = found.get("out") if found else None
+    return Path(out) if isinstance(out, str) else None
+
+
+def _of_file(words: Sequence[str]) -> dict[str, object] | None:
+    """What the file of --config says; {} where none is named, None where it cannot be read: the run will say it."""
     if "--config" not in words[:-1]:
-        return None
+        return {}
     try:
         found = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return None  # The run will say it.
-    return Path(found["out"]) if isinstance(found, dict) and isinstance(found.get("out"), str) else None
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _written(path: Path | None) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ class JsonLines:
         self._path = path
         with writing(path):
             self._file = path.open("a", encoding="utf-8")
+            if not _ends_whole(path):
+                self._file.write("\n")  # After a line that was torn, by a crash of its host.
         self._last = 0.0
 
     def on_beat(self, beat: Beat, *, step: int, epoch: float, lr: float) -> None:
@@ -58,6 +61,14 @@ class JsonLines:
         with writing(self._path):
             self._file.write(json.dumps(finite({"time": time.time(), **record}), allow_nan=False) + "\n")
             self._file.flush()
+
+
+def _ends_whole(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def finite(value: Any) -> Any:

@@ -86,6 +86,12 @@ def join_mpi(launch: Launch, servers: int) -> Joined:
         )
     carrier = MpiCollectives(MPI.COMM_WORLD)
     place, neighbours = launch.local_rank, launch.local_size
+    counts = [int(count) for count in carrier.gather_bytes(str(servers).encode())]
+    if odd := [rank for rank, count in enumerate(counts) if count != counts[0]]:
+        raise WorldError(
+            f"rank {odd[0]} was started for {counts[odd[0]]} parameter servers, rank 0 for {counts[0]} (--strategy, "
+            "--servers, --replicas): start all ranks with the same program and options"
+        )
     if servers:
         hosts = [name.decode() for name in carrier.gather_bytes(socket.gethostname().encode())]
         order = order_of_roles(hosts, servers)

@@ -91,3 +91,12 @@ def test_without_a_number_of_ranks_they_say_how_they_are_used(tmp_path: Path, sc
     status, words = run(tmp_path, script, OPEN_MPI_5)
     assert status != 0
     assert not words
+
+
+@pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh"])
+@pytest.mark.parametrize("ranks", ["0", "two", "3x", "-2", ""])
+def test_what_is_no_number_of_ranks_is_refused(tmp_path: Path, script: str, ranks: str) -> None:
+    """Open MPI takes it for all that there is room for."""
+    status, words = run(tmp_path, script, OPEN_MPI_5, ranks, "train")
+    assert status != 0
+    assert not words

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -21,7 +22,7 @@ calls = len(log.read_text().splitlines()) if log.exists() else 0
 with log.open("a") as file:
     file.write(json.dumps(sys.argv[1:]) + chr(10))
 def leave(number, frame):
-    print("saved", flush=True)
+    print("SIGUSR1: saved at step 3", flush=True)
     sys.exit(128 + number)
 def finish(status=0):
     if status == 0:
@@ -35,12 +36,12 @@ signal.signal(signal.SIGUSR1, leave)
 class Supervised:
     """`hvdvae supervise` in a process of its own, over a Python script."""
 
-    def __init__(self, folder: Path, body: str, *options: str, **environment: str) -> None:
+    def __init__(self, folder: Path, body: str, *options: str, command: Sequence[str] = (), **environment: str) -> None:
         self.folder = folder
         (folder / "job.py").write_text(JOB + body)
-        command = [sys.executable, "-m", "hvdvae", "supervise", "--backoff", "0.1", *options, "--"]
+        supervise = [sys.executable, "-m", "hvdvae", "supervise", "--backoff", "0.1", *options, "--"]
         self.process = subprocess.Popen(
-            [*command, sys.executable, "job.py", "train", "--out", "here"],
+            [*supervise, *(command or [sys.executable, "job.py", "train", "--out", "here"])],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
             stdout=subprocess.PIPE,
@@ -143,6 +144,49 @@ def test_a_job_that_does_not_leave_is_ended(tmp_path: Path) -> None:
     status, said = job.finish()
     assert status == 128 + signal.SIGTERM
     assert "not left 0.5 s after a signal (--grace)" in said
+
+
+def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
+    job = Supervised(tmp_path, "signal.signal(signal.SIGUSR1, signal.SIG_IGN); time.sleep(60)", "--grace", "50")
+    job.await_calls(1)
+    for _ in range(2):
+        job.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    status, said = job.finish()
+    assert status == 128 + signal.SIGTERM
+    assert "a second SIGINT; ending it" in said
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "python3"])
+def test_a_signal_goes_past_a_script_that_would_die_of_it(tmp_path: Path, launcher: str) -> None:
+    """The script goes on once the launcher in it, or the program, has left."""
+    script = tmp_path / "run.sh"
+    (tmp_path / launcher).symlink_to(sys.executable)
+    (tmp_path / "job.py").write_text(JOB + "time.sleep(60)")
+    script.write_text(f"#!/bin/bash\n{tmp_path / launcher} job.py\nstatus=$?\necho ended with $status\nexit $status\n")
+    job = Supervised(tmp_path, "time.sleep(60)", command=["bash", str(script), "--out", "here"])
+    job.await_calls(1)
+    time.sleep(0.2)
+    job.process.send_signal(signal.SIGTERM)
+    status, said = job.finish()
+    assert "saved at step 3\nended with 138" in said
+    assert status == 128 + signal.SIGUSR1
+
+
+def test_a_job_that_was_ended_has_not_done_its_work(tmp_path: Path) -> None:
+    """Though it leaves in peace, and has nothing to show for what it did."""
+    command = ["bash", "-c", "trap 'exit 0' TERM; sleep 50 & wait"]
+    job = Supervised(tmp_path, "", "--silence", "1", "--restarts", "0", command=command)
+    status, said = job.finish()
+    assert status == 75
+    assert "has said nothing for 1 s" in said
+
+
+def test_every_program_of_one_launch_resumes(tmp_path: Path) -> None:
+    several = ["train", "--out", "here", ":", "-n", "1", "train", "--overwrite", "--out", "here"]
+    job = Supervised(tmp_path, "finish(75 if calls < 1 else 0)", command=[sys.executable, "job.py", *several])
+    assert job.finish()[0] == 0
+    assert job.calls[1] == ["train", "--out", "here", "--resume", ":", "-n", "1", "train", "--out", "here", "--resume"]
 
 
 def test_a_silent_job_is_ended_and_started_again(tmp_path: Path) -> None:
@@ -307,6 +351,7 @@ def test_a_job_that_is_cancelled_is_not_requeued(tmp_path: Path) -> None:
     [
         (["supervise", "--", "hvdvae", "train"], "--out"),
         (["supervise", "--requeue", "--", "hvdvae", "train", "--out", "x"], "SLURM_JOB_ID"),
+        (["supervise", "--", "hvdvae", "train", "--out", ""], "--out is empty"),
         (["supervise", "--backoff", "-1", "--", "true"], "--backoff is -1"),
     ],
 )
@@ -315,6 +360,16 @@ def test_bad_supervision(
 ) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert main(words) == 2
+    assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "message"), [("epochs: 3", "no --out"), ("out: x\noverwrite: true", "overwrite")])
+def test_a_file_with_which_no_restart_could_go_on_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert main(["supervise", "--", "hvdvae", "train", "--config", str(file)]) == 2
     assert message in capfd.readouterr().err
 
 
