@@ -175,7 +175,7 @@ class ServerOptions:
     consistency: Literal["asp", "ssp", "bsp"] = "asp"
     """Who waits: nobody; who is more than --staleness steps ahead; everybody, for one mean update a step."""
     staleness: int | None = None
-    """Steps that a worker may be ahead of the slowest (ssp)."""
+    """Steps that a worker may be ahead of the slowest (ssp); periods, with --push-every."""
     backup_workers: int = 0
     """Slowest workers of a step that it does not wait for (bsp)."""
     replicas: int = 0
@@ -187,7 +187,7 @@ class ServerOptions:
     elasticity: float | None = None
     """Alpha of easgd [0.9 / workers]."""
     push_every: int = 1
-    """Steps of a worker between two pushes; it steps by itself meanwhile."""
+    """Steps of a worker between two pushes; it steps by itself meanwhile. The end of a run cuts a period short."""
     fetch_every: int | None = None
     """Steps of a worker between two pulls, a multiple of --push-every [the same]."""
     prefetch: bool = False

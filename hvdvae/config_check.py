@@ -188,5 +188,8 @@ def _check_parallelism(config: "TrainConfig") -> None:
                 raise ConfigError(f"{flag(key)} wants float32 weights on every rank, found --weights bf16: drop one")
     if config.strategy in AVERAGING and config.ema:
         raise ConfigError(f"--ema does not go with --strategy {config.strategy}: ranks have weights of their own")
-    if config.strategy == "ps" and config.engine == "mpi":
-        raise ConfigError("--engine mpi is for --strategy allreduce, found --strategy ps: drop it")
+    periodic = config.push_every > 1 or (config.fetch_every or 1) > 1
+    if config.strategy == "ps" and config.ema and (config.rule == "easgd" or periodic):
+        raise ConfigError(
+            "--ema does not go with --rule easgd, --push-every and --fetch-every: workers have weights of their own"
+        )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdvae.checkpoint import Draft, Piece, Source
-from hvdvae.errors import CheckpointError
+from hvdvae.errors import CheckpointError, ConfigError
 from hvdvae.parallel.whole_checkpoint import PartOfCheckpoint, merge
 from hvdvae.strategies.optimizer_state import pack
 
@@ -47,6 +47,16 @@ class Position:
         """The epoch is finished; its remainder is left out."""
         self.epoch += 1
         self.examples = 0
+
+
+def check_state(model: nn.Module) -> None:
+    """Raises ConfigError where a module has state that is no tensor: a checkpoint holds nothing that needs pickling."""
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(
+                f"the model's {name} is a {type(value).__name__}, and a checkpoint holds tensors alone: let "
+                "get_extra_state return a tensor, or train without checkpoints"
+            )
 
 
 def snapshot(trainer: "Trainer", rows: Tensor, config: Mapping[str, Any]) -> Draft:

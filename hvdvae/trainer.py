@@ -29,7 +29,7 @@ from hvdvae.monitor import Monitor
 from hvdvae.outcome import Outcome
 from hvdvae.pulse import Beat
 from hvdvae.recovery import enter, recover
-from hvdvae.resume import Position, restore, snapshot
+from hvdvae.resume import Position, check_state, restore, snapshot
 from hvdvae.schedule import Schedule, world_scale
 from hvdvae.signals import caught
 from hvdvae.stepper import Loss, Stepper
@@ -94,6 +94,8 @@ class Trainer:
                 f"weights {optimizer.precision!r} (--weights) go with precision {optimizer.precision!r} (--precision) "
                 f"and without ema_decay (--ema), found {precision!r} and {ema_decay}"
             )
+        if checkpoints is not None:
+            check_state(model)
         keep_freed_memory()
         self.model, self.optimizer, self.batches = model, optimizer, batches
         optimizer.is_told_the_step = True
@@ -216,8 +218,10 @@ class Trainer:
             number += 1
             if self.optimizer.share != self._share:
                 # Somebody has died: what is left of the epoch is cut anew over those that go on.
+                before = self._share[1]
                 self._share = self.optimizer.share
                 self.batches.reshare(*self._share)
+                self._scale_learning_rates(before)
                 start = min(self.position.examples, self.batches.examples)
                 number, steps = 0, self.batches.steps(start)
                 batches = self.batches.epoch(self.position.epoch, start)
@@ -239,14 +243,17 @@ class Trainer:
     def take_place(self, size_before: int) -> None:
         """Go on at the place that this rank has among others, where as many as `size_before` averaged. Local."""
         world = self.optimizer.world
-        factor = world_scale(self._lr_scaling, world.size) / world_scale(self._lr_scaling, size_before)
-        self.stepper.scale_learning_rates(factor)
+        self._share = (world.rank, world.size)
+        self._scale_learning_rates(size_before)
         self._pulse = pulse_of(self.optimizer)
         if self.pipeline is not None:
             self.pipeline.recover()
-        self._share = (world.rank, world.size)
         self.batches.reshare(*self._share)
         self._monitors = self._monitors or self._monitors_here()
+
+    def _scale_learning_rates(self, size_before: int) -> None:
+        factor = world_scale(self._lr_scaling, self._share[1]) / world_scale(self._lr_scaling, size_before)
+        self.stepper.scale_learning_rates(factor)
 
     def _agreed(self, signal_number: int) -> int:
         if not self.optimizer.synchronous:

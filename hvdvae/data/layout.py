@@ -38,6 +38,11 @@ def checked_layout(shape: tuple[int, ...], path: str) -> Layout:
         return Layout((1, shape[1], shape[2]), False)
     if shape[3] in (1, 3) and shape[1] not in (1, 3):
         return Layout((shape[3], shape[1], shape[2]), True)
+    if shape[3] == 4 and shape[1] == shape[2] > 4:
+        raise DataError(
+            f"{path}: found images of four channels, shape {shape}, with transparency (RGBA); expected 1 or 3: save "
+            "array[..., :3]"
+        )
     return Layout(shape[1:], False)
 
 

@@ -15,7 +15,19 @@ from torch import Tensor
 from hvdvae.ps.asking import Servers
 from hvdvae.ps.channel import Channel
 from hvdvae.ps.plan import Plan
-from hvdvae.ps.protocol import ANSWER, BINS, OPTIONS, REQUEST, STATE, TEXT, Answer, Header, Kind, Request
+from hvdvae.ps.protocol import (
+    ANSWER,
+    BINS,
+    OPTIONS,
+    REQUEST,
+    SKIPPED,
+    STATE,
+    TEXT,
+    Answer,
+    Header,
+    Kind,
+    Request,
+)
 from hvdvae.ps.shards import pieces
 from hvdvae.ps.state import Manifest
 from hvdvae.ps.wire import PullMessage, PushMessage, codec_for
@@ -68,6 +80,8 @@ class Client:
         self._sequence = 0
         self.answer: Header = np.zeros(ANSWER + 2 * channel.workers + BINS)
         """The last answer of the first server: totals of all workers."""
+        self.skipped_with_others = 0
+        """Pushes that were not applied because another worker's gradient of the step was not finite."""
         self.staleness = 0
         """Of this worker's last push: the largest of all servers."""
 
@@ -190,6 +204,7 @@ class Client:
             self._servers.ask(number, partial(self._send_push, request, options, vector if finite else None))
         answers = self._answers(pull=pull)
         self.staleness = int(max(answer[Answer.STALENESS] for answer in answers))
+        self.skipped_with_others += int(finite and answers[0][Answer.DROPPED_MINE] == SKIPPED)
         if self._pushes and finite:
             for message, answer in zip(self._pushes, answers, strict=True):
                 if not answer[Answer.DROPPED_MINE]:

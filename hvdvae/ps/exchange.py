@@ -6,9 +6,10 @@ what was pulled.
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,9 @@ class Exchange:
     def settle(self) -> None:
         """Return once nothing is under way. Blocks."""
 
+    def flush(self) -> None:
+        """Push what a run's end leaves of a period. Blocks until the policy lets this worker go on."""
+
     def take(self) -> None:
         """Let the model have the weights that were pulled last."""
         if self.flat.parameters.data_ptr() != self.client.incoming.data_ptr():
@@ -61,10 +65,15 @@ class Exchange:
         return self.client.outgoing[: self.flat.gradient.numel()]
 
     def _push(self, *, finite: bool, pull: bool, versions: NDArray[np.float64]) -> None:
+        self._prepared(finite=finite, pull=pull, versions=versions)()
+
+    def _prepared(self, *, finite: bool, pull: bool, versions: NDArray[np.float64]) -> Callable[[], None]:
+        """A push of all that is so now; what is called may run beside the next step."""
         buffers = self.flat.buffers
         if buffers.numel():
             self.client.outgoing[-buffers.numel() :] = buffers
-        self.client.push(
+        return partial(
+            self.client.push,
             [float(group["lr"]) for group in self.inner.param_groups],
             self.report.taken(),
             options=self._changed_options(),
@@ -85,7 +94,8 @@ class Exchange:
     @contextmanager
     def _blocked(self) -> Iterator[None]:
         start = time.perf_counter()
-        with self._watchdog.waiting("answer of the parameter servers"):
+        # Patient: where workers wait for each other, one of them may be evaluating or saving.
+        with self._watchdog.waiting("answer of the parameter servers", patient=True):
             yield
         seconds = time.perf_counter() - start
         self.report.add_blocked(seconds)
@@ -121,7 +131,7 @@ class Ahead(Exchange):
         computed_with = self._computing
         self.settle()
         self._gradient.copy_(self.flat.gradient)
-        self._under_way = self._thread.submit(self._push, finite=finite, pull=True, versions=computed_with)
+        self._under_way = self._thread.submit(self._prepared(finite=finite, pull=True, versions=computed_with))
 
     def settle(self) -> None:
         """Wait for the push that is under way, and compute with the weights that it brought."""
@@ -150,21 +160,32 @@ class Periodic(Exchange):
 
     steps_itself = True
     _steps = 0
+    _has_some = False
+    """Whether a step of this period was finite."""
 
     def step(self, *, finite: bool) -> None:
         """Blocks where a period ends."""
         if finite:
             self.inner.step()
             self._gradient.add_(self.flat.gradient)
+            self._has_some = True
         self._steps += 1
+        if self._steps % self.plan.push_every == 0:
+            self._end_period(pull=self._steps % self.plan.pull_every == 0)
+
+    def flush(self) -> None:
+        """A period that a run's end cuts short is pushed as it is; the next run begins with a new one."""
         if self._steps % self.plan.push_every:
-            return
-        pull = self._steps % self.plan.pull_every == 0
+            self._end_period(pull=True)
+        self._steps = 0
+
+    def _end_period(self, *, pull: bool) -> None:
         with self._blocked():
-            self._push(finite=True, pull=pull, versions=self.client.versions)
+            self._push(finite=self._has_some, pull=pull, versions=self.client.versions)
         if pull:
             self.take()
         self._gradient.zero_()
+        self._has_some = False
 
 
 class Elastic(Exchange):
@@ -181,8 +202,16 @@ class Elastic(Exchange):
         if finite:
             self.inner.step()
         self._steps += 1
+        if self._steps % self.plan.push_every == 0:
+            self._pull_at_each_other()
+
+    def flush(self) -> None:
+        """A period that a run's end cuts short ends there."""
         if self._steps % self.plan.push_every:
-            return
+            self._pull_at_each_other()
+        self._steps = 0
+
+    def _pull_at_each_other(self) -> None:
         self._gradient.copy_(self.flat.parameters)
         with self._blocked():
             self._push(finite=True, pull=True, versions=self.client.versions)

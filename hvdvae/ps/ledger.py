@@ -22,6 +22,8 @@ class Ledger:
         self.applied: Counter[int] = Counter()
         self.dropped: Counter[int] = Counter()
         """Pushes, by worker."""
+        self.skipped: Counter[int] = Counter()
+        """Of whose steps nothing was pushed, as they were not finite."""
         self.duplicates = 0
         self.step_seconds = np.zeros(workers)
         """Of each worker's last steps."""
@@ -64,6 +66,7 @@ class Ledger:
             "staleness_histogram": {str(value): self.staleness[value] for value in sorted(self.staleness)},
             "applied_by_worker": [self.applied[worker] for worker in range(len(self.step_seconds))],
             "dropped_by_worker": [self.dropped[worker] for worker in range(len(self.step_seconds))],
+            "skipped_by_worker": [self.skipped[worker] for worker in range(len(self.step_seconds))],
         }
 
 

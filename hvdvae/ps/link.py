@@ -46,8 +46,8 @@ class Link:
 
     @property
     def speaks(self) -> bool:
-        """Whether it is this server's to say what happens."""
-        return True
+        """Whether it is this server's to say what happens: the first one's, of several that all hear of it."""
+        return self.channel.rank == self.channel.workers
 
     def hear(self) -> tuple[int, Header]:
         """The next request, and whose it is. Raises PeersDied."""
@@ -99,6 +99,10 @@ class Link:
             self.channel.flush(worker)
             self.channel.send_vector(worker, self._received[worker][: self.length].copy_(vector))
         return 0 if vector is None else vector.nbytes
+
+    def held(self, worker: int) -> Tensor | None:
+        """The weights (P,) that a worker has since its last answer, where a codec made them others than here."""
+        return self._pulls[worker].held if self._pulls else None
 
     def _answer_short(self, worker: int, header: Header, vector: Tensor, *, is_push: bool, takes: bool) -> int:
         pull = self._pulls[worker]

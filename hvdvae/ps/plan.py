@@ -134,6 +134,11 @@ class Plan:
             raise ConfigError("--push-every and --fetch-every go with --consistency asp or ssp: bsp is every step")
         if periodic and self.prefetch:
             raise ConfigError("--prefetch goes with a push and a pull at every step: leave --push-every, --fetch-every")
+        if periodic and self.rule.startswith("dcasgd"):
+            raise ConfigError(
+                f"--rule {self.rule} compensates gradients of the weights that were pulled, and with --push-every and "
+                "--fetch-every they are of the worker's own: use one of the two"
+            )
         if self.rule == "easgd" and self.pull_every != self.push_every:
             raise ConfigError("--rule easgd pulls when it pushes: leave --fetch-every, set --push-every (its period)")
 

@@ -102,7 +102,7 @@ class Answer(IntEnum):
     STALENESS = 3
     """Updates between this worker's pull and its push."""
     DROPPED_MINE = 4
-    """1: the push was not applied: it came too late for its step, or another worker's made all skip that."""
+    """The push was not applied. LATE: it came too late for its step; SKIPPED: another worker's made all skip that."""
     SIGNAL = 5
     """That some worker, or this server, got; 0: none."""
     SHORT = 6
@@ -129,6 +129,7 @@ class Answer(IntEnum):
 
 
 ANSWER = len(Answer)
+LATE, SKIPPED = 1, 2
 
 BINS = 64
 """Of the staleness histogram; the last holds all that is beyond."""

@@ -19,8 +19,8 @@ class Rule(Protocol):
     def apply(self, push: Tensor, worker: int, staleness: int) -> None:
         """Update the weights by one push (P,) of `worker`, with `staleness` updates since that worker's pull."""
 
-    def answered(self, worker: int) -> None:
-        """The present weights go to this worker."""
+    def answered(self, worker: int, weights: Tensor) -> None:
+        """This worker computes with these weights (P,) from now on."""
 
     def reply(self, worker: int) -> Tensor:
         """What the answer carries (P,): the weights, or what the worker has to do to its own."""
@@ -68,7 +68,7 @@ class Plain:
         """One step."""
         self._optimizer.step(push)
 
-    def answered(self, worker: int) -> None:
+    def answered(self, worker: int, weights: Tensor) -> None:
         """Nothing to remember."""
 
     def reply(self, worker: int) -> Tensor:
@@ -87,7 +87,7 @@ class StalenessLearningRate(Plain):
 class DelayCompensated(Plain):
     """DC-ASGD (Zheng et al. 2017): g + strength g * g * (weights now - weights of the worker's pull).
 
-    `adaptive` is the paper's DC-ASGD-a: strength / sqrt(moving average of g * g), element by element (eqs. 10, 11).
+    `adaptive` is the paper's DC-ASGD-a: strength / sqrt(moving average of g * g + 1e-7), by element (eqs. 10, 11).
     """
 
     EPSILON = 1e-7
@@ -110,14 +110,14 @@ class DelayCompensated(Plain):
         change = torch.sub(self._optimizer.weights, self._pulled[worker], out=self._scratch)
         change.mul_(push).mul_(push)
         if self._mean_square is not None:
-            change.div_(torch.sqrt(self._mean_square, out=self._root).add_(self.EPSILON))
+            change.div_(torch.add(self._mean_square, self.EPSILON, out=self._root).sqrt_())
         self._optimizer.step(push.add_(change, alpha=self._strength))
 
-    def answered(self, worker: int) -> None:
-        """Remember what it gets."""
+    def answered(self, worker: int, weights: Tensor) -> None:
+        """Remember what it has."""
         if worker not in self._pulled:
-            self._pulled[worker] = torch.empty_like(self._optimizer.weights)
-        self._pulled[worker].copy_(self._optimizer.weights)
+            self._pulled[worker] = torch.empty_like(weights)
+        self._pulled[worker].copy_(weights)
 
 
 class Elastic:
@@ -139,7 +139,7 @@ class Elastic:
         torch.sub(push, self._center, out=force).mul_(self._rate)
         self._center.add_(force)
 
-    def answered(self, worker: int) -> None:
+    def answered(self, worker: int, weights: Tensor) -> None:
         """Nothing to remember."""
 
     def reply(self, worker: int) -> Tensor:

@@ -20,7 +20,7 @@ from hvdvae.ps.hello import Hello
 from hvdvae.ps.ledger import Ledger
 from hvdvae.ps.link import Link
 from hvdvae.ps.plan import Plan
-from hvdvae.ps.protocol import ANSWER, BINS, OPTIONS, REQUEST, TEXT, Answer, Header, Kind, Request
+from hvdvae.ps.protocol import ANSWER, BINS, LATE, OPTIONS, REQUEST, SKIPPED, TEXT, Answer, Header, Kind, Request
 from hvdvae.ps.recruiter import Recruiter
 from hvdvae.ps.weights import Weights
 from hvdvae.signals import Caught
@@ -59,7 +59,8 @@ class Server:
         """Gradient (or weights) and buffers of it, (P + F)."""
         self._arrived = [0.0] * workers
         self._staleness = [0] * workers
-        self._late: set[int] = set()
+        self._not_applied: dict[int, int] = {}
+        """Workers whose last push was not, and LATE or SKIPPED."""
         self._sequence = [0] * workers
         self._attendance = Attendance(workers)
         self._noted: set[int] = set()
@@ -208,7 +209,9 @@ class Server:
         self._arrived[worker] = time.perf_counter()
         self._epochs[worker] = float(request[Request.EPOCHS])
         self.ledger.reported(worker, request)
-        if request[Request.KIND] == Kind.PUSH:
+        if request[Request.KIND] == Kind.NOTHING:
+            self.ledger.skipped[worker] += 1
+        else:
             self.ledger.totals[Answer.BYTES_PUSHED] += self._link.push_bytes
             self._weights.buffers[worker] = self._pushes[worker][self._weights.length :]
         self._act(self._policy.push(worker))
@@ -220,7 +223,7 @@ class Server:
                     self._apply(workers)
                 case Drop(worker):
                     self.ledger.dropped_push(worker)
-                    self._late.add(worker)
+                    self._not_applied[worker] = LATE
                 case AnswerIt(worker):
                     self._answer(worker)
 
@@ -230,7 +233,9 @@ class Server:
         if any(request[Request.KIND] == Kind.NOTHING for request in requests.values()):
             # In BSP all skip what one must skip, as under allreduce; otherwise it is that worker's affair.
             self.version += int(self._is_step)
-            self._late.update(worker for worker, one in requests.items() if one[Request.KIND] == Kind.PUSH)
+            for worker in (worker for worker, one in requests.items() if one[Request.KIND] == Kind.PUSH):
+                self.ledger.dropped_push(worker)
+                self._not_applied[worker] = SKIPPED
             return
         for worker, staleness in stalenesses.items():
             self._staleness[worker] = staleness
@@ -243,10 +248,10 @@ class Server:
     def _answer(self, worker: int) -> None:
         request = self._requests.pop(worker)
         self.ledger.totals[Answer.QUEUE_SECONDS] += time.perf_counter() - self._arrived[worker]
-        if request[Request.WANTS]:
-            self._weights.answered(worker)
         weights = self._weights.answer(worker) if request[Request.WANTS] else None
         self._reply(worker, request, weights, is_push=True)
+        if weights is not None:
+            self._weights.answered(worker, self._link.held(worker))
 
     def _reply(
         self, worker: int, request: Header, vector: Tensor | None = None, *, is_push: bool = False, takes: bool = True
@@ -259,8 +264,7 @@ class Server:
         header[Answer.SEQUENCE] = request[Request.SEQUENCE]
         header[Answer.VERSION] = self.version
         header[Answer.STALENESS] = self._staleness[worker]
-        header[Answer.DROPPED_MINE] = worker in self._late
-        self._late.discard(worker)
+        header[Answer.DROPPED_MINE] = self._not_applied.pop(worker, 0)
         for other in range(workers):
             header[ANSWER + other] = -1 if other in self._attendance.missing else self._clock(other)
         header[ANSWER + workers : ANSWER + 2 * workers] = self.ledger.step_seconds

@@ -84,9 +84,9 @@ class Weights:
         """What a worker is to get now (P,); changes with the next update."""
         return self._rule.reply(worker)
 
-    def answered(self, worker: int) -> None:
-        """The present weights go to this worker."""
-        self._rule.answered(worker)
+    def answered(self, worker: int, held: Tensor | None = None) -> None:
+        """The present weights went to this worker; `held` (P,): what it has of them, where a codec made that less."""
+        self._rule.answered(worker, self.vector if held is None else held)
 
     def state(self) -> tuple[Manifest, list[Tensor]]:
         """The optimizer's, in views."""

@@ -79,27 +79,27 @@ class PullMessage:
         """`length`: L. The worker holds nothing yet."""
         self._codec = codec
         self.message = torch.zeros(codec.nbytes, dtype=torch.uint8)
-        self._held = torch.zeros(length)
-        self.is_known = False
+        self.held = torch.zeros(length)
         """What the worker holds."""
+        self.is_known = False
         self._calls = 0
 
     def holds(self, weights: Tensor) -> None:
         """The worker has got these weights (L,) as they are."""
-        self._held.copy_(weights)
+        self.held.copy_(weights)
         self.is_known = True
 
     def write(self, weights: Tensor, key: int) -> Tensor:
         """The message that takes the worker nearer to these weights (L,)."""
         self._calls += 1
-        self._codec.encode(weights - self._held, self.message, stream(_PULL, key, self._calls))
-        self._codec.add(self.message, self._held)
+        self._codec.encode(weights - self.held, self.message, stream(_PULL, key, self._calls))
+        self._codec.add(self.message, self.held)
         return self.message
 
     def read(self, into: Tensor) -> None:
         """The weights that the worker holds with this message, to a vector (L,)."""
-        self._codec.add(self.message, self._held)
-        into.copy_(self._held)
+        self._codec.add(self.message, self.held)
+        into.copy_(self.held)
 
 
 def codec_for(plan: Plan) -> Callable[[int], Gathered] | None:

@@ -140,6 +140,12 @@ class ParameterServer(Strategy):
         self.start()
         self._ended = False
         self._exchange.step(finite=finite)
+        self._count_skipped()
+
+    def _count_skipped(self) -> None:
+        """Of steps that all skip because one must; with --prefetch a step later."""
+        self.skipped_steps += self.client.skipped_with_others
+        self.client.skipped_with_others = 0
 
     def start(self) -> None:
         """The servers get worker 0's weights and optimizer, which may come from a checkpoint; once.
@@ -226,6 +232,8 @@ class ParameterServer(Strategy):
         if self._ended or not self._started:
             return
         self._exchange.settle()
+        self._exchange.flush()
+        self._count_skipped()
         with self.world.watchdog.waiting("end of the other workers' runs", patient=True):
             self.ledgers = self.client.done(self.report.taken())
         self._exchange.take()

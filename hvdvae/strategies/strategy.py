@@ -77,6 +77,7 @@ class Strategy(SavedOptimizer):
         self.world = world
         everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.numbers = [number for number, parameter in enumerate(everything) if parameter.requires_grad]
+        self._frozen = [parameter for parameter in everything if not parameter.requires_grad]
         self.flat = FlatModel(
             model, [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
         )
@@ -208,6 +209,11 @@ class Strategy(SavedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self.flat.take_back()
+        if any(parameter.requires_grad for parameter in self._frozen):
+            raise ConfigError(
+                "a parameter that was frozen when the optimizer was wrapped has requires_grad now, and would not be "
+                "trained: wrap with all that is to be trained, or wrap anew"
+            )
         if self._exchanged:
             self.flat.gather_gradient()  # Somebody may have assigned other gradients since.
         elif self.world.size > 1 and getattr(self, "found_inf", None) is not None:

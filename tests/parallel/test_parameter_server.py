@@ -339,7 +339,7 @@ def test_workers_that_step_by_themselves_come_together(world: World, plan: Plan)
     """Elastic averaging, and Downpour with periods: fewer messages, and the loss falls."""
     for optimizer, model, mine in workers_at_every_split(world, plan, Smooth, OPTIMIZERS["sgd"]):
         train(optimizer, model, mine)
-        assert optimizer.ledgers[0]["pushes"] == STEPS // 2 * mine.size
+        assert optimizer.ledgers[0]["pushes"] == -(-STEPS // 2) * mine.size, "the end cuts the last period short"
         assert loss_of(model, *data()).item() < loss_of(Smooth(100), *data()).item()
 
 
@@ -358,7 +358,7 @@ def test_a_step_that_one_must_skip_costs_the_others_nothing_that_they_remember(w
                 optimizer.param_groups[0]["params"][0].grad[0, 0] = float("nan")
 
         train(optimizer, model, mine, spoil)
-        assert optimizer.skipped_steps == int(mine.rank == 0)
+        assert optimizer.skipped_steps == 1
         assert kept[2].any()
         assert torch.equal(kept[3], kept[2])
         assert not torch.equal(kept[4], kept[3])
@@ -379,7 +379,59 @@ def test_a_gradient_that_is_not_finite_changes_nothing(world: World) -> None:
             train(optimizer, model, mine, poison)
             assert torch.isfinite(weights(model)).all()
             assert optimizer.ledgers[0]["updates"] == updates(mine.size)
-            assert optimizer.skipped_steps == int(mine.rank == mine.size - 1)
+            last = mine.size - 1
+            assert optimizer.skipped_steps == int(consistency == "bsp" or mine.rank == last), "all know it"
+            assert optimizer.ledgers[0]["dropped_pushes"] == (last if consistency == "bsp" else 0)
+            assert optimizer.ledgers[0]["skipped_by_worker"] == [0] * last + [1]
+
+
+@pytest.mark.parametrize("plan", [Plan(push_every=2 * STEPS), Plan(rule="easgd", push_every=2 * STEPS)], ids=str)
+def test_a_run_shorter_than_a_period_trains(world: World, plan: Plan) -> None:
+    for optimizer, model, mine in workers_at_every_split(world, plan, Smooth, OPTIMIZERS["sgd"]):
+        train(optimizer, model, mine)
+        assert optimizer.ledgers[0]["updates"] == mine.size
+        assert loss_of(model, *data()).item() < loss_of(Smooth(100), *data()).item()
+
+
+def test_a_period_of_which_no_step_was_finite_pushes_nothing(world: World) -> None:
+    """A zero gradient would let momentum and decay move the weights."""
+    with served(world, 1, Plan(push_every=2), Smooth, OPTIMIZERS["adam"]) as worker:
+        if not worker:
+            return
+        optimizer, model, mine = worker
+
+        def poison(step: int, optimizer: Any) -> None:
+            if step in (2, 3):
+                optimizer.param_groups[0]["params"][0].grad[0, 0] = float("nan")
+
+        train(optimizer, model, mine, poison)
+        assert optimizer.ledgers[0]["pushes"] == (-(-STEPS // 2) - 1) * mine.size
+        assert optimizer.ledgers[0]["skipped_by_worker"] == [1] * mine.size
+
+
+def test_a_push_ahead_has_the_statistics_of_its_own_step(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It travels while the next forward pass writes them anew."""
+    from hvdvae.ps.client import Client
+
+    push, pushed = Client.push, []
+
+    def late(client: Client, *arguments: Any, **options: Any) -> None:
+        time.sleep(0.05)
+        pushed.append(client.outgoing[-1].item())
+        push(client, *arguments, **options)
+
+    monkeypatch.setattr(Client, "push", late)
+    with served(world, 1, Plan(prefetch=True), Net, OPTIMIZERS["sgd"]) as worker:
+        if not worker:
+            return
+        optimizer, model, mine = worker
+        due = []
+
+        def note(step: int, optimizer: Any) -> None:
+            due.append(model.layers[1].running_var[-1].item())
+
+        train(optimizer, model, mine, note)
+        assert pushed == due
 
 
 def test_a_copy_is_of_one_moment_on_all_servers(world: World) -> None:

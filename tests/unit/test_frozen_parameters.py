@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hvdvae.errors import ConfigError
 from hvdvae.strategies import DistributedOptimizer, Strategy
 from hvdvae.world import World
 
@@ -57,3 +58,12 @@ def test_state_passes_to_plain_torch_and_back(ours_first: bool) -> None:
     train(one, second)
     train(reference, straight, 4)
     assert_close(one.state_dict(), reference.state_dict())
+
+
+def test_what_is_unfrozen_after_wrapping_is_refused_and_not_left_behind() -> None:
+    model = half_frozen()
+    optimizer = wrapped(model)
+    train(model, optimizer, 1)
+    model[1].requires_grad_(True)
+    with pytest.raises(ConfigError, match="frozen when the optimizer was wrapped"):
+        train(model, optimizer, 1)

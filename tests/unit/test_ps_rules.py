@@ -42,7 +42,7 @@ def test_delay_compensation_is_the_papers_formula() -> None:
     """Worker 1 pulls, worker 0 moves the weights, then worker 1 pushes (Zheng et al. 2017, eq. 10)."""
     start = weights()
     compensated = make("dcasgd", start)
-    compensated.answered(1)
+    compensated.answered(1, start)
     compensated.apply(PUSH.clone(), 0, 0)
     moved, late = start.clone(), torch.tensor([1.0, 1.0, -1.0, 0.5])
     compensated.apply(late.clone(), 1, 1)
@@ -50,15 +50,26 @@ def test_delay_compensation_is_the_papers_formula() -> None:
     torch.testing.assert_close(start, expected)
 
 
+def test_delay_is_counted_from_what_the_worker_has() -> None:
+    """With short messages it has other weights than the server had."""
+    start = weights()
+    compensated = make("dcasgd", start)
+    held = start + 0.25
+    compensated.answered(1, held)
+    late = torch.tensor([1.0, 1.0, -1.0, 0.5])
+    compensated.apply(late.clone(), 1, 0)
+    torch.testing.assert_close(start, weights() - RATES * (late + 0.5 * late * late * (weights() - held)))
+
+
 def test_the_normalized_form_divides_by_the_mean_square() -> None:
     start = weights()
     compensated = make("dcasgd-a", start)
-    compensated.answered(1)
+    compensated.answered(1, start)
     compensated.apply(PUSH.clone(), 0, 0)
     moved, late = start.clone(), torch.tensor([1.0, 1.0, -1.0, 0.5])
     mean_square = 0.95 * 0.05 * PUSH**2 + 0.05 * late**2
     compensated.apply(late.clone(), 1, 1)
-    strength = 0.5 / (mean_square.sqrt() + 1e-7)
+    strength = 0.5 / (mean_square + 1e-7).sqrt()
     torch.testing.assert_close(start, moved - RATES * (late + strength * late * late * (moved - weights())))
 
 
@@ -69,7 +80,7 @@ def test_without_delay_all_are_plain_to_the_last_bit(name: str) -> None:
     for step in range(5):
         push = PUSH * (step + 1)
         mine.apply(push.clone(), 0, 0)
-        mine.answered(0)
+        mine.answered(0, start)
         reference.apply(push.clone(), 0, 0)
     assert torch.equal(start, plain)
 

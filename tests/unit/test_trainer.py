@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hvdvae import pulse
 from hvdvae.checkpoint import Checkpoint, Folder, load
-from hvdvae.errors import CheckpointError, HostsChanged, NonFiniteError
+from hvdvae.errors import CheckpointError, ConfigError, HostsChanged, NonFiniteError
 from hvdvae.outcome import Outcome, exit_status
 from hvdvae.pulse import Beat
 from hvdvae.schedule import learning_rate
@@ -626,6 +626,20 @@ def test_a_checkpoint_of_another_model_is_refused_and_says_how(tmp_path: Path) -
     with pytest.raises(CheckpointError, match=r"step-000000006.*[02]\.\w+ is \([45, ]+\) there, \(.*9.*\) here"):
         trainer_of(wider).resume(load(newest))
     assert torch.equal(weights(wider), start), "nothing may be loaded halfway"
+
+
+class Versioned(Denoiser):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"version": 3}
+
+
+def test_state_that_a_checkpoint_cannot_hold_is_named_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="_extra_state is a dict"):
+        trainer_of(Versioned(), checkpoints=Folder(tmp_path, 1))
+    trainer_of(Versioned()).fit(1)
 
 
 def test_exit_status_is_that_of_the_signal() -> None:
