@@ -52,8 +52,7 @@ def kill_one(folder: Path, plan: str, *, victim: int, delay: float, unheard: boo
     assert ended.status == 0, ended.output
     summary = json.loads((folder / "run" / "summary.json").read_text())
     assert summary["died"] == [victim]
-    servers = 2 if "--servers 2" in plan else 1
-    assert ended.output.count(f"worker {victim} has died") == servers, "each server says it once"
+    assert ended.output.count(f"worker {victim} has died") == 1
     assert summary["epochs"] == EPOCHS
     assert summary["world_size"] == WORKERS - 1
     assert summary["pushes"] == sum(summary["applied_by_worker"]) == sum(summary["staleness_histogram"].values())
