@@ -93,6 +93,7 @@ class Link:
         pulled = self._pulled[worker]
         if vector is not None and pulled is not None:
             pulled.copy_(vector)
+        self.channel.seat.rise()
         self.channel.send(worker, header)
         if vector is not None and pulled is None:
             # From the buffer of this worker, whose push is done with: the weights may change while they travel.
