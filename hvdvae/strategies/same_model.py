@@ -57,8 +57,16 @@ def _plain(value: object) -> object:
     if not isinstance(value, Tensor):
         # Of what is no number or text, ranks may have another object of the same sort.
         return value if isinstance(value, bool | int | float | str | None) else type(value).__name__
-    wide = value.detach().double()
-    return (tuple(value.shape), float(wide.sum()), float(wide.square().sum()))
+    # In pieces: a copy of a large state would be twice as large.
+    sums = [
+        (float(wide.sum()), float(wide.square().sum())) for wide in map(torch.Tensor.double, _pieces(value.detach()))
+    ]
+    return tuple(value.shape), sums
+
+
+def _pieces(value: Tensor) -> tuple[Tensor, ...]:
+    reals = torch.view_as_real(value) if value.is_complex() else value
+    return reals.reshape(-1).split(1 << 20)
 
 
 def check_same_optimizer(mine: str, world: World) -> None:

@@ -1,5 +1,6 @@
 """A rank that fails ends the job, non-zero, with its reason, within the deadline. Nothing hangs."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ def test_a_rank_that_raises_ends_the_job_with_its_traceback(start: Start, launch
     assert "uncaught exception on rank 1" in job.output
     assert "RuntimeError: the bad example 4711" in job.output
     assert "failing_rank.py" in job.output, "the traceback names the line"
+
+
+def test_ranks_that_were_started_for_other_roles_are_named(start: Start, images: Path) -> None:
+    words = ["-m", "hvdvae", "train", "--data", str(images), "--epochs", "1", "--out", "run"]
+    job = start(1, *words, ":", "-n", "1", sys.executable, *words, "--strategy", "ps").finish(GRACE)
+    assert job.status == 2
+    assert "rank 1 was started for 1 parameter servers, rank 0 for 0 (--strategy, --servers" in job.output
 
 
 def test_an_exception_in_a_thread_ends_the_job(start: Start) -> None:

@@ -22,6 +22,11 @@ def test_layout_of_vectors_and_images(stored, shape):
     np.testing.assert_array_equal(source.gather(np.array([3, 0, 3])), array[[3, 0, 3]].reshape(3, *shape))
 
 
+def test_transparency_is_not_taken_for_columns():
+    with pytest.raises(DataError, match=r"four channels, shape \(2, 6, 6, 4\)"):
+        ArraySource(np.zeros((2, 6, 6, 4), np.uint8), "a")
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_channels_last_are_moved_at_the_gather(tmp_path, mapped, channels):

@@ -145,6 +145,15 @@ def test_json_lines_are_whole_while_the_run_goes_on_and_not_too_many(tmp_path: P
     told.close()
 
 
+def test_json_lines_go_on_after_one_that_a_crash_tore(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "epoch", "epoch": 1}\n{"kind": "ep')
+    lines = JsonLines(path)
+    lines.on_epoch(2, 20, {"loss": 1.0})
+    lines.close()
+    assert json.loads(path.read_text().splitlines()[-1])["epoch"] == 2
+
+
 def test_json_lines_have_no_nan(tmp_path: Path) -> None:
     """JSON has none: other languages refuse the whole line."""
     path = tmp_path / "metrics.jsonl"
