@@ -1,6 +1,7 @@
 """Whether ranks can train a model together: the same one on all, where each computes, and optimizers alike."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -64,9 +65,9 @@ def _plain(value: object) -> object:
     return tuple(value.shape), sums
 
 
-def _pieces(value: Tensor) -> tuple[Tensor, ...]:
+def _pieces(value: Tensor) -> Sequence[Tensor]:
     reals = torch.view_as_real(value) if value.is_complex() else value
-    return reals.reshape(-1).split(1 << 20)
+    return torch.split(reals.reshape(-1), 1 << 20)
 
 
 def check_same_optimizer(mine: str, world: World) -> None:
