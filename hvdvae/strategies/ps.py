@@ -81,6 +81,7 @@ class ParameterServer(Strategy):
         self._exchange = kind(self.client, flat, self.inner, plan, world.watchdog)
         self._worker = world.rank
         self._started = self._ended = False
+        self._skipped_with_others = 0
         self.ledgers: list[dict[str, Any]] = []
         """What each server counted, known once a run has ended."""
         if world.joins:
@@ -144,8 +145,10 @@ class ParameterServer(Strategy):
 
     def _count_skipped(self) -> None:
         """Of steps that all skip because one must; with --prefetch a step later."""
-        self.skipped_steps += self.client.skipped_with_others
-        self.client.skipped_with_others = 0
+        # Read once: a push ahead may count meanwhile.
+        found = self.client.skipped_with_others
+        self.skipped_steps += found - self._skipped_with_others
+        self._skipped_with_others = found
 
     def start(self) -> None:
         """The servers get worker 0's weights and optimizer, which may come from a checkpoint; once.
