@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -626,6 +626,17 @@ def test_a_checkpoint_of_another_model_is_refused_and_says_how(tmp_path: Path) -
     with pytest.raises(CheckpointError, match=r"step-000000006.*[02]\.\w+ is \([45, ]+\) there, \(.*9.*\) here"):
         trainer_of(wider).resume(load(newest))
     assert torch.equal(weights(wider), start), "nothing may be loaded halfway"
+
+
+@pytest.mark.parametrize(("scaling", "rate"), [("linear", 0.005), ("none", 0.01)])
+def test_where_others_have_died_rates_are_scaled_to_those_that_are_left(
+    scaling: Literal["linear", "none"], rate: float
+) -> None:
+    """Also where ranks do not step together, and hear of it with an answer."""
+    trainer = trainer_of(plain_network(), lr_scaling=scaling)
+    trainer._share = (0, 2)
+    trainer.fit(1)
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
 
 
 class Versioned(Denoiser):
