@@ -203,8 +203,11 @@ def _ask_to_leave(job: "subprocess.Popen[bytes]") -> None:
 
     So would horovodrun: there the ranks of this host get it, and one is enough.
     """
-    tree = [psutil.Process(job.pid)]
-    tree += tree[0].children(recursive=True)
+    try:
+        tree = [psutil.Process(job.pid)]
+    except psutil.Error:
+        return  # It has ended meanwhile.
+    tree += _children(tree[0])
     programs = {process.pid: _program(process) for process in tree}
     if "horovodrun" in programs.values():
         asked = [process for process in tree if _is_rank(process)]
