@@ -3,8 +3,8 @@
 A server that wakes takes a core from a worker for a moment. Left to itself, the scheduler takes any, and then moves
 workers about, who find their caches cold. So each worker has a place of its own to come back to, and the server of a
 host, if it has one, goes on at the core of the worker that it has heard from, which nobody else wants: the worker waits
-for the answer, and has just written there what is to be read. With the answer the server gives the core back: it may be
-moved, and the worker, which wakes while the server has a few microseconds left to do, lets it finish (SCHED_BATCH).
+for the answer, and has just written there what is to be read. With the answer the server gives the core back: it has a few
+microseconds left to do, which it may do elsewhere.
 """
 
 import os
@@ -27,7 +27,6 @@ class Seat:
         self._before = available_cores()
         self._at: set[int] = self._before
         self._move(own or self._before)
-        self._is_batch = own is not None and _become(os.SCHED_OTHER, os.SCHED_BATCH)
 
     def join(self, worker: int) -> None:
         """A server goes on where this worker is; not where it is on another host. Local."""
@@ -40,8 +39,6 @@ class Seat:
     def leave(self) -> None:
         """Be free again. Local."""
         self._move(self._before)
-        if self._is_batch:
-            self._is_batch = not _become(os.SCHED_BATCH, os.SCHED_OTHER)
 
     def _move(self, cores: set[int]) -> None:
         if cores == self._at:
@@ -51,17 +48,6 @@ class Seat:
             self._at = cores
         except OSError:  # Where a process may not choose, it computes as well where it is put.
             self._cores = {}
-
-
-def _become(before: int, now: int) -> bool:
-    """Change how the kernel schedules this thread, if it is as it was expected; whether that was done."""
-    try:
-        if os.sched_getscheduler(0) != before:
-            return False
-        os.sched_setscheduler(0, now, os.sched_param(0))
-    except OSError:
-        return False
-    return True
 
 
 def take_seat(host: Any, rank: int, *, workers: int) -> Seat:
