@@ -3,8 +3,8 @@
 A server that wakes takes a core from a worker for a moment. Left to itself, the scheduler takes any, and then moves
 workers about, who find their caches cold. So each worker has a place of its own to come back to, and the server of a
 host, if it has one, goes on at the core of the worker that it has heard from, which nobody else wants: the worker waits
-for the answer, and has just written there what is to be read. With the answer the server gives the core back: it has a few
-microseconds left to do, which it may do elsewhere.
+for the answer, and has just written there what is to be read. With the answer the server gives the core back: what it
+has left to do it may do elsewhere.
 """
 
 import os
