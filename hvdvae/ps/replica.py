@@ -137,7 +137,7 @@ class Backup(Link):
 
     @property
     def speaks(self) -> bool:
-        """Whether it has taken over from the first server, or from another one."""
+        """Whether it has taken over."""
         return self._leads
 
     def hear(self) -> tuple[int, Header]:

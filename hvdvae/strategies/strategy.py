@@ -65,7 +65,7 @@ class Strategy(SavedOptimizer):
 
         Mutates the model's storage; keeps the state that `optimizer` has. Blocks; every rank must call it. The
         gradient of a step is the mean over ranks and backward passes, its global norm clipped at `clip_norm`. Raises
-        WorldError where ranks hold different models.
+        WorldError where ranks hold different models or optimizers.
         """
         if not isinstance(backward_passes_per_step, int) or backward_passes_per_step < 1:
             raise ConfigError(
@@ -178,8 +178,8 @@ class Strategy(SavedOptimizer):
         """Exchange gradients now, so that `.grad` holds the mean over ranks (to clip or unscale them before `step`).
 
         Blocks; every rank must call it, after the last backward() of the step: what a later one adds is not averaged.
-        `step` calls it unless it was called since the last step. Call it before
-        GradScaler's `unscale_` and `step`: whether a gradient overflowed is then the same on all ranks.
+        `step` calls it unless it was called since the last step. Call it before GradScaler's `unscale_` and `step`:
+        whether a gradient overflowed is then the same on all ranks.
         """
         self._exchange_once()
 
