@@ -46,5 +46,5 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={"mpi": ["mpi4py>=4.0,<5"], "horovod": ["horovod>=0.28.1"], "test": TEST},
-    entry_points={"console_scripts": ["hvdvae=hvdvae.cli:main"]},
+    entry_points={"console_scripts": ["hvdvae=hvdvae.cli:run"]},
 )

@@ -2,6 +2,6 @@
 
 import sys
 
-from hvdvae.cli import main
+from hvdvae.cli import run
 
-sys.exit(main())
+sys.exit(run())

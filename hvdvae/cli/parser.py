@@ -42,7 +42,7 @@ def parse(argv: list[str]) -> tuple[Command, Any]:
         trains = argv[:1] == ["train"]
         if trains:  # Behind `--` of another subcommand --config may stand, too, and is not ours.
             _check_files(argv)
-        parsed = _parser().parse_args(_files_first(argv) if trains else argv)
+        parsed = _parser(argv).parse_args(_files_first(argv) if trains else argv)
         name, given = parsed.subcommand, _plain(parsed[parsed.subcommand])
         if name != "train":
             module = __import__(f"hvdvae.cli.{name}", fromlist=[name])
@@ -51,7 +51,7 @@ def parse(argv: list[str]) -> tuple[Command, Any]:
         values, saved = given, _saved_config(given)
         if saved is not None:
             read_values(saved, str(saved))
-            values = resumed_values(_plain(_parser(saved).parse_args(_files_first(argv))["train"]), given)
+            values = resumed_values(_plain(_parser(argv, saved).parse_args(_files_first(argv))["train"]), given)
     except (ArgumentError, ArgumentTypeError) as error:
         known = {"train": TrainConfig, **{name: kind for name, (kind, _) in options.SUBCOMMANDS.items()}}
         name = argv[0] if argv and argv[0] in known else ""
@@ -62,8 +62,8 @@ def parse(argv: list[str]) -> tuple[Command, Any]:
     return train, Asked(given, values)
 
 
-def _parser(saved: Path | None = None) -> ArgumentParser:
-    """All subcommands. `saved`: a YAML file whose values are the defaults of train."""
+def _parser(argv: list[str], saved: Path | None = None) -> ArgumentParser:
+    """Of the subcommand that is asked for, or of all. `saved`: a YAML file whose values are the defaults of train."""
     parser = ArgumentParser(
         prog="hvdvae",
         # An abbreviated --config would not be seen below; the subcommands inherit this.
@@ -75,9 +75,13 @@ def _parser(saved: Path | None = None) -> ArgumentParser:
         exit_on_error=False,
     )
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
-    commands.add_subcommand("train", _train_parser(saved), help="train a model")
-    for name, (kind, summary) in options.SUBCOMMANDS.items():
-        commands.add_subcommand(name, _options_parser(kind, name), help=summary)
+    names = ["train", *options.SUBCOMMANDS]
+    for name in argv[:1] if argv and argv[0] in names else names:
+        if name == "train":
+            commands.add_subcommand("train", _train_parser(saved), help="train a model")
+        else:
+            kind, summary = options.SUBCOMMANDS[name]
+            commands.add_subcommand(name, _options_parser(kind, name), help=summary)
     return parser
 
 

@@ -39,7 +39,10 @@ def _what(message: str, program: str, hints: dict[str, Any], commands: list[str]
         if not word.startswith("-"):
             return f"unexpected {word!r}: expected flags, and behind each one its value"
         name = word.partition("=")[0]
-        return f"{name} is no flag of {program}{_nearest(name, [flag(key) for key in hints])}"
+        near = _nearest(name, [flag(key) for key, kind in hints.items() if kind != list[str]])
+        if list[str] in hints.values():
+            near += ", and flags of the job stand behind `--`"
+        return f"{name} is no flag of {program}{near}"
     if message.startswith("the following arguments are required") and "folder" in message:
         return "DIR is missing: expected the --out of a training run"
     if "subcommand" in message:

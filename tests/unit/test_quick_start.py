@@ -32,6 +32,23 @@ def test_a_run_loads_neither_the_compiler_nor_scikit_learn(tmp_path: Path) -> No
     assert ended.stdout.splitlines()[-1] == "loaded:"
 
 
+SLURM = """
+import gc, sys
+from hvdvae.cli import run
+sys.argv = ["hvdvae", "slurm", *"--nodes 1 -- --data digits --out run".split()]
+status = run()
+sys.exit(status or not (gc.isenabled() and gc.get_freeze_count() > 10_000))
+"""
+
+
+def test_a_command_looks_for_garbage_in_what_it_makes_alone(tmp_path: Path) -> None:
+    """Not in what was imported."""
+    ended = subprocess.run(
+        [sys.executable, "-c", SLURM], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_digits_are_those_of_scikit_learn() -> None:
     found = digits().gather(np.arange(1797)).reshape(-1, 8, 8)
     assert np.array_equal(found, np.rint(load_digits().images * (255 / 16)).astype(np.uint8))

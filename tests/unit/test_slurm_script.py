@@ -48,6 +48,7 @@ def test_options_reach_the_script_as_they_are(
         (["--gpus-per-node", "2", "--ntasks-per-node", "4", "--", "--out", "x"], "share a GPU"),
         (["--servers", "1", "--", "--out", "x"], "leave none to train"),
         (["--launcher", "prun", "--", "--out", "x"], "--launcher"),
+        (["--epocs", "3"], "--epocs is no flag of hvdvae slurm, and flags of the job stand behind `--`"),
         (["--", "--out", "x", "--epocs", "3"], "--epocs is no flag of hvdvae train (did you mean --epochs?)"),
         (["--", "--out", "x", "--epochs", "0"], "--epochs is 0, expected at least 1"),
         (["--", "--out", "x", "--lr", "fast"], "--lr is 'fast'"),
