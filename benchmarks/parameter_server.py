@@ -81,6 +81,10 @@ def report(results: Results) -> list[str]:
     }
     blocked = [r["blocked"] for r in _of(results, "training") if r["kind"] == "asp, prefetch"]
     memory, small = _of(results, "memory"), _of(results, "round trip")
+    taken = {
+        kind: [r["pushes_per_second"] for r in _of(results, "saturated") if r["kind"] == kind]
+        for kind in ("asp", "pickling")
+    }
     # What a server must move for a push: an Adam step, and the weights to the worker.
     bound = [1 / (m["adam_seconds"] + m["copy_seconds"]) for m in memory]
     alone, one, two = (
@@ -92,7 +96,8 @@ def report(results: Results) -> list[str]:
         _line("asp with prefetch / two independent processes", _ratios(speed["asp, prefetch"], speed["apart"]), None),
         _line("bsp / two independent processes", _ratios(speed["bsp"], speed["apart"]), None),
         _line("a pickling server / two independent processes", _ratios(speed["pickling"], speed["apart"]), None),
-        _line("asp / a pickling server", _ratios(speed["asp"], speed["pickling"]), 4.0),
+        _line("asp / a pickling server, while training", _ratios(speed["asp"], speed["pickling"]), None),
+        _line("asp / a pickling server, nothing to compute", _ratios(taken["asp"], taken["pickling"]), 4.0),
         _line("blocked share of a step, prefetch", blocked, 0.05, at_most=True),
         _line("cores that an idle server uses", [r["cores"] for r in _of(results, "idle server")], 0.05, at_most=True),
         _line("microseconds of a push and pull, 1,000 parameters", [r["microseconds"] for r in small], None),

@@ -149,6 +149,56 @@ class Vector(nn.Module):
         self.vector = nn.Parameter(torch.zeros(length))
 
 
+def saturated(ranks: Ranks, task: Task, kind: str, count: int) -> None:
+    """Workers push gradients of the model and pull its weights, with nothing to compute: pushes/s of the server."""
+    gc.collect()
+    ranks.barrier()
+    workers = ranks.size - 1
+    model = task.network()
+    adam = torch.optim.Adam(model.parameters(), LEARNING_RATE)
+    times: list[float] = []
+    if kind == "pickling":
+        if ranks.rank >= workers:
+            pickling.serve(ranks.comm, model, adam, workers)
+        else:
+            # The loss has gradients, and costs next to nothing.
+            run = pickling.worker_loop(ranks.comm, workers, model, lambda: _sum(model))
+            times = _times(lambda: run(1), count)
+            run(0)
+    else:
+        with served(ranks, Plan(), 1) as world:
+            if world is not None:
+                optimizer = DistributedOptimizer(adam, model, world=world, strategy="ps", plan=Plan())
+                times = _times(lambda: _step(optimizer, model), count)
+    everyone = [found for found in ranks.gather(times) if found]
+    ranks.tell(
+        measured="saturated",
+        kind=kind,
+        pushes_per_second=sum(len(found) / sum(found) for found in everyone),
+    )
+
+
+def _sum(model: nn.Module) -> torch.Tensor:
+    return torch.stack([parameter.sum() for parameter in model.parameters()]).sum()
+
+
+def _step(optimizer: Any, model: nn.Module) -> None:
+    optimizer.zero_grad()
+    _sum(model).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
+def _times(action: Callable[[], Any], count: int) -> list[float]:
+    """Seconds of each call, after some that are not counted."""
+    times = []
+    for number in range(count + WARMUP):
+        start = time.perf_counter()
+        action()
+        if number >= WARMUP:
+            times.append(time.perf_counter() - start)
+    return times
+
+
 def exchanges(ranks: Ranks, length: int, servers: int, workers: int, count: int, *, what: str) -> None:
     """Push and pull without computing in between: exchanges/s of all workers, and microseconds of one."""
     gc.collect()
@@ -280,6 +330,8 @@ def main() -> None:
             kinds = list(KINDS)
             for kind in kinds[number % len(kinds) :] + kinds[: number % len(kinds)]:
                 block(ranks, task, kind, 1, asked.steps)
+            for kind in ("asp", "pickling") if number % 2 else ("pickling", "asp"):
+                saturated(ranks, task, kind, asked.steps)
         idle(ranks, 3.0)
         exchanges(ranks, 1000, 1, 1, 10 * asked.steps, what="round trip")
         return

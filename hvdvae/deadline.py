@@ -27,6 +27,9 @@ PATIENCE = 12
 STUCK_SECONDS = 3.0
 """After which a call of MPI that should have returned is taken to be stuck."""
 
+LOCKED_SECONDS = 10.0
+"""Beyond two deadlines: after which a library that keeps the interpreter's lock ends the process."""
+
 ANSWER_SECONDS = 3.0
 """How long the others have to say what they are doing."""
 
@@ -147,7 +150,7 @@ class Watchdog:
         while not self._stopped.wait(self._period()):
             # A library may wait for a lock with the interpreter's in hand (Horovod's enqueueing does, behind a call of
             # MPI that never returns): then no Python runs, this thread included. This timer needs none.
-            faulthandler.dump_traceback_later(2 * self.seconds + 10, exit=True, file=sys.__stderr__ or 2)
+            faulthandler.dump_traceback_later(2 * self.seconds + LOCKED_SECONDS, exit=True, file=sys.__stderr__ or 2)
             wait = self._wait
             if wait is None:
                 continue

@@ -148,7 +148,12 @@ def test_a_patient_wait_lasts_while_the_others_answer() -> None:
     assert "rank 1 does not answer" in run.stderr
 
 
-STUCK = PATIENT.replace("alive = time.monotonic() - start < 2.0", "time.sleep(60); alive = False")
+SOONER = """
+from hvdvae import deadline
+
+deadline.LOCKED_SECONDS = deadline.STUCK_SECONDS = deadline.ANSWER_SECONDS = 0.3
+"""
+STUCK = SOONER + PATIENT.replace("alive = time.monotonic() - start < 2.0", "time.sleep(60); alive = False")
 
 
 def test_an_inquiry_that_gets_stuck_does_not_keep_the_job() -> None:
@@ -157,7 +162,8 @@ def test_an_inquiry_that_gets_stuck_does_not_keep_the_job() -> None:
     assert "rank 1 does not answer" in run.stderr
 
 
-HOLDS_THE_LOCK = """
+HOLDS_THE_LOCK = f"""
+{SOONER}
 import ctypes
 from hvdvae.deadline import Watchdog
 
