@@ -70,6 +70,10 @@ BELONGS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("sync_every", "strategy", AVERAGING),
     ("adaptive_sync", "strategy", AVERAGING),
     ("group_size", "strategy", AVERAGING),
+    ("staleness", "consistency", ("ssp",)),
+    ("backup_workers", "consistency", ("bsp",)),
+    ("elasticity", "rule", ("easgd",)),
+    ("dc_strength", "rule", ("dcasgd", "dcasgd-a")),
     ("outer_lr", "strategy", ("diloco",)),
     ("outer_momentum", "strategy", ("diloco",)),
 )

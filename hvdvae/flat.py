@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from hvdvae.errors import ConfigError
 
@@ -16,7 +17,7 @@ from hvdvae.errors import ConfigError
 class FlatModel:
     """A model whose trained parameters are views of `parameters` (P,), ordered by the optimizer's groups.
 
-    `rest`: what else its state_dict holds (frozen parameters, counters), each where it was.
+    `rest`: what else it holds (frozen parameters, counters), each where it was.
 
     Gradients stay where autograd puts them until `gather_gradient` moves them into `gradient` (P,): that is one pass of
     reading and writing (1% of a step of a 784-400-20 MLP), asks nothing of the user's loop (zero_grad may set None),
@@ -27,13 +28,18 @@ class FlatModel:
         """Move the storage of the parameters in `groups` and of the model's float buffers. Strides stay.
 
         Parameters that no group holds are left alone: nobody trains them. Raises ConfigError where the parameters'
-        dtypes or devices differ, or where the model has none.
+        dtypes or devices differ, where the model has none, or where two tensors share memory.
         """
         self.groups = [list(group) for group in groups]
         self.names = _names(model, groups)
         self.tensors: list[nn.Parameter] = [parameter for group in groups for parameter in group]
-        self.shapes = [tuple(parameter.shape) for parameter in self.tensors]
         first = _same_kind(self.names, self.tensors)
+        self.shapes = [tuple(parameter.shape) for parameter in self.tensors]
+        # Statistics are float32 beside weights of less.
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        named = dict(model.named_buffers())
+        moved = {name for name, buffer in named.items() if buffer.dtype == dtype}
+        _check_apart({**dict(model.named_parameters()), **named}, {*self.names, *moved})
         self._views: list[Tensor] = []
         """Of `parameters`, one a parameter: where it is, unless somebody has replaced its storage."""
         self.parameters = torch.empty(sum(p.numel() for p in self.tensors), dtype=first.dtype, device=first.device)
@@ -51,19 +57,22 @@ class FlatModel:
                     self._views.append(view)
                     start += parameter.numel()
                 self.group_slices.append(slice(group_start, start))
-        # Statistics are float32 beside weights of less.
-        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self._places = [
             (module, name, buffer)
             for module in model.modules()
             for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
         ]
-        self._buffers = _flatten([buffer for buffer in model.buffers() if buffer.dtype == dtype], dtype)
+        self._buffers, self._buffer_views = _flatten([named[name] for name in named if name in moved], dtype)
+        for name, buffer in named.items():
+            if name not in moved and _is_expanded(buffer):
+                # To be written to, as by a broadcast.
+                buffer.data = buffer.clone(memory_format=torch.contiguous_format)
         self._kept: list[Tensor] = []
-        in_vectors = {*self.names, *(name for name, buffer in model.named_buffers() if buffer.dtype == dtype)}
         state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-        self.rest = [tensor for name, tensor in state.items() if name not in in_vectors]
-        self._layout = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in state.items()]
+        state |= {name: buffer for name, buffer in named.items() if name not in state}  # Those that are not saved.
+        self.rest = [tensor for name, tensor in state.items() if name not in moved and name not in set(self.names)]
+        self.layout = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in state.items()]
+        """Name, shape and dtype of all that it holds."""
 
     @property
     def gradient(self) -> Tensor:
@@ -77,11 +86,18 @@ class FlatModel:
     def buffers(self) -> Tensor:
         """(F,); what a module has put in the place of a buffer (`self.mean = ...`) is copied into it first.
 
-        Raises ConfigError where that has another shape.
+        So is what another vector has taken, of an optimizer for other parameters of the model. Raises ConfigError where
+        a buffer has another shape.
         """
         for module, name, buffer in self._places:
             found = module._buffers.get(name)
-            if found is None or found is buffer:
+            if found is None:
+                continue
+            view = self._buffer_views.get(buffer)
+            if view is not None and buffer.data_ptr() != view.data_ptr():
+                view.copy_(buffer)
+                buffer.data = view
+            if found is buffer:
                 continue
             if found.shape != buffer.shape:
                 raise ConfigError(
@@ -148,14 +164,16 @@ class FlatModel:
         return whole
 
     def keep_buffers(self) -> None:
-        """Remember all buffers as they are, unless a number in `buffers` is not finite. Local; awaits no GPU."""
-        floats = self.buffers
-        if not floats.numel():
+        """Remember all buffers as they are, unless a number in one is not finite. Local; awaits no GPU."""
+        buffers = (self.buffers, *self._others())
+        if not self._places:
             return
-        buffers = (floats, *self._others())
         if not self._kept:
             self._kept = [buffer.clone() for buffer in buffers]
-        is_good = floats.isfinite().all()
+        is_good = self._buffers.isfinite().all()
+        for other in buffers[1:]:
+            if other.is_floating_point() or other.is_complex():
+                is_good = is_good & other.isfinite().all()
         for kept, buffer in zip(self._kept, buffers, strict=True):
             torch.where(is_good, buffer, kept, out=kept)
 
@@ -198,7 +216,7 @@ class FlatModel:
 
     def digest(self) -> str:
         """SHA-256 of names, shapes and dtypes: equal on all ranks that hold the same model and train the same of it."""
-        return hashlib.sha256(repr([self.names, self._layout]).encode()).hexdigest()
+        return hashlib.sha256(repr([self.names, self.layout]).encode()).hexdigest()
 
 
 def _view_as(vector: Tensor, start: int, like: Tensor) -> Tensor:
@@ -229,6 +247,13 @@ def _same_kind(names: Sequence[str], tensors: Sequence[Tensor]) -> Tensor:
         raise ConfigError("the optimizer holds no parameters, expected at least one")
     first = tensors[0]
     for name, tensor in zip(names, tensors, strict=True):
+        if is_lazy(tensor):
+            raise ConfigError(f"parameter {name!r} has no shape yet: run the model once, on any batch, then wrap")
+    if first.is_complex():
+        raise ConfigError(
+            f"parameter {names[0]!r} is {first.dtype}, expected a real one: keep torch.view_as_real of it"
+        )
+    for name, tensor in zip(names, tensors, strict=True):
         if (tensor.dtype, tensor.device) != (first.dtype, first.device):
             raise ConfigError(
                 f"parameter {name!r} is {tensor.dtype} on {tensor.device}, but {names[0]!r} is {first.dtype} on "
@@ -237,15 +262,45 @@ def _same_kind(names: Sequence[str], tensors: Sequence[Tensor]) -> Tensor:
     return first
 
 
-def _flatten(buffers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """One vector, of which these are views from now on."""
+def _check_apart(tensors: dict[str, Tensor], moved: set[str]) -> None:
+    """Raises ConfigError where one that is moved shares memory with another: each would go its own way."""
+    spans = sorted(
+        (tensor.untyped_storage().data_ptr(), tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name)
+        for name, tensor in tensors.items()
+        if not (is_lazy(tensor) or tensor.is_meta) and tensor.numel() and tensor.layout == torch.strided
+    )
+    end, last = 0, ""
+    for _, first, behind, name in spans:
+        if first < end and {name, last} & moved:
+            raise ConfigError(
+                f"{last!r} and {name!r} of the model share memory, and would not once they are moved into vectors: let "
+                "both be one Parameter (or buffer), or compute one from the other in forward"
+            )
+        if behind > end:
+            end, last = behind, name
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from its first element to behind its last."""
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum((size - 1) * stride for size, stride in strides)) * tensor.element_size()
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _flatten(buffers: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, dict[Tensor, Tensor]]:
+    """One vector, of which these are views from now on, and which each is."""
+    views: dict[Tensor, Tensor] = {}
     if not buffers:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype), views
     vector = torch.empty(sum(buffer.numel() for buffer in buffers), dtype=dtype, device=buffers[0].device)
     start = 0
     for buffer in buffers:
         view = vector[start : start + buffer.numel()].view(buffer.shape)
         view.copy_(buffer)
         buffer.data = view
+        views[buffer] = view
         start += buffer.numel()
-    return vector
+    return vector, views

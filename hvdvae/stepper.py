@@ -97,7 +97,7 @@ class Stepper:
         for micro in micros:
             with self._autocast:
                 result = self._loss(self._model, micro, epoch)
-            values = result if isinstance(result, Mapping) else {"loss": result}
+            values = _values_of(result)
             micro_examples = examples if passes == 1 else examples_of(micro)
             # The strategy averages over passes; unequal micro-batches count by their examples.
             scaled = values["loss"] * (micro_examples / examples * passes) if passes > 1 else values["loss"]
@@ -132,6 +132,21 @@ class Stepper:
         factor = self._schedule(epoch)
         for group, base in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = base * factor
+
+
+def _values_of(result: Any) -> Mapping[str, Tensor]:
+    """What a loss function returned, by name. Raises ConfigError where it is no loss."""
+    values = result if isinstance(result, Mapping) else {"loss": result}
+    for name in values.keys() & set(TERMS):
+        value = values[name]
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigError(f"the loss function gave {found} for {name!r}, expected a tensor of one number")
+        if value.dim():
+            values = {**values, name: value.reshape(())}
+    if "loss" not in values:
+        raise ConfigError(f"the loss function gave a mapping of {sorted(values)}, expected 'loss' among them")
+    return values
 
 
 def mixed_precision(precision: str, device: torch.device) -> AbstractContextManager[None]:

@@ -94,6 +94,12 @@ class Trainer:
                 f"weights {optimizer.precision!r} (--weights) go with precision {optimizer.precision!r} (--precision) "
                 f"and without ema_decay (--ema), found {precision!r} and {ema_decay}"
             )
+        missing = [name for name in ("examples", "steps", "epoch") if not hasattr(batches, name)]
+        if missing:
+            raise ConfigError(
+                f"batches is a {type(batches).__name__} without {', '.join(missing)}, expected what "
+                "hvdvae.batch.Batches describes, as data.Loader is: it says which examples are this rank's in an epoch"
+            )
         if checkpoints is not None:
             check_state(model)
         keep_freed_memory()

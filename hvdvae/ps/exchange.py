@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hvdvae.deadline import Watchdog
+from hvdvae.errors import ConfigError
 from hvdvae.flat import FlatModel
 from hvdvae.ps.client import Client
 from hvdvae.ps.plan import Plan
@@ -228,8 +229,23 @@ def exchange_of(plan: Plan) -> type[Exchange]:
 
 
 def plain_options(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The options of each parameter group, JSON-able."""
+    """The options that the optimizer knows, of each parameter group, JSON-able.
+
+    Raises ConfigError naming one that cannot be sent.
+    """
     return [
-        {key: float(value) if isinstance(value, Tensor) else value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
+        {key: _plain(group[key], key) for key in optimizer.defaults if key in group} for group in optimizer.param_groups
     ]
+
+
+def _plain(value: Any, key: str) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(one, key) for one in value]
+    if isinstance(value, Tensor | np.generic) and np.ndim(value) == 0:
+        return value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ConfigError(
+        f"option {key!r} of the optimizer is a {type(value).__name__}, expected a number, a text or numbers: parameter "
+        "servers are sent it"
+    )

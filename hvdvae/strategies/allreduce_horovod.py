@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hvdvae.errors import ConfigError
 from hvdvae.strategies.strategy import Strategy
 from hvdvae.world import World
 
@@ -40,6 +41,10 @@ class HorovodAllreduce(Strategy):
         """
         self._hvd = world.horovod()
         self._process_set = process_set if process_set is not None else self._hvd.global_process_set
+        if world.rank not in self.peers:
+            raise ConfigError(
+                f"process_set holds ranks {self.peers}, and this is rank {world.rank}: give each rank a set with it in"
+            )
         # Sets of ranks would have to be made anew without the dead.
         self.recovers = process_set is None
         super().__init__(optimizer, model, world, **options)
@@ -89,23 +94,25 @@ class HorovodAllreduce(Strategy):
         """Overwrite with the bytes of the process set's first rank."""
         if data.numel() and not self.world.joins:
             with self.world.waiting("horovod broadcast of the model"):
-                self._hvd.broadcast_(data, self._first_rank(), name="hvdvae.broadcast", process_set=self._process_set)
+                self._hvd.broadcast_(data, self.peers[0], name="hvdvae.broadcast", process_set=self._process_set)
 
-    def average_(self, vector: Tensor) -> None:
-        """The mean over the process set."""
+    def sum_(self, vector: Tensor) -> Tensor:
+        """The sum over the process set."""
         if vector.numel():
-            with self.world.waiting("horovod average of buffers"):
-                self._hvd.allreduce_(vector, name="hvdvae.average", op=self._hvd.Average, process_set=self._process_set)
+            with self.world.waiting("horovod sum of buffers"):
+                self._hvd.allreduce_(vector, name="hvdvae.sum", op=self._hvd.Sum, process_set=self._process_set)
+        return vector
 
-    def _first_rank(self) -> int:
-        ranks = self._process_set.ranks
-        return int(ranks[0]) if ranks else 0
+    @property
+    def peers(self) -> list[int]:
+        """Those of the process set."""
+        return list(self._process_set.ranks or super().peers)
 
 
 class HorovodAdasum(Strategy):
     """Adasum (Maleki et al. 2021, arXiv:2006.02924): ranks' updates are combined layer by layer by their angle.
 
-    Its coefficients are one a layer, so Horovod gets the per-tensor views of the flat vector. What is combined is the
+    Its coefficients are one a layer, so Horovod gets the flat vector layer by layer. What is combined is the
     optimizer's update, not the gradient: clipping sees this rank's gradient, and only the verdict on a gradient that
     is not finite is made common first.
     """
@@ -130,11 +137,13 @@ class HorovodAdasum(Strategy):
         start = self.flat.parameters.clone()
         self.inner.step()
         self.flat.parameters.sub_(start)
-        names = zip(self.flat.names, self.flat.tensors, strict=True)
         with self.world.waiting("horovod adasum of the update"):
+            # In one dimension: Horovod takes no tensor whose channels come last.
             handles = [
-                self._hvd.allreduce_async_(tensor.data, name=f"hvdvae.adasum.{name}", op=self._hvd.Adasum)
-                for name, tensor in names
+                self._hvd.allreduce_async_(
+                    self.flat.parameters[place], name=f"hvdvae.adasum.{name}", op=self._hvd.Adasum
+                )
+                for name, place in self.flat.places().items()
             ]
             for handle in handles:
                 self._hvd.synchronize(handle)

@@ -5,6 +5,7 @@ keep their per-tensor form: the tensors are views of the same vectors, so the st
 """
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -101,13 +102,16 @@ def per_tensor_state(inner: Optimizer, flat: FlatModel) -> dict[int, dict[str, A
 def load_per_tensor(inner: Optimizer, flat: FlatModel, entries: Iterator[tuple[int, str, Any]]) -> None:
     """Fill a flat optimizer's state from the per-parameter state of any torch optimizer of its class, entry by entry.
 
-    `entries`: parameter number, name, value. Parameters without state (never stepped) count as zeros. Raises
-    CheckpointError where a shape does not fit.
+    `entries`: parameter number, name, value. Parameters without state (never stepped) count as zeros, with a warning.
+    Raises CheckpointError where a shape does not fit, or where parameters of one group have taken different numbers of
+    steps.
     """
     inner.state.clear()
     homes = [(index, place) for index, group in enumerate(flat.groups) for place in range(len(group))]
+    history: dict[int, dict[str, Any]] = {}
     for number, key, value in entries:
         index, place = homes[number]
+        history.setdefault(number, {})[key] = value if key in COUNTERS else None
         group = inner.param_groups[index]
         vector = group["params"][0]
         state = inner.state[vector]
@@ -119,6 +123,39 @@ def load_per_tensor(inner: Optimizer, flat: FlatModel, entries: Iterator[tuple[i
         piece = flat.split(state[key], index)[place]
         check_shape(value, piece.shape)
         piece.copy_(value)
+    _check_history(inner, flat, history)
+
+
+def _check_history(inner: Optimizer, flat: FlatModel, history: dict[int, dict[str, Any]]) -> None:
+    """Whether one vector of a group can hold what its parameters have gone through.
+
+    Raises CheckpointError where they have taken different numbers of steps. Warns of one that has taken none while
+    others did: exact while it has no gradient, as what is never used.
+    """
+    start = 0
+    for group, parameters in zip(inner.param_groups, flat.groups, strict=True):
+        found = [
+            {key: float(value or 0) for key, value in history.get(number, {}).items()}
+            for number in range(start, start + len(parameters))
+        ]
+        names = flat.names[start : start + len(parameters)]
+        start += len(parameters)
+        stepped = next((place for place, entries in enumerate(found) if entries), 0)
+        odd = next((place for place, entries in enumerate(found) if entries != found[stepped]), None)
+        # What has not moved yet is as good as at rest, in SGD without dampening.
+        if odd is None or (set(found[stepped]) == {"momentum_buffer"} and not group["dampening"]):
+            continue
+        advice = "give what was not always trained a group of its own, or wrap the optimizer before its first step"
+        if found[odd] or isinstance(inner, torch.optim.Rprop):
+            raise CheckpointError(
+                f"parameter {names[odd]!r} has taken other steps than {names[stepped]!r} of the same group, and they are "
+                f"to be stepped as one vector: {advice}"
+            )
+        warnings.warn(
+            f"parameter {names[odd]!r} has taken no step, {names[stepped]!r} of the same group has: it goes on as if "
+            f"its gradients had been zero; {advice}",
+            stacklevel=2,
+        )
 
 
 def check_shape(value: Tensor, expected: torch.Size) -> None:

@@ -56,7 +56,9 @@ class ParameterServer(Strategy):
             )
         self.plan = plan
         # Under BSP the servers clip the mean; otherwise every push is a step, and clipped here.
-        clipped_there = options.pop("clip_norm", None) if plan.consistency == "bsp" else None
+        # Of one worker, too: its step is then that of local training.
+        alone = world.size == 1 and not world.joins
+        clipped_there = options.pop("clip_norm", None) if plan.consistency == "bsp" and not alone else None
         if clipped_there and plan.replicas and plan.shards(world.servers) > 1:
             raise ConfigError(
                 "--clip-norm with --consistency bsp, --replicas 1 and several servers: the norm is a sum over servers, "
@@ -68,7 +70,14 @@ class ParameterServer(Strategy):
             raise ConfigError(
                 f"--compression {plan.compression} works on float32 vectors, found {flat.parameters.dtype}: drop it"
             )
-        hello = worker_hello(plan, flat, type(optimizer).__name__, clipped_there)
+        hello = worker_hello(
+            plan,
+            flat,
+            self.inner,
+            passes=self.backward_passes_per_step,
+            clip_norm=clipped_there,
+            own_clip_norm=self.clip_norm,
+        )
         self._channel, shards, groups, _ = (meet_running if world.joins else meet)(world, hello, plan)
         holders = partners(self._channel.workers, len(shards), plan)
         self.client = Client(self._channel, shards, groups, flat.buffers.numel(), holders, plan)

@@ -1,7 +1,9 @@
 """Whether ranks can train a model together: the same one on all, where each computes, and optimizers alike."""
 
 import hashlib
+import json
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -29,15 +31,28 @@ def check_device(flat: FlatModel, world: World) -> None:
         )
 
 
-def check_same_model(flat: FlatModel, world: World) -> None:
-    """Raises WorldError, on all ranks, where they hold different models. Blocks; every rank must call it."""
+def check_same_model(flat: FlatModel, world: World, ranks: Sequence[int]) -> None:
+    """Raises WorldError where `ranks`, which train together, hold different models. Blocks; every rank must call it."""
     digests = world.gather_bytes(flat.digest().encode(), "comparison of models")
-    odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    odd = [rank for rank in ranks if digests[rank] != digests[ranks[0]]]
     if odd:
+        what = "names, shapes or dtypes of parameters or buffers differ"
+        if len(ranks) == world.size:  # Then all come here.
+            lines = [[name, *entry] for name, *entry in flat.layout] + [["trained", name] for name in flat.names]
+            layouts = [
+                json.loads(found) for found in world.gather_bytes(json.dumps(lines).encode(), "comparison of models")
+            ]
+            what = _difference(layouts[0], layouts[odd[0]], odd[0])
         raise WorldError(
-            f"ranks {odd} hold another model than rank 0 (names, shapes or dtypes of parameters differ): build "
-            "the same model on every rank"
+            f"ranks {odd} hold another model than rank {ranks[0]} ({what}): build the same model on every rank"
         )
+
+
+def _difference(first: list[list[object]], other: list[list[object]], rank: int) -> str:
+    """Where two layouts part."""
+    pairs = zip_longest(first, other, fillvalue=["nothing"])
+    mine, theirs = next((pair for pair in pairs if pair[0] != pair[1]), (["the same"], ["the same"]))
+    return f"there rank {rank} has {' '.join(map(str, theirs))}, and rank 0 {' '.join(map(str, mine))}"
 
 
 def summary(optimizer: Optimizer) -> str:
@@ -70,12 +85,12 @@ def _pieces(value: Tensor) -> Sequence[Tensor]:
     return torch.split(reals.reshape(-1), 1 << 20)
 
 
-def check_same_optimizer(mine: str, world: World) -> None:
-    """Raises WorldError, on all ranks, where their summaries differ. Blocks; every rank must call it."""
+def check_same_optimizer(mine: str, world: World, ranks: Sequence[int]) -> None:
+    """Raises WorldError where summaries of `ranks` differ, which train together. Blocks; every rank must call it."""
     summaries = world.gather_bytes(hashlib.sha256(mine.encode()).digest(), "comparison of optimizers")
-    odd = [rank for rank, found in enumerate(summaries) if found != summaries[0]]
+    odd = [rank for rank in ranks if summaries[rank] != summaries[ranks[0]]]
     if odd:
         raise WorldError(
-            f"ranks {odd} hold another optimizer than rank 0 (its class, options or state differ): build it alike, and "
-            "load the same state, on every rank"
+            f"ranks {odd} hold another optimizer than rank {ranks[0]} (its class, options or state differ): build it "
+            "alike, and load the same state, on every rank"
         )

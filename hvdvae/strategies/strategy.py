@@ -97,6 +97,7 @@ class Strategy(SavedOptimizer):
         self._step_supports_amp_scaling = True  # Then GradScaler always calls `step`, on all ranks.
         saved = optimizer.state_dict() if optimizer.state else None
         mine = summary(optimizer) if self.synchronous else ""
+        self._lengths = [len(group["params"]) for group in optimizer.param_groups]
         # LR schedulers that are built already hold `optimizer`: its groups stay the ones that rule.
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups = optimizer.param_groups
@@ -104,14 +105,17 @@ class Strategy(SavedOptimizer):
         self.wrapped_class = type(optimizer).__name__
         self.inner = flat_optimizer(optimizer, self.flat)
         self._is_flat = is_elementwise(optimizer)
+        if self._is_flat:  # Else the optimizer itself calls them.
+            self._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
+            self._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
         if self.steps_whole:
             self.follow_gradient()
         if saved is not None and self._is_flat:
             groups, entries = saved["param_groups"], entries_of(saved["state"])
             load_state(optimizer, self.inner, self.flat, self.numbers, groups, entries)
             optimizer.state.clear()  # It has been copied, and Adagrad's is there before the first step.
-        check_same_model(self.flat, world)
-        check_same_optimizer(mine, world)
+        check_same_model(self.flat, world, self.peers)
+        check_same_optimizer(mine, world, self.peers)
         self.broadcast_model()
         self.flat.keep_buffers()
 
@@ -125,6 +129,11 @@ class Strategy(SavedOptimizer):
         """Point the inner optimizer at the parameter vector, after it was moved. Local."""
         for group, part in zip(self.inner.param_groups, self.flat.group_slices, strict=True):
             group["params"][0].data = self.flat.parameters[part]
+
+    @property
+    def peers(self) -> list[int]:
+        """Ranks of `world` that train together with this one, itself among them."""
+        return list(range(self.world.size))
 
     @abstractmethod
     def exchange(self, gradient: Tensor) -> None:
@@ -142,9 +151,9 @@ class Strategy(SavedOptimizer):
         """Overwrite bytes (n,) uint8, on the host, with the first rank's. Blocks; every rank must call it."""
         self.world.broadcast_(data, what="broadcast of the model")
 
-    def average_(self, vector: Tensor) -> None:
-        """Replace a vector by its mean over the ranks that train together. Blocks; every rank must call it."""
-        self.world.sum_(vector, "average of buffers").div_(self.world.size)
+    def sum_(self, vector: Tensor) -> Tensor:
+        """Replace a vector by its sum over the ranks that train together. Blocks; every rank must call it."""
+        return self.world.sum_(vector, "sum of buffers")
 
     @contextmanager
     def fetched(self, *, state: bool = False) -> Iterator[Tensor]:
@@ -156,8 +165,8 @@ class Strategy(SavedOptimizer):
         own = self.flat.buffers.clone()
         rows = torch.zeros(self.world.size, own.numel(), dtype=own.dtype)
         rows[self.world.rank] = own
-        self.world.sum_(rows, "gather of buffers")
-        self.average_(self.flat.buffers)
+        self.sum_(rows)
+        self.sum_(self.flat.buffers).div_(len(self.peers))
         try:
             yield rows
         finally:
@@ -213,6 +222,11 @@ class Strategy(SavedOptimizer):
             raise ConfigError(
                 "a parameter that was frozen when the optimizer was wrapped has requires_grad now, and would not be "
                 "trained: wrap with all that is to be trained, or wrap anew"
+            )
+        if [len(group["params"]) for group in self.param_groups] != self._lengths:
+            raise ConfigError(
+                "parameters were taken out of a param_group, or put in, since the optimizer was wrapped: wrap with "
+                "those that are to be trained, or wrap anew"
             )
         if self._exchanged:
             self.flat.gather_gradient()  # Somebody may have assigned other gradients since.

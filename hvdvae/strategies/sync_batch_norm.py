@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hvdvae.errors import ConfigError
 from hvdvae.first_order import refuse_graph
 from hvdvae.world import World
 
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class _Normalize(torch.autograd.Function):
@@ -45,22 +46,33 @@ class _Normalize(torch.autograd.Function):
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """torch's BatchNorm with the statistics of all ranks. In training, forward and backward block."""
 
-    world: World
+    world: World | None = None
+    """None after unpickling: whoever loads the model has another."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"SyncBatchNorm takes (B, C, ...), found shape {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, ...) -> the same shape. Every rank must call it in training."""
+        """(B, C, ...) -> the same shape. Every rank must call it in training. B may be 0 on some ranks.
+
+        Raises ConfigError where it has lost its World.
+        """
         if not self.training:
             return super().forward(input)
+        if self.world is None:
+            raise ConfigError(
+                "this SyncBatchNorm was loaded from a file and belongs to no World: call "
+                "convert_sync_batch_norm(model, world) before training"
+            )
         x = input if input.dtype == torch.float64 else input.float()
         over = [dim for dim in range(x.dim()) if dim != 1]
         detached = x.detach()
         count = torch.tensor([x.numel() / x.shape[1]], dtype=torch.float64, device=x.device)
         # From the centred variance, in float64: sums of squares in float32 lose a variance beside a large mean.
-        local_variance, local_mean = (part.double() for part in torch.var_mean(detached, over, correction=0))
+        local_variance = local_mean = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+        if x.numel():
+            local_variance, local_mean = (part.double() for part in torch.var_mean(detached, over, correction=0))
         sums = torch.cat([local_mean * count, (local_variance + local_mean.square()) * count, count])
         self.world.sum_(sums, "forward of SyncBatchNorm")
         total = float(sums[-1])
@@ -86,11 +98,20 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def convert_sync_batch_norm(module: nn.Module, world: World) -> nn.Module:
-    """Replace every BatchNorm in `module` by one over all ranks; parameters and buffers are kept. Local. Returns it.
+    """Replace every BatchNorm in `module` by one over all ranks; parameters, buffers and hooks are kept. Returns it.
 
-    Call it before the optimizer is wrapped.
+    Local. Call it before the optimizer is wrapped.
     """
-    if isinstance(module, _PLAIN):
+    return _converted(module, world, {})
+
+
+def _converted(module: nn.Module, world: World, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    """`done`: what has been converted, for modules that stand in several places."""
+    if module in done:
+        return done[module]
+    if isinstance(module, SyncBatchNorm):
+        module.world = world
+    elif isinstance(module, _PLAIN):
         held = next(iter(module.state_dict().values()), torch.empty(0))
         replacement = SyncBatchNorm(
             module.num_features,
@@ -106,7 +127,13 @@ def convert_sync_batch_norm(module: nn.Module, world: World) -> nn.Module:
             replacement.weight, replacement.bias = module.weight, module.bias
         replacement.train(module.training)
         replacement.world = world
+        for name, value in vars(module).items():
+            if "_hook" in name:
+                setattr(replacement, name, value)
+        done[module] = replacement
         return replacement
-    for name, child in module.named_children():
-        setattr(module, name, convert_sync_batch_norm(child, world))
+    done[module] = module
+    for name, child in module._modules.items():
+        if child is not None:
+            module._modules[name] = _converted(child, world, done)
     return module

@@ -83,6 +83,14 @@ class World:
         self._launch = launch
         self._horovod: Any = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "World":
+        """Itself: a copy of a model is among the same ranks."""
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Pickled as None: whoever loads a model is among others."""
+        return type(None), ()
+
     @classmethod
     def create(cls, *, device: str = "auto", deadline: float = DEFAULT_DEADLINE, servers: int = 0) -> "World":
         """Join the launcher's ranks. Blocks; every rank must call it.
@@ -223,8 +231,10 @@ class World:
         """
         from hvdvae.world.shared_memory import fits, one_vector
 
+        if not like.numel():
+            return torch.zeros_like(like)
         with self.waiting("shared memory"):
-            if not fits(self.comm, like.nbytes // self.size):
+            if not fits(self.comm, -(-like.nbytes // self.size)):
                 raise WorldError(
                     f"no room in /dev/shm for {like.nbytes:,} bytes of the optimizer's state, which there was when "
                     "training began: free some, or use --engine horovod"

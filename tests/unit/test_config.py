@@ -112,6 +112,7 @@ def test_the_defaults_and_the_least_values_are_accepted() -> None:
     TrainConfig()
     least = {key: int(value) for key, value in AT_LEAST.items()}
     for_averages = {key: least.pop(key) for key in ("sync_every", "compression_rank", "group_size")}
+    TrainConfig(strategy="ps", rule="dcasgd", dc_strength=least.pop("dc_strength"))
     TrainConfig(**{**least, "strategy": "ps", "consistency": "ssp"})
     TrainConfig(strategy="local-sgd", compression="powersgd", **for_averages)
     TrainConfig(model="conv", batch_norm=True, sync_batch_norm=True, optimizer="sgd", momentum=0.9, ema=0.999)

@@ -132,9 +132,40 @@ def test_parameters_that_never_had_a_gradient_count_as_zeros() -> None:
     model = copy.deepcopy(plain)
     fresh = torch.optim.Adam(model.parameters(), 0.02)
     fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    strategy = wrapped(fresh, model)
+    with pytest.warns(UserWarning, match="'unused' has taken no step"):
+        strategy = wrapped(fresh, model)
     train(plain, optimizer, 3, first=3)
     train(model, strategy, 3, first=3)
+    assert_same(model, plain)
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.optim.Adam, torch.optim.NAdam, torch.optim.Rprop], ids=lambda kind: kind.__name__
+)
+def test_parameters_with_other_numbers_of_steps_are_refused(kind: type[torch.optim.Optimizer]) -> None:
+    """One vector has one count; groups of their own are exact."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+
+    def step(optimizer: torch.optim.Optimizer, *used: nn.Module) -> None:
+        optimizer.zero_grad()
+        sum(parameter.square().sum() for module in used for parameter in module.parameters()).backward()
+        optimizer.step()
+
+    mixed = kind(model.parameters(), lr=0.01)  # type: ignore[call-arg]
+    step(mixed, model[0])
+    step(mixed, model[0], model[1])
+    with pytest.raises(CheckpointError, match=r"'1.weight' has taken other steps than '0.weight'.*a group of its own"):
+        wrapped(mixed, model)
+    apart = kind([{"params": part.parameters()} for part in model], lr=0.01)  # type: ignore[call-arg]
+    step(apart, model[0])
+    step(apart, model[0], model[1])
+    plain = copy.deepcopy(model)
+    other = kind([{"params": part.parameters()} for part in plain], lr=0.01)  # type: ignore[call-arg]
+    other.load_state_dict(copy.deepcopy(apart.state_dict()))
+    strategy = wrapped(apart, model)
+    for _ in range(3):
+        step(other, plain[0], plain[1])
+        step(strategy, model[0], model[1])
     assert_same(model, plain)
 
 
