@@ -148,8 +148,8 @@ def _check_history(inner: Optimizer, flat: FlatModel, history: dict[int, dict[st
         advice = "give what was not always trained a group of its own, or wrap the optimizer before its first step"
         if found[odd] or isinstance(inner, torch.optim.Rprop):
             raise CheckpointError(
-                f"parameter {names[odd]!r} has taken other steps than {names[stepped]!r} of the same group, and they are "
-                f"to be stepped as one vector: {advice}"
+                f"parameter {names[odd]!r} has taken other steps than {names[stepped]!r} of the same group, and they "
+                f"are to be stepped as one vector: {advice}"
             )
         warnings.warn(
             f"parameter {names[odd]!r} has taken no step, {names[stepped]!r} of the same group has: it goes on as if "

@@ -92,3 +92,46 @@ def test_a_process_set_is_not_dropped_silently(world: World, options: dict[str, 
         DistributedOptimizer(
             torch.optim.SGD(model.parameters(), 1.0), model, world=world, process_set=process_set, **options
         )
+
+
+def test_process_sets_may_hold_other_models(world: World) -> None:
+    if world.size != 2:
+        pytest.skip("two sets of one rank each")
+    hvd = world.horovod()
+    sets = [hvd.add_process_set([rank]) for rank in range(world.size)]
+    model = torch.nn.Linear(3, 1 + world.rank)
+    model.register_buffer("mean", torch.full((2 + world.rank,), float(world.rank)))
+    rate = 0.1 * (1 + world.rank)
+    mine, other = sets[world.rank], sets[1 - world.rank]
+    with pytest.raises(ConfigError, match=f"process_set holds ranks .*this is rank {world.rank}"):
+        DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), rate), model, world=world, engine="horovod", process_set=other
+        )
+    optimizer = DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), rate), model, world=world, engine="horovod", process_set=mine
+    )
+    expected = model.bias.detach() - rate
+    optimizer.zero_grad()
+    model(torch.zeros(1, 3)).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(model.bias.detach(), expected)
+    with optimizer.fetched():
+        assert (model.mean == world.rank).all()  # type: ignore[operator, union-attr]
+
+
+def test_adasum_takes_channels_last(world: World) -> None:
+    if world.size != 2 or world.launcher == "horovodrun-gloo":
+        pytest.skip("Adasum of two ranks; Gloo has none")
+    found = []
+    for channels_last in (False, True):
+        torch.manual_seed(3)
+        model = torch.nn.Conv2d(2, 3, 3)
+        if channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), 0.1), model, world=world, engine="horovod", reduce_op="adasum"
+        )
+        model(torch.full((1, 2, 4, 4), 1.0 + world.rank)).square().mean().backward()
+        optimizer.step()
+        found.append(model.weight.detach().clone())
+    torch.testing.assert_close(found[0], found[1])

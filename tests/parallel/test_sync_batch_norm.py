@@ -1,12 +1,14 @@
 """BatchNorm over the batches of all ranks is torch's BatchNorm on the whole batch: outputs, gradients, statistics."""
 
 import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from hvdvae.errors import ConfigError
 from hvdvae.strategies import DistributedOptimizer
 from hvdvae.strategies.sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
 from hvdvae.world import World
@@ -178,3 +180,38 @@ def test_a_skipped_step_leaves_no_mark_on_statistics(world: World, synchronized:
     assert optimizer.skipped_steps == 1
     model.eval()
     assert bool(model(good()).isfinite().all())
+
+
+def test_one_that_stands_in_two_places_is_one_still(world: World) -> None:
+    """Its hooks stay, too."""
+    norm, seen = nn.BatchNorm1d(3), []
+    norm.register_forward_hook(lambda *_: seen.append(1))
+    model = convert_sync_batch_norm(nn.Sequential(norm, nn.Linear(3, 3), norm), world)
+    assert isinstance(model[0], SyncBatchNorm)  # type: ignore[index]
+    assert model[0] is model[2]  # type: ignore[index]
+    model(torch.randn(4, 3))
+    assert len(seen) == 2
+
+
+def test_a_rank_may_have_no_examples(world: World) -> None:
+    if world.size == 1:
+        pytest.skip("somebody needs some")
+    plain, ours = pair(lambda: nn.BatchNorm1d(CHANNELS), world)
+    x, _ = batch(world, (), 0)
+    mine = x[:0] if world.rank == 0 else x.tensor_split(world.size - 1)[world.rank - 1]
+    expected = plain(x)
+    found = ours(mine)
+    if world.rank:
+        torch.testing.assert_close(found, expected.tensor_split(world.size - 1)[world.rank - 1])
+    torch.testing.assert_close(ours.running_var, plain.running_var)
+
+
+def test_a_converted_model_can_be_copied_and_saved_whole(world: World) -> None:
+    model = convert_sync_batch_norm(nn.Sequential(nn.BatchNorm1d(3)), world)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(part(world, batch(world, (), 0)[0])), model(part(world, batch(world, (), 0)[0])))
+    loaded = pickle.loads(pickle.dumps(model))  # As torch.save(model) does.
+    with pytest.raises(ConfigError, match="convert_sync_batch_norm"):
+        loaded(torch.ones(2, 3))
+    convert_sync_batch_norm(loaded, world)
+    assert torch.equal(loaded(part(world, batch(world, (), 1)[0])), model(part(world, batch(world, (), 1)[0])))

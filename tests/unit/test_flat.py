@@ -227,3 +227,69 @@ def test_state_that_is_no_tensor_is_left_alone() -> None:
 
     flat = flat_of(Extra(2, 2))
     assert flat.rest == []
+
+
+class Aliased(nn.Module):
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        whole = torch.randn(6)
+        if what == "parameters":
+            self.first, self.second = nn.Parameter(whole[:4]), nn.Parameter(whole[2:])
+        elif what == "buffers":
+            self.weight = nn.Parameter(torch.randn(2))
+            self.register_buffer("first", whole)
+            self.register_buffer("second", whole[:3])
+        else:
+            self.first = nn.Parameter(whole)
+            self.register_buffer("second", self.first.data[1:2])
+
+
+@pytest.mark.parametrize("what", ["parameters", "buffers", "a buffer in a parameter"])
+def test_tensors_that_share_memory_are_refused(what: str) -> None:
+    """Each would go its own way."""
+    with pytest.raises(ConfigError, match=r"'(first|second)' and '(first|second)' of the model share memory"):
+        flat_of(Aliased(what))
+
+
+def test_tied_parameters_are_one() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    assert flat_of(model).parameters.numel() == 9 + 3 + 3
+
+
+def test_what_has_no_shape_or_is_complex_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"'0\.weight' has no shape yet: run the model once"):
+        flat_of(nn.Sequential(nn.LazyLinear(3)))
+    model = nn.Module()
+    model.wave = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(ConfigError, match=r"'wave' is torch\.complex64"):
+        flat_of(model)
+
+
+def test_buffers_of_any_dtype_are_restored() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("count", torch.tensor(0))
+    model.register_buffer("mean", torch.zeros(2, dtype=torch.float64))
+    flat = flat_of(model)
+    flat.keep_buffers()
+    for value in (float("nan"), 1.0):
+        with torch.no_grad():
+            model.count += 1  # type: ignore[operator]
+            model.mean.fill_(value)  # type: ignore[operator, union-attr]
+        if value != 1.0:
+            flat.keep_buffers()  # Comes after the pass that spoiled them.
+        flat.restore_buffers()
+        assert model.count == 0
+        assert torch.equal(model.mean, torch.zeros(2, dtype=torch.float64))  # type: ignore[arg-type]
+
+
+def test_two_optimizers_of_one_model_see_the_same_buffers() -> None:
+    model = network()
+    first = FlatModel(model, [[*model[0].parameters()]])  # type: ignore[index, operator]
+    second = FlatModel(model, [[*model[2].parameters()]])  # type: ignore[index, operator]
+    for value, flat in ((1.0, first), (2.0, second), (3.0, first)):
+        with torch.no_grad():
+            model[1].running_mean.fill_(value)  # type: ignore[index, operator, union-attr]
+        assert (flat.buffers[:3] == value).all()
+        flat.buffers[:3] = -value
+        assert (model[1].running_mean == -value).all()  # type: ignore[index, union-attr]
