@@ -129,6 +129,8 @@ def check(config: "TrainConfig", defaults: Mapping[str, Any], of_servers: Sequen
             raise ConfigError(f"{flag(key)} is for {fitting}, found {found}")
     _check_vae(config)
     _check_parallelism(config)
+    if config.data == "":
+        raise ConfigError("--data is empty, expected a name or a path: a variable that is not set?")
     if config.out == "":
         raise ConfigError("--out is empty, expected a folder: a variable that is not set?")
     if config.resume and config.overwrite:

@@ -1,5 +1,6 @@
 """YAML files of options: read with every key and value checked by name, written resolved."""
 
+import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -59,6 +60,8 @@ def read_values(path: Path, name: str) -> dict[str, Any]:
         raise ConfigError(f"{name}: {error.strerror or error}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{name}: found no YAML ({' '.join(str(error).split())})") from error
+    if loaded is None:
+        raise ConfigError(f"{name} is empty, or has comments alone: expected lines of `key: value`")
     if not isinstance(loaded, dict):
         raise ConfigError(f"{name}: found {type(loaded).__name__}, expected lines of `key: value`")
     hints = get_type_hints(TrainConfig)
@@ -78,8 +81,15 @@ def read_values(path: Path, name: str) -> dict[str, Any]:
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
-    """Save the resolved configuration, whole, as YAML that --config accepts. Raises ConfigError naming the file."""
+    """Save the resolved configuration, whole, as YAML that --config accepts. Raises ConfigError naming the file.
+
+    A path of data is saved absolute, so that the run can be opened from anywhere.
+    """
+    from hvdvae.data.named import NAMES  # Here: it loads torch, and --help reads no data.
+
     values = {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__}
+    if config.data not in NAMES and Path(config.data).exists():
+        values["data"] = os.path.abspath(config.data)  # Not resolved: a link is where data may move to.
     # How this launch was asked to treat its folder is no property of the run.
     for name in ("resume", "overwrite"):
         values.pop(name)

@@ -57,7 +57,6 @@ def evaluate(options: EvaluateOptions) -> int:
             "seconds": time.perf_counter() - started,
             "versions": versions(),
         }
-        write_json(Path(options.folder) / "evaluation.json", record)
         print(f"{options.split} of {run.dataset.name}, {record['examples']} examples, {run.checkpoint}")
         print(
             f"  NLL         {found.nll:9.3f} +- {found.nll_error:.3f} nats (importance-weighted, k={options.samples})"
@@ -71,6 +70,8 @@ def evaluate(options: EvaluateOptions) -> int:
                 f"  layer {number}: {layer['active_units']} of {len(kl)} units active; KL per dimension "
                 f"{' '.join(f'{value:.2f}' for value in kl[:10])}{' ...' if len(kl) > 10 else ''}"
             )
+        # Last: numbers that took hours are not to be lost to a folder that cannot be written to.
+        write_json(Path(options.folder) / "evaluation.json", record)
         print(f"  {Path(options.folder) / 'evaluation.json'}")
     world.close()
     return 0

@@ -1,5 +1,6 @@
 """What a run says on the terminal: at its start, and at its end."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,10 @@ def closing(summary: dict[str, Any], folder: Path, pictures: list[Path]) -> str:
             f"test NLL {summary['test_nll']:.2f} nats (importance-weighted, k={summary['nll_samples']}), "
             f"ELBO {summary['elbo']:.2f} = -(rate {summary['rate']:.2f} + distortion {summary['distortion']:.2f})"
         )
+        if not math.isfinite(summary["test_nll"]):
+            lines.append(
+                "hvdvae: warning: the model gives no finite likelihood: it has diverged; lower --lr, or set --clip-norm"
+            )
     if "pipeline" in summary:
         lines.append(stages(summary["pipeline"]))
     lines += [f"  {path.stem + ':':<16} {path}" for path in pictures]

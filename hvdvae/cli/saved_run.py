@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from hvdvae import checkpoint as checkpoints
 from hvdvae.cli import assemble
+from hvdvae.cli.agreement import digest
 from hvdvae.cli.config_file import CONFIG_FILE, read_config
 from hvdvae.config import TrainConfig
 from hvdvae.data import Dataset, Source, check_support
@@ -56,6 +57,12 @@ def open_run(folder: str, choice: str, world: World, *, data: str | None = None)
             f"--data {data}: found examples of shape {dataset.shape}, expected that of what the run was trained "
             f"on, {config.data}: name data of that shape ({error})"
         ) from error
+    saved = found.record.get("config", {}).get("data_digest")
+    if data is None and saved not in (None, digest(dataset.train)):
+        raise DataError(
+            f"{config.data}: found other examples than {folder} was trained on (their digest is not {saved}): name the "
+            "data of the run by --data, or other data of its shape"
+        )
     return SavedRun(config, dataset, model, file)
 
 

@@ -98,6 +98,7 @@ def _train(asked: Asked) -> int:
     # A model that is split is never whole anywhere.
     model = assemble.model(config, dataset.shape, torch.device("meta") if groups is not None else world.device)
     trained, optimizer, pipeline = _distribute(config, world, groups, model, dataset)
+    _check_apart(config, dataset)
     # Last: what cannot be run must not delete the results of an earlier run (--overwrite).
     folder = prepare_folder(config, world)
     resumed = _newest(folder, config, world) if not world.joins else None
@@ -236,6 +237,15 @@ def _trainer(
     if resumed is not None:
         trainer.resume(resumed)
     return trainer, pictures
+
+
+def _check_apart(config: TrainConfig, dataset: Dataset) -> None:
+    """Raises ConfigError where pictures of this run would be taken for data by the next."""
+    images = Path(dataset.train.path)
+    if config.out is not None and images.is_dir() and images.resolve() in Path(config.out).resolve().parents:
+        raise ConfigError(
+            f"--out {config.out} lies among the images of --data {config.data}: choose a folder elsewhere"
+        )
 
 
 def _newest(folder: Path, config: TrainConfig, world: World) -> Source | None:

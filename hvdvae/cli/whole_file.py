@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from hvdvae.errors import ConfigError
@@ -15,5 +16,6 @@ def write_whole(path: Path, text: str) -> None:
             file.write(text)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error

@@ -23,6 +23,12 @@ def open_hdf5(path: Path, *, in_memory_bytes: int = IN_MEMORY_BYTES) -> dict[str
     try:
         file = h5py.File(path, "r")
         datasets = {name: item for name, item in file.items() if isinstance(item, h5py.Dataset)}
+        groups = [name for name, item in file.items() if isinstance(item, h5py.Group)]
+        if groups and not datasets:
+            raise DataError(
+                f"{path}: found the groups {', '.join(groups)}; expected data sets called train, validation and test, "
+                "or one, at the top of the file: copy or link them there"
+            )
         return {
             split: _source(datasets[key], path, f"{path}[{key}]", in_memory_bytes)
             for split, key in pick_splits(list(datasets), str(path)).items()

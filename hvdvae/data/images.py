@@ -1,6 +1,6 @@
 """A folder of image files of one size: decoded once if they fit in memory, else batch by batch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,24 @@ _BROKEN = (
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Image files below `folder`, subfolders (classes) included, in an order that no file system changes."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    """Image files below `folder`, subfolders (classes) included, in an order that no file system changes.
+
+    Links to folders are followed; names that begin with a dot are left out, as programs write them beside images.
+    """
+    return sorted(_below(folder, frozenset())) if folder.is_dir() else []
+
+
+def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    here = folder.resolve()
+    if here in above:  # A link to a folder that it lies in.
+        return
+    for entry in folder.iterdir():
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _below(entry, above | {here})
+        elif entry.suffix.lower() in SUFFIXES and entry.is_file():
+            yield entry
 
 
 def open_images(folder: Path, *, in_memory_bytes: int = IN_MEMORY_BYTES) -> Source:

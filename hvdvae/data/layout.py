@@ -38,10 +38,12 @@ def checked_layout(shape: tuple[int, ...], path: str) -> Layout:
         return Layout((1, shape[1], shape[2]), False)
     if shape[3] in (1, 3) and shape[1] not in (1, 3):
         return Layout((shape[3], shape[1], shape[2]), True)
-    if shape[3] == 4 and shape[1] == shape[2] > 4:
+    if shape[1] not in (1, 3):
+        last = shape[3] in (2, 4)
+        advice = f"if the last are transparency, save array[..., :{shape[3] - 1}]" if last else "save images as (N, D)"
         raise DataError(
-            f"{path}: found images of four channels, shape {shape}, with transparency (RGBA); expected 1 or 3: save "
-            "array[..., :3]"
+            f"{path}: found images of {shape[3] if last else shape[1]} channels, shape {shape}; expected (N, C, H, W) "
+            f"or (N, H, W, C) with C of 1 or 3: {advice}"
         )
     return Layout(shape[1:], False)
 

@@ -25,15 +25,6 @@ class Progress:
         self._start, self._first = time.monotonic(), done
         self._last_line = self._start
         self._bar: tqdm[Never] | None = None
-        if self._stream.isatty():
-            self._bar = tqdm(
-                total=epochs,
-                initial=done,
-                file=self._stream,
-                unit="epoch",
-                dynamic_ncols=True,
-                bar_format="{desc} |{bar}| {percentage:3.0f}% {elapsed}<{remaining}{postfix}",
-            )
 
     def on_beat(self, beat: Beat, *, step: int, epoch: float, lr: float) -> None:
         """Move the bar, or print a line if the last is old."""
@@ -41,6 +32,15 @@ class Progress:
         if isinstance(beat, ServedBeat):
             rate += f", {_staleness(beat)}"
         elbo = f"ELBO {-(beat.rate + beat.distortion):.2f}" if beat.rate or beat.distortion else f"loss {beat.loss:.4g}"
+        if self._bar is None and self._stream.isatty():
+            self._bar = tqdm(
+                total=self._epochs,
+                initial=self._first,
+                file=self._stream,
+                unit="epoch",
+                dynamic_ncols=True,
+                bar_format="{desc} |{bar}| {percentage:3.0f}% {elapsed}<{remaining}{postfix}",
+            )
         if self._bar is not None:
             self._bar.set_description_str(f"epoch {min(int(epoch) + 1, self._epochs)}/{self._epochs}", refresh=False)
             self._bar.set_postfix_str(f"{rate}, {elbo}", refresh=False)
@@ -55,6 +55,8 @@ class Progress:
 
     def on_epoch(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         """One line an epoch, above the bar."""
+        if self._bar is not None:
+            self._bar.update(epoch - self._bar.n)  # Also by the examples that no step of it took.
         names = ("loss", "elbo", "validation_elbo", "validation_loss", "examples_per_second")
         known = {name: metrics[name] for name in names if name in metrics}
         if "elbo" in known:

@@ -17,10 +17,10 @@ class TensorBoard:
     """Writes event files into a folder. View them with `tensorboard --logdir DIR`."""
 
     def __init__(self, folder: Path, *, first_step: int = 0) -> None:
-        """Open a writer; points of an earlier run at or after `first_step` are hidden by TensorBoard."""
+        """Open a writer; points of an earlier run beyond `first_step`, where it goes on, are hidden by TensorBoard."""
         self._folder = folder
         with writing(folder):
-            self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
+            self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
         self._last = 0.0
         self._staleness = np.zeros(1, np.int64)
 

@@ -71,6 +71,6 @@ def _as_pixels(images: Tensor) -> Picture:
         images = images.reshape(-1, 1, side, side)
     if images.dim() != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ConfigError(f"pictures: found shape {tuple(images.shape)}, expected (N, 1 or 3, H, W) and N > 0")
-    levels = images.detach().float().clamp(0, 1).mul(255).round()
+    levels = images.detach().float().nan_to_num(0).clamp(0, 1).mul(255).round()
     pixels: Picture = levels.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
     return pixels

@@ -1,6 +1,7 @@
 """A run that was stopped, however, and resumed ends with the weights of one that was never stopped."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -9,8 +10,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hvdvae.checkpoint import Folder, load
 from tests.system.conftest import Command, Finished, Launch, Start, clean_environment, launcher_command
@@ -237,3 +241,31 @@ def test_resume_of_nothing_starts_anew_and_of_a_whole_run_changes_nothing(
     longer = command(*again[:-6], "--epochs", 3, "--nll-samples", 2)
     assert longer.status == 0, longer.output
     assert load(newest(tmp_path / "new" / "run")).record["step"] == 30
+
+
+def test_a_resume_keeps_the_points_of_what_was_done(command: Command, images: Path) -> None:
+    """Those of the last epoch, too; and a relative path of data is found from anywhere."""
+    shutil.copy(images, "data.npz")
+    run = ("train", "--data", "data.npz", "--hidden", 8, "--latent", 2, "--nll-samples", 2, "--out", "run")
+    for epochs, resume in ((2, ()), (4, ("--resume",))):
+        assert command(*run, "--epochs", epochs, *resume).status == 0
+    events = EventAccumulator("run/tensorboard", size_guidance={"scalars": 0})
+    events.Reload()
+    steps = [point.step for point in events.Scalars("epoch/validation_elbo")]
+    assert steps == [steps[0] * epoch for epoch in (1, 2, 3, 4)]
+    folder = Path("run").absolute()
+    Path("elsewhere").mkdir()
+    os.chdir("elsewhere")
+    ended = command("evaluate", folder, "--samples", 2)
+    assert ended.status == 0, ended.output
+
+
+def test_results_do_not_go_among_the_images(command: Command) -> None:
+    """The next run would train on its pictures."""
+    for number in range(4):
+        Path("images").mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8), 60 * number, np.uint8)).save(f"images/{number}.png")
+    ended = command("train", "--data", "images", "--epochs", 1, "--batch-size", 1, "--out", "images/run")
+    assert ended.status == 2
+    assert "lies among the images" in ended.output
+    assert not Path("images/run").exists()

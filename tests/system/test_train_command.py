@@ -135,7 +135,7 @@ def copied(run: Run, tmp_path: Path) -> Run:
     return run._replace(folder=Path(shutil.copytree(run.folder, tmp_path / "copy")))
 
 
-def test_evaluate_sample_and_reconstruct_open_the_run(copied: Run, command: Command) -> None:
+def test_evaluate_sample_and_reconstruct_open_the_run(copied: Run, command: Command, images: Path) -> None:
     """Whatever launched the training, one process finds the same numbers."""
     assert command("evaluate", copied.folder, "--samples", 10).status == 0
     found, summary = json.loads((copied.folder / "evaluation.json").read_text()), copied.summary
@@ -149,6 +149,15 @@ def test_evaluate_sample_and_reconstruct_open_the_run(copied: Run, command: Comm
         assert command(name, copied.folder, *options, "--output", "picture.png").status == 0
         with Image.open("picture.png") as picture:
             assert len(np.unique(np.asarray(picture))) > 10
+    # The same path holds something else now.
+    with np.load(images) as arrays:
+        np.savez("others.npz", **{name: 255 - array for name, array in arrays.items()})
+    config = copied.folder / "config.yaml"
+    config.write_text(config.read_text().replace(str(images), str(Path("others.npz").absolute())))
+    refused = command("evaluate", copied.folder, "--samples", 2)
+    assert refused.status == 2
+    assert "found other examples than" in refused.output
+    assert command("evaluate", copied.folder, "--samples", 2, "--data", "others.npz").status == 0
     (copied.folder / "samples.png").unlink()
     (copied.folder / "samples.png").symlink_to(Path("elsewhere").absolute())
     assert command("sample", copied.folder).status == 2

@@ -143,7 +143,8 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path: Path, order: str)
         ("lr: 1\nskip-limits: 3\n", ["unknown key 'skip_limits'", "did you mean skip_limit?"]),
         ("zzz: 3\n", ["unknown key 'zzz'", "--help"]),
         ("- 3\n", ["found list", "key: value"]),
-        ("", ["found NoneType", "key: value"]),
+        ("", ["is empty", "key: value"]),
+        ("# lr: 3\n", ["comments alone", "key: value"]),
         ("lr: [\n", ["a.yaml"]),
     ],
 )

@@ -11,8 +11,9 @@ from PIL import Image
 
 from hvdvae.data.hdf5 import HDF5Source, open_hdf5
 from hvdvae.data.idx import open_idx
-from hvdvae.data.images import ImageSource, open_images
+from hvdvae.data.images import ImageSource, find_images, open_images
 from hvdvae.data.npy import open_npy, open_npz
+from hvdvae.data.open import open_dataset
 from hvdvae.errors import DataError
 
 GREY = np.random.default_rng(1).integers(0, 256, (12, 5, 4), dtype=np.uint8)
@@ -219,6 +220,28 @@ def test_images_are_decoded_once_or_when_needed(tmp_path, limit):
     np.testing.assert_array_equal(grey.gather(SOME)[:, 0], GREY[SOME])
     np.testing.assert_array_equal(mixed.gather(np.array([5, 1])), np.moveaxis(colour[[5, 1]], 3, 1))
     np.testing.assert_array_equal(mixed.gather(np.array([6]))[0], np.repeat(colour[:1, :, :, 0], 3, axis=0))
+
+
+def test_linked_folders_are_followed_and_hidden_files_left_out(tmp_path):
+    save_images(tmp_path / "all/cats", [GREY[0], GREY[1]])
+    save_images(tmp_path / "all/dogs", [GREY[2]])
+    (tmp_path / "all/dogs/._000.png").write_bytes(b"what another system writes beside images")
+    save_images(tmp_path / "all/.thumbnails", [GREY[0, :2]])
+    (tmp_path / "some").mkdir()
+    for name in ("cats", "dogs"):
+        (tmp_path / "some" / name).symlink_to(tmp_path / "all" / name)
+    (tmp_path / "all/cats/again").symlink_to(tmp_path / "all")  # A circle.
+    assert len(find_images(tmp_path / "all")) == 3
+    (tmp_path / "all/cats/again").unlink()
+    found = [str(file.relative_to(tmp_path / "some")) for file in find_images(tmp_path / "some")]
+    assert found == ["cats/000.png", "cats/001.png", "dogs/000.png"]
+
+
+def test_groups_of_hdf5_are_named(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["train/images"] = np.zeros((3, 4, 4), np.uint8)
+    with pytest.raises(DataError, match=r"a\.h5: found the groups train; .*at the top"):
+        open_dataset(str(tmp_path / "a.h5"))
 
 
 def test_bad_images_are_refused_by_file(tmp_path):

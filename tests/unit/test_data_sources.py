@@ -23,8 +23,15 @@ def test_layout_of_vectors_and_images(stored, shape):
 
 
 def test_transparency_is_not_taken_for_columns():
-    with pytest.raises(DataError, match=r"four channels, shape \(2, 6, 6, 4\)"):
-        ArraySource(np.zeros((2, 6, 6, 4), np.uint8), "a")
+    for shape, channels, save in (((2, 6, 6, 4), 4, 3), ((2, 6, 5, 4), 4, 3), ((2, 6, 8, 2), 2, 1)):
+        with pytest.raises(DataError, match=rf"images of {channels} channels, .*save array\[\.\.\., :{save}\]"):
+            ArraySource(np.zeros(shape, np.uint8), "a")
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_images_have_one_or_three_channels(channels):
+    with pytest.raises(DataError, match=rf"a: found images of {channels} channels, .*C of 1 or 3"):
+        ArraySource(np.zeros((7, channels, 6, 6), np.uint8), "a")
 
 
 @pytest.mark.parametrize("mapped", [False, True])
