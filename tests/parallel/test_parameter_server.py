@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hvdvae.errors import ConfigError
+from hvdvae.errors import ConfigError, WorldError
 from hvdvae.ps.plan import COMPRESSIONS, Plan
 from hvdvae.ps.protocol import HEADER, Kind, Request
 from hvdvae.strategies import DistributedOptimizer, Strategy
@@ -268,6 +269,54 @@ def test_schedules_and_changed_options_act_on_the_servers(world: World) -> None:
     for worker in workers_at_every_split(world, Plan(consistency="bsp"), Smooth, two_groups):
         train(*worker, change)
         torch.testing.assert_close(weights(worker[1]), weights(plain(Smooth, two_groups, change)), atol=3e-6, rtol=2e-5)
+
+
+def test_options_may_be_numbers_of_numpy(world: World) -> None:
+    """As schedules compute them; a server is sent plain ones, and none that the optimizer does not know."""
+
+    def build(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        group = {"params": list(parameters), "weight_decay": np.float32(0.25), "note": print}
+        return torch.optim.AdamW([group], lr=np.float64(0.05), betas=(np.float64(0.5), np.float64(0.75)))
+
+    def change(step: int, optimizer: Optimizer) -> None:
+        optimizer.param_groups[0]["lr"] = np.float32(0.5**step)
+
+    for worker in workers_at_every_split(world, Plan(consistency="bsp"), Smooth, build):
+        train(*worker, change)
+        torch.testing.assert_close(weights(worker[1]), weights(plain(Smooth, build, change)), atol=3e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("what", ["weight_decay", "backward_passes_per_step", "clip_norm"])
+def test_workers_with_other_options_are_refused(world: World, what: str) -> None:
+    if world.size < 3:
+        pytest.skip("needs two workers and a server")
+    odd = world.rank == 1
+    options = {what: (2 if odd else 1)} if what != "weight_decay" else {}
+
+    def build(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        return torch.optim.SGD(parameters, 0.1, weight_decay=0.5 if odd and what == "weight_decay" else 0.0)
+
+    with (
+        pytest.raises(WorldError, match=f"rank 1 joins .*{what}"),
+        served(world, 1, Plan(), Smooth, build, **options),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("plan", ALWAYS_ALIKE, ids=str)
+def test_one_worker_that_clips_is_local_training_bit_for_bit(world: World, plan: Plan) -> None:
+    model = Smooth(100)
+    local = DistributedOptimizer(
+        OPTIMIZERS["sgd"](model.parameters()), model, world=World.alone(device="cpu"), strategy="local", clip_norm=0.05
+    )
+    for _ in range(STEPS):
+        local.zero_grad()
+        loss_of(model, *data()).backward()
+        local.step()
+    with served(world, world.size - 1, plan, Smooth, OPTIMIZERS["sgd"], clip_norm=0.05) as worker:
+        if worker:
+            train(*worker)
+            assert torch.equal(weights(worker[1]), weights(model))
 
 
 def test_bsp_clips_the_mean_gradient(world: World) -> None:

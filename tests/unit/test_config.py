@@ -221,6 +221,17 @@ def test_resume_takes_the_saved_configuration_and_flags_still_win(tmp_path: Path
             ("--strategy", "local"),
             {"zero_stage": 1, "mesh": None},
         ),
+        (
+            {"strategy": "ps", "consistency": "ssp", "staleness": 2},
+            ("--consistency", "bsp"),
+            {"strategy": "ps", "consistency": "bsp", "staleness": None},
+        ),
+        ({"strategy": "ps", "rule": "easgd", "elasticity": 0.3}, ("--rule", "plain"), {"elasticity": None}),
+        (
+            {"strategy": "ps", "consistency": "bsp", "backup_workers": 1},
+            ("--consistency", "asp"),
+            {"backup_workers": 0},
+        ),
         ({"strategy": "allreduce", "pipeline": 2, "micro_batches": 8}, ("--tensor", "2"), {"pipeline": 1, "tensor": 2}),
         (
             {"strategy": "allreduce", "pipeline": 2, "micro_batches": 8},
