@@ -14,6 +14,14 @@ class Help(DefaultHelpFormatter):
         plain = action.default not in (None, SUPPRESS, False) and "[" not in text and "default" not in text
         return f"{text} [{action.default}]" if plain and action.option_strings and action.nargs != 0 else text
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        # What stands in columns stays in them; all else is filled.
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(
+            paragraph if "   " in paragraph else super(Help, self)._fill_text(paragraph, width, indent)
+            for paragraph in paragraphs
+        )
+
     def _metavar_formatter(self, action: Action, default_metavar: str) -> Any:
         choices = _choices(action)
         text = action.metavar or ("{" + ",".join(choices) + "}" if choices else "X")
