@@ -103,7 +103,7 @@ def test_a_signal_saves_and_a_resume_goes_on(
     [
         (3, ["--servers", "3"], "3 parameter servers (--servers, --replicas) of 3 started ranks leave none to train"),
         (2, ["--consistency", "ssp"], "--consistency ssp needs a bound"),
-        (2, ["--staleness", "3"], "--staleness bounds --consistency ssp"),
+        (2, ["--staleness", "3"], "--staleness is for --consistency ssp"),
         (3, ["--consistency", "bsp", "--rule", "dcasgd"], "--rule dcasgd is for pushes that come one by one"),
         (2, ["--consistency", "bsp", "--backup-workers", "1"], "--backup-workers is 1 of 1 workers"),
         (2, ["--compression", "powersgd"], "use one of fp16, bf16, int8, sign, topk, or --strategy allreduce"),
