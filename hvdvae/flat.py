@@ -70,7 +70,8 @@ class FlatModel:
         self._kept: list[Tensor] = []
         state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
         state |= {name: buffer for name, buffer in named.items() if name not in state}  # Those that are not saved.
-        self.rest = [tensor for name, tensor in state.items() if name not in moved and name not in set(self.names)]
+        in_vectors = moved.union(self.names)
+        self.rest = [tensor for name, tensor in state.items() if name not in in_vectors]
         self.layout = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in state.items()]
         """Name, shape and dtype of all that it holds."""
 

@@ -38,10 +38,10 @@ def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
     for entry in folder.iterdir():
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
-            yield from _below(entry, above | {here})
-        elif entry.suffix.lower() in SUFFIXES and entry.is_file():
+        if entry.suffix.lower() in SUFFIXES and entry.is_file():
             yield entry
+        elif entry.is_dir():
+            yield from _below(entry, above | {here})
 
 
 def open_images(folder: Path, *, in_memory_bytes: int = IN_MEMORY_BYTES) -> Source:

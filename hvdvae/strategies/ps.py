@@ -56,7 +56,7 @@ class ParameterServer(Strategy):
             )
         self.plan = plan
         # Under BSP the servers clip the mean; otherwise every push is a step, and clipped here.
-        # Of one worker, too: its step is then that of local training.
+        # One worker's push is the mean already: it clips it itself, as local training does, to the same bits.
         alone = world.size == 1 and not world.joins
         clipped_there = options.pop("clip_norm", None) if plan.consistency == "bsp" and not alone else None
         if clipped_there and plan.replicas and plan.shards(world.servers) > 1:

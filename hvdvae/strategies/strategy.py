@@ -20,6 +20,7 @@ from hvdvae.strategies.optimizer_state import entries_of, follow, load_state
 from hvdvae.strategies.same_model import check_device, check_same_model, check_same_optimizer, summary
 from hvdvae.strategies.saved_optimizer import SavedOptimizer
 from hvdvae.strategies.traffic import Traffic
+from hvdvae.strategies.wrapped import Wrapped
 from hvdvae.world import World
 
 if TYPE_CHECKING:
@@ -75,12 +76,9 @@ class Strategy(SavedOptimizer):
             raise ConfigError(f"clip_norm (--clip-norm) is {clip_norm!r}, expected a number above 0, or none")
         check_supported(optimizer)
         self.world = world
-        everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.numbers = [number for number, parameter in enumerate(everything) if parameter.requires_grad]
-        self._frozen = [parameter for parameter in everything if not parameter.requires_grad]
-        self.flat = FlatModel(
-            model, [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
-        )
+        self._asked = Wrapped(optimizer)
+        self.numbers = self._asked.numbers
+        self.flat = FlatModel(model, self._asked.trained)
         check_device(self.flat, world)
         self.own = [slice(0, self.flat.parameters.numel())]
         """Of the vectors, what this rank answers for in the global norm."""
@@ -97,7 +95,6 @@ class Strategy(SavedOptimizer):
         self._step_supports_amp_scaling = True  # Then GradScaler always calls `step`, on all ranks.
         saved = optimizer.state_dict() if optimizer.state else None
         mine = summary(optimizer) if self.synchronous else ""
-        self._lengths = [len(group["params"]) for group in optimizer.param_groups]
         # LR schedulers that are built already hold `optimizer`: its groups stay the ones that rule.
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups = optimizer.param_groups
@@ -218,16 +215,7 @@ class Strategy(SavedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self.flat.take_back()
-        if any(parameter.requires_grad for parameter in self._frozen):
-            raise ConfigError(
-                "a parameter that was frozen when the optimizer was wrapped has requires_grad now, and would not be "
-                "trained: wrap with all that is to be trained, or wrap anew"
-            )
-        if [len(group["params"]) for group in self.param_groups] != self._lengths:
-            raise ConfigError(
-                "parameters were taken out of a param_group, or put in, since the optimizer was wrapped: wrap with "
-                "those that are to be trained, or wrap anew"
-            )
+        self._asked.check()
         if self._exchanged:
             self.flat.gather_gradient()  # Somebody may have assigned other gradients since.
         elif self.world.size > 1 and getattr(self, "found_inf", None) is not None:
