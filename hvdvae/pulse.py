@@ -11,12 +11,15 @@ import math
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from hvdvae.world import World
 
 PERIOD_SECONDS = 0.1
 """How often ranks meet, about: a signal is acted on within this time."""
+
+_NONE = np.zeros((0, 3))
 
 STOP, STEPS, EXAMPLES, FINITE, LOSS, RATE, DISTORTION, DATA, EXCHANGE, TOTAL = range(10)
 
@@ -105,20 +108,16 @@ class Pulse:
         world = self._world
         waited = world.watchdog.waited - self._waited
         total = time.perf_counter() - self._start
-        table = torch.zeros(world.size, 10, dtype=torch.float64)
-        terms = torch.stack(self._terms).cpu().double().view(-1, 3) if self._terms else torch.zeros(0, 3)
+        terms = torch.stack(self._terms).cpu().double().view(-1, 3).numpy() if self._terms else _NONE
         # Passes that were not finite have no say in the means.
-        finite = terms.isfinite().all(1)
-        weights = torch.tensor(self._weights, dtype=torch.float64)[finite]
-        mine = weights @ terms[finite].double()
-        table[world.rank] = torch.tensor(
-            [signal, self._steps, self._examples, weights.sum(), *mine, self._data, waited, total],
-            dtype=torch.float64,
-        )
-        world.sum_(table, "pulse")
-        steps = table[:, STEPS].clamp(min=1)
-        slowest = float((table[:, TOTAL] / steps).max())
-        self._every = min(max(int(PERIOD_SECONDS / max(slowest, 1e-6)), 1), 1000)
+        finite = np.isfinite(terms).all(1)
+        weights = np.array(self._weights, np.float64)[finite]
+        mine = weights @ terms[finite]
+        table = np.zeros((world.size, 10))
+        table[world.rank] = (signal, self._steps, self._examples, weights.sum(), *mine, self._data, waited, total)
+        world.sum_(torch.from_numpy(table), "pulse")
+        each = table[:, TOTAL] / np.maximum(table[:, STEPS], 1)
+        self._every = min(max(int(PERIOD_SECONDS / max(each.max(), 1e-6)), 1), 1000)
         self.start()
         sums = table.sum(0)
         finite_examples = float(sums[FINITE])
@@ -135,5 +134,5 @@ class Pulse:
             seconds=float(table[:, TOTAL].max()),
             data_share=float(sums[DATA] / sums[TOTAL]),
             exchange_share=float(sums[EXCHANGE] / sums[TOTAL]),
-            step_seconds=(table[:, TOTAL] / steps).tolist(),
+            step_seconds=each.tolist(),
         )

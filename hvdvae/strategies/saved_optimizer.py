@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from hvdvae.checkpoint import Piece
 from hvdvae.flat import FlatModel
 from hvdvae.strategies.optimizer_state import Entries, Groups, Scalars, entries_of, load_state, pieces_of, save_state
+from hvdvae.strategies.quiet_optimizer import QuietOptimizer
 
 
-class SavedOptimizer(Optimizer):
+class SavedOptimizer(QuietOptimizer):
     """A torch optimizer that steps vectors (`inner`) in the place of one that was wrapped."""
 
     inner: Optimizer

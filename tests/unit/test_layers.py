@@ -172,6 +172,7 @@ def test_strategies_do_not_import_each_other() -> None:
         "mean",
         "messages",
         "optimizer_state",
+        "quiet_optimizer",
         "same_model",
         "saved_optimizer",
         "sharded",
