@@ -70,8 +70,6 @@ class SampleOptions(Checked):
     """Images."""
     seed: int = 0
     """Seed of the draws."""
-    data: str | None = None
-    """Where the data is now, if it was moved since: its shape is needed."""
     output: str | None = None
     """PNG file [DIR/samples.png]."""
     deadline: float = DEADLINE

@@ -16,8 +16,19 @@ from hvdvae.vae import VAE
 from hvdvae.world import World
 
 
+class SavedModel(NamedTuple):
+    """What samples need."""
+
+    config: TrainConfig
+    model: VAE
+    checkpoint: str
+    """The file that the weights came from."""
+    data_digest: str | None
+    """Of what it was trained on."""
+
+
 class SavedRun(NamedTuple):
-    """What evaluation, samples and reconstructions need."""
+    """What evaluation and reconstructions need."""
 
     config: TrainConfig
     dataset: Dataset
@@ -31,33 +42,40 @@ class SavedRun(NamedTuple):
         return source
 
 
-def open_run(folder: str, choice: str, world: World, *, data: str | None = None) -> SavedRun:
-    """Open the run in `folder` with a checkpoint (best, last or a file). Blocks; every rank must call it.
+def open_model(folder: str, choice: str, world: World) -> SavedModel:
+    """Open the model in `folder` with a checkpoint (best, last or a file). Blocks; every rank must call it.
 
-    Weights are the moving average where the run kept one. Raises ConfigError, DataError or CheckpointError naming the
-    file.
+    Weights are the moving average where the run kept one. Raises ConfigError or CheckpointError naming the file.
     """
     path = Path(folder)
     # Rank 0 alone needs to see the folder, as in training.
     seen = _look(path, choice) if world.is_first else None
     values, file = world.gather_objects(seen, "configuration of the run")[0]
     config = TrainConfig(**values)
-    dataset = assemble.data(data or config.data, world, validation=None if data else config.validation)
-    for split in (dataset.train, dataset.validation, dataset.test):
-        check_support(split, config.likelihood, assemble.binarization(config))
-    model = assemble.model(config, dataset.shape, world.device)
     found = checkpoints.spread(Path(file) if world.is_first else None, world)
     assert found is not None
-    try:
-        load_weights(model, found, ema=True)
-    except CheckpointError as error:
-        if data is None:
-            raise
+    saved = found.record.get("config", {})
+    if "shape" not in saved:
+        raise CheckpointError(f"{file} does not say the shape of an example: expected a checkpoint of hvdvae train")
+    model = assemble.model(config, tuple(saved["shape"]), world.device)
+    load_weights(model, found, ema=True)
+    return SavedModel(config, model, file, saved.get("data_digest"))
+
+
+def open_run(folder: str, choice: str, world: World, *, data: str | None = None) -> SavedRun:
+    """As `open_model`, with its data, or other data of its shape. Blocks; every rank must call it.
+
+    Raises DataError, too.
+    """
+    config, model, file, saved = open_model(folder, choice, world)
+    dataset = assemble.data(data or config.data, world, validation=None if data else config.validation)
+    if dataset.shape != model.shape:
         raise DataError(
-            f"--data {data}: found examples of shape {dataset.shape}, expected that of what the run was trained "
-            f"on, {config.data}: name data of that shape ({error})"
-        ) from error
-    saved = found.record.get("config", {}).get("data_digest")
+            f"{f'--data {data}' if data else config.data}: found examples of shape {dataset.shape}, expected "
+            f"{model.shape}, as {folder} was trained on: name data of that shape by --data"
+        )
+    for split in (dataset.train, dataset.validation, dataset.test):
+        check_support(split, config.likelihood, assemble.binarization(config))
     if data is None and saved not in (None, digest(dataset.train)):
         raise DataError(
             f"{config.data}: found other examples than {folder} was trained on (their digest is not {saved}): name the "

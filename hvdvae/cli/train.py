@@ -230,6 +230,7 @@ def _trainer(
         validate_every=config.validate_every,
         config={
             **{name: getattr(config, name) for name in TrainConfig.__dataclass_fields__},
+            "shape": list(dataset.shape),
             "data_digest": digest(dataset.train),
         },
         pipeline=pipeline,

@@ -158,6 +158,9 @@ def test_evaluate_sample_and_reconstruct_open_the_run(copied: Run, command: Comm
     assert refused.status == 2
     assert "found other examples than" in refused.output
     assert command("evaluate", copied.folder, "--samples", 2, "--data", "others.npz").status == 0
+    # Samples need no data.
+    Path("others.npz").unlink()
+    assert command("sample", copied.folder).status == 0
     (copied.folder / "samples.png").unlink()
     (copied.folder / "samples.png").symlink_to(Path("elsewhere").absolute())
     assert command("sample", copied.folder).status == 2
