@@ -9,8 +9,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from hvdvae.abort import abort_job
+from hvdvae.cli.standard_streams import lenient
 from hvdvae.errors import BusyError, HvdvaeError, MisfitError, RankLost, WorldError
 from hvdvae.launcher import Launch, detect
 from hvdvae.signals import Terminated
@@ -21,11 +23,18 @@ LOST_STATUS = 75
 """Of a job that a rank's death has ended, or that came too early (EX_TEMPFAIL, as of a deadline): start it again."""
 
 
-def run() -> int:
-    """`main` in a process that it has to itself. Returns the exit status."""
+def run() -> Any:
+    """`main` in a process that it has to itself. Returns the exit status, 1 where its words were lost."""
     # What is imported stays to the end. To look through it for garbage is a tenth of a start, and 0.3 s at the end.
     gc.disable()
-    return main(imported=_collect_from_now_on)
+    sys.stderr, _ = lenient(sys.stderr)
+    sys.stdout, output = lenient(sys.stdout, "standard output")
+    try:
+        status: Any = main(imported=_collect_from_now_on)
+    except SystemExit as left:  # As --help does.
+        status = left.code
+    sys.stdout.flush()
+    return status or int(output.failed)
 
 
 def _collect_from_now_on() -> None:
