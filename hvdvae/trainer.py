@@ -82,9 +82,9 @@ class Trainer:
     ) -> None:
         """Build only. Every rank builds the same.
 
-        `monitors` act on rank 0 only; a function that makes them is called there, and by whoever is rank 0 once that
-        has died. `lr_scaling`: what the learning rates were multiplied by (schedule.world_scale); where ranks die they
-        are scaled anew.
+        `monitors` act on rank 0 only; a function that makes them is called there when training starts, and by whoever
+        is rank 0 once that has died. `lr_scaling`: what the learning rates were multiplied by (schedule.world_scale);
+        where ranks die they are scaled anew.
         `validate`: called by every rank after an epoch, returns numbers that are equal on all, `loss` (lower is better)
         among them. `config`: saved in checkpoints. Periods are in epochs. `pipeline`: this rank's stage, where the
         model is split into stages; its chain has the loss then, and `loss` may be None.
@@ -115,7 +115,7 @@ class Trainer:
         self.stepper = Stepper(model, optimizer, loss, seed=seed, schedule=schedule, ema=ema, **options)
         self._lr_scaling = lr_scaling
         self._make_monitors = monitors
-        self._monitors = self._monitors_here()
+        self._monitors: list[Monitor] = []
         self.died: list[str] = []
         """Ranks that were lost while the others went on, by their ranks and hosts at the start."""
         self._checkpoints, self._checkpoint_every = checkpoints, checkpoint_every
@@ -143,12 +143,14 @@ class Trainer:
         died and the others cannot go on, SystemExit(0) on a rank that they have no work for (parallel/survival.py).
         """
         self._examples, self._seconds, self._sums = 0, 0.0, EpochSums()
+        self._monitors = []
         self.stage = Stage(doing="train" if self.position.epoch < epochs else "leave")
         if self.world.joins and self.optimizer.synchronous:
             enter(self)
         self.optimizer.start()
-        self.optimizer.tell_progress(self._epochs_done)
+        self.optimizer.tell_progress(self.epochs_done)
         self.world.starting = False
+        self._monitors = self._monitors or self._monitors_here()
         try:
             with caught() as flag:
                 while self.stage.doing != "nothing":
@@ -160,7 +162,7 @@ class Trainer:
             for monitor in self._monitors:
                 monitor.close()
         return Outcome(
-            epochs=self._epochs_done,
+            epochs=self.epochs_done,
             step=self.position.step,
             examples=self._examples,
             seconds=self._seconds,
@@ -180,7 +182,7 @@ class Trainer:
         return self.ema.applied() if self.ema is not None else nullcontext()
 
     @property
-    def _epochs_done(self) -> float:
+    def epochs_done(self) -> float:
         """With the fraction of the one that is not finished."""
         return self.position.epoch + self.position.examples / self.batches.examples
 
@@ -272,12 +274,12 @@ class Trainer:
         epoch = position.epoch + (position.examples + 0.5 * examples * self._share[1]) / self.batches.examples
         self.stepper.step(batch, position.step, epoch, self._pulse)
         position.advance(examples * self._share[1])
-        self.optimizer.tell_progress(self._epochs_done)
+        self.optimizer.tell_progress(self.epochs_done)
         self._pulse.count_step(examples, data_seconds)
 
     def _report(self, beat: Beat) -> None:
         self._sums.add(beat)
-        epoch = self._epochs_done
+        epoch = self.epochs_done
         lr = float(self.optimizer.param_groups[0]["lr"])
         for monitor in self._monitors:
             monitor.on_beat(beat, step=self.position.step, epoch=epoch, lr=lr)

@@ -8,9 +8,9 @@ from typing import Any, get_type_hints
 import yaml
 
 from hvdvae.cli.values import checked, expected, shown
-from hvdvae.cli.whole_file import write_whole
 from hvdvae.config import TrainConfig, flag
 from hvdvae.errors import ConfigError
+from hvdvae.whole_file import write_whole
 
 CONFIG_FILE = "config.yaml"
 """The resolved configuration, in the folder of results."""

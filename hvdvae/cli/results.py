@@ -14,10 +14,10 @@ import yaml
 from hvdvae.cli.config_file import CONFIG_FILE
 from hvdvae.cli.folder_lock import LOCK_FILE, hold
 from hvdvae.cli.links import refuse_links
-from hvdvae.cli.whole_file import write_whole
 from hvdvae.config import TrainConfig
 from hvdvae.errors import ConfigError
 from hvdvae.monitor.jsonl import finite
+from hvdvae.whole_file import write_whole
 from hvdvae.world import World
 
 RESULTS = (

@@ -190,14 +190,13 @@ def _trainer(
         device=world.device,
     )
     pictures = Pictures(model, dataset.validation, binarization=binarization)
-    step = resumed.record["step"] if resumed else 0
     boards: list[TensorBoard] = []
 
     def monitors() -> list[Monitor]:
+        step = trainer.position.step
         boards.append(TensorBoard(folder / "tensorboard", first_step=step))
-        position = resumed.record["position"] if resumed else {"epoch": 0, "examples": 0}
-        progress = Progress(epochs=config.epochs, done=position["epoch"] + position["examples"] / loader.examples)
-        return [progress, JsonLines(folder / "metrics.jsonl"), *boards]
+        progress = Progress(epochs=config.epochs, done=trainer.epochs_done)
+        return [progress, JsonLines(folder / "metrics.jsonl", first_step=step), *boards]
 
     def validate() -> dict[str, float]:
         samples = assemble.validation_samples(config)

@@ -4,11 +4,13 @@ import json
 import math
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hvdvae.monitor.writing import writing
 from hvdvae.pulse import Beat, ServedBeat
+from hvdvae.whole_file import write_whole
 
 SECONDS_BETWEEN_LINES = 2.0
 
@@ -16,10 +18,15 @@ SECONDS_BETWEEN_LINES = 2.0
 class JsonLines:
     """Writes `{"kind": "step", ...}` every two seconds and `{"kind": "epoch", ...}` after each epoch."""
 
-    def __init__(self, path: Path) -> None:
-        """Open for appending: a resumed run goes on in the same file."""
+    def __init__(self, path: Path, *, first_step: int | None = None) -> None:
+        """Open for appending. A run that goes on at `first_step` does so without the lines beyond it.
+
+        Those steps were lost with the process that took them, and come again.
+        """
         self._path = path
         with writing(path):
+            if first_step is not None:
+                _forget(path, first_step)
             self._file = path.open("a", encoding="utf-8")
             if not _ends_whole(path):
                 self._file.write("\n")  # After a line that was torn, by a crash of its host.
@@ -61,6 +68,20 @@ class JsonLines:
         with writing(self._path):
             self._file.write(json.dumps(finite({"time": time.time(), **record}), allow_nan=False) + "\n")
             self._file.flush()
+
+
+def _forget(path: Path, first_step: int) -> None:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if _step(line) <= first_step]
+    if len(kept) < len(lines):
+        write_whole(path, "".join(kept))
+
+
+def _step(line: str) -> int:
+    """That a line tells of; 0 of one that is torn."""
+    with suppress(ValueError, TypeError, KeyError):
+        return int(json.loads(line)["step"])
+    return 0
 
 
 def _ends_whole(path: Path) -> bool:

@@ -16,11 +16,11 @@ SECONDS_BETWEEN_POINTS = 2.0
 class TensorBoard:
     """Writes event files into a folder. View them with `tensorboard --logdir DIR`."""
 
-    def __init__(self, folder: Path, *, first_step: int = 0) -> None:
-        """Open a writer; points of an earlier run beyond `first_step`, where it goes on, are hidden by TensorBoard."""
+    def __init__(self, folder: Path, *, first_step: int | None = None) -> None:
+        """Open a writer. Points beyond `first_step`, where a run goes on, come again: TensorBoard hides them."""
         self._folder = folder
         with writing(folder):
-            self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+            self._writer = SummaryWriter(str(folder), purge_step=None if first_step is None else first_step + 1)
         self._last = 0.0
         self._staleness = np.zeros(1, np.int64)
 

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "hvdvae"
 LAYERS = {
     "core": (
         "abort allocator batch checkpoint config config_check cores deadline disturbance dtypes ema errors first_order "
-        "flat launcher outcome quick_start schedule seeding signals supervisor version world",
+        "flat launcher outcome quick_start schedule seeding signals supervisor version whole_file world",
         0,
     ),
     "domain": ("data vae", 1),

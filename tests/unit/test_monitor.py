@@ -135,6 +135,22 @@ def test_json_lines_parse_and_a_resumed_run_appends(tmp_path: Path, monkeypatch:
     assert fourth.items() >= {"epoch": 1, **METRICS}.items()
 
 
+def test_json_lines_forget_the_steps_that_come_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those beyond the checkpoint that a killed run goes on from."""
+    monkeypatch.setattr(jsonl, "SECONDS_BETWEEN_LINES", 0)
+    path = tmp_path / "metrics.jsonl"
+    tell(JsonLines(path))
+    tell(JsonLines(path), first=3)
+    with path.open("a") as file:
+        file.write('{"torn')
+    tell(JsonLines(path, first_step=4), first=5)
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if line != '{"torn'] == [0, 1, 2, 3, 3, 4, 5, 6, 7, 8]
+    assert lines.count('{"torn') == 1
+    tell(JsonLines(path, first_step=0))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines() if "torn" not in line] == [0, 0, 1, 2, 3]
+
+
 def test_json_lines_are_whole_while_the_run_goes_on_and_not_too_many(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     told = JsonLines(path)

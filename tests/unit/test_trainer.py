@@ -383,6 +383,20 @@ def test_monitors_are_told_and_closed() -> None:
     assert other.epochs == told.epochs
 
 
+def test_monitors_are_made_where_a_run_goes_on() -> None:
+    at: list[int] = []
+
+    def monitors() -> list[Notes]:
+        at.append(trainer.position.step)
+        return [Notes()]
+
+    trainer = trainer_of(plain_network(), squared_error, monitors=monitors)
+    assert at == []
+    trainer.fit(1)
+    trainer.fit(3)
+    assert at == [0, STEPS]
+
+
 def test_monitors_are_closed_when_training_fails() -> None:
     def loss(model: nn.Module, batch: Tensor, epoch: float) -> Tensor:
         raise KeyError("the user's own mistake")
