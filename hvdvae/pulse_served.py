@@ -9,6 +9,7 @@ import time
 import numpy as np
 import torch
 
+from hvdvae.ps.ledger import answered
 from hvdvae.ps.protocol import ANSWER, Answer
 from hvdvae.pulse import PERIOD_SECONDS, ServedBeat
 from hvdvae.strategies.ps import ParameterServer
@@ -78,7 +79,7 @@ class ServedPulse:
             staleness_max=int(now[Answer.STALENESS_MAX]),
             lags=[max(clocks) - clock for clock in clocks if clock >= 0],
             staleness=optimizer.client.histogram,
-            queue_seconds=float(since[Answer.QUEUE_SECONDS] / pushes) if pushes else float("nan"),
+            queue_seconds=float(since[Answer.QUEUE_SECONDS] / waited) if (waited := answered(since)) else float("nan"),
             bytes_pushed=int(now[Answer.BYTES_PUSHED]),
             bytes_pulled=int(now[Answer.BYTES_PULLED]),
         )

@@ -60,7 +60,7 @@ class Ledger:
             "duplicate_pushes": self.duplicates,
             "bytes_pushed": int(self.totals[Answer.BYTES_PUSHED]),
             "bytes_pulled": int(self.totals[Answer.BYTES_PULLED]),
-            "queue_seconds_mean": self.totals[Answer.QUEUE_SECONDS] / max(self.totals[Answer.PUSHES], 1),
+            "queue_seconds_mean": self.totals[Answer.QUEUE_SECONDS] / max(answered(self.totals), 1),
             "staleness_mean": self.totals[Answer.STALENESS_SUM] / max(self.totals[Answer.PUSHES], 1),
             "staleness_quantiles": quantiles(self.staleness),
             "staleness_histogram": {str(value): self.staleness[value] for value in sorted(self.staleness)},
@@ -68,6 +68,11 @@ class Ledger:
             "dropped_by_worker": [self.dropped[worker] for worker in range(len(self.step_seconds))],
             "skipped_by_worker": [self.skipped[worker] for worker in range(len(self.step_seconds))],
         }
+
+
+def answered(totals: NDArray[np.float64]) -> float:
+    """Pushes that waited for an answer, applied or not; `totals`: by the fields of an answer. Pure."""
+    return float(totals[Answer.PUSHES] + totals[Answer.DROPPED])
 
 
 def quantiles(counts: Counter[int]) -> dict[str, int]:
