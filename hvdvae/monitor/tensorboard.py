@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.tensorboard import SummaryWriter
 
 from hvdvae.monitor.writing import writing
 from hvdvae.pulse import Beat, ServedBeat
@@ -18,6 +17,9 @@ class TensorBoard:
 
     def __init__(self, folder: Path, *, first_step: int | None = None) -> None:
         """Open a writer. Points beyond `first_step`, where a run goes on, come again: TensorBoard hides them."""
+        # Imported here: rank 0 alone needs it, and it takes as long as all of this package.
+        from torch.utils.tensorboard import SummaryWriter
+
         self._folder = folder
         with writing(folder):
             self._writer = SummaryWriter(str(folder), purge_step=None if first_step is None else first_step + 1)
