@@ -213,7 +213,8 @@ class Server:
             self.ledger.skipped[worker] += 1
         else:
             self.ledger.totals[Answer.BYTES_PUSHED] += self._link.push_bytes
-            self._weights.buffers[worker] = self._pushes[worker][self._weights.length :]
+            if self._weights.buffers.shape[1]:
+                self._weights.buffers[worker] = self._pushes[worker][self._weights.length :]
         self._act(self._policy.push(worker))
 
     def _act(self, actions: list[Action]) -> None:

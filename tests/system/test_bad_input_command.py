@@ -230,7 +230,7 @@ def test_a_changed_checkpoint_is_refused(command: Command, trained: Path) -> Non
     content[-5] ^= 1
     best.write_bytes(content)
     assert_refused(command("evaluate", "run"), "run/checkpoints/best.safetensors", "digest")
-    save(best, Checkpoint({"weights": foreign.tensors["buffers"]}, {"step": 1}))
+    save(best, Checkpoint({"weights": foreign.tensors["buffers"]}, {"step": 1, "config": foreign.record["config"]}))
     assert_refused(command("evaluate", "run"), "run/checkpoints/best.safetensors", "another model")
 
 

@@ -259,8 +259,7 @@ def test_trouble_does_what_it_says(tmp_path: Path) -> None:
     assert elbos("unequal") != pytest.approx(elbos("uniform"), abs=1e-3)
     for name in ("slow", "asleep"):
         waits = [shares["wait"] for shares in cells[name]["split"]]
-        assert waits[0] > 0.3, "the other rank waits"
-        assert waits[0] > 3 * waits[1]
+        assert waits[0] > 2 * waits[1], "the other rank waits"
     assert cells["stops"]["points"][-1]["seconds"] > 3
 
 
