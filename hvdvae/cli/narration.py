@@ -36,15 +36,15 @@ def opening(config: TrainConfig, trainer: Trainer, dataset: Dataset, folder: Pat
         f"{optimizer.engine} ({optimizer.engine_reason}), {ranks} x {torch.get_num_threads()} threads on "
         f"{world.device.type} by {'one process' if world.launcher == 'none' else world.launcher}\n"
         f"{placed}hvdvae: results go to {folder}{resumed}"
-        f"{in_software(config.precision, world.device.type, torch.cpu.get_capabilities())}"
+        f"{in_software(config.precision, world.device.type, getattr(torch.cpu, 'get_capabilities', dict)())}"
     )
 
 
 def in_software(precision: str, device: str, processor: Mapping[str, Any]) -> str:
     """A warning, on a line of its own, where a processor knows the arithmetic of --precision from software alone. Pure.
 
-    `processor`: torch.cpu.get_capabilities(). Measured with AVX2 alone: bf16 takes 8 (MLP) and 19 times (convolutions)
-    as long as fp32.
+    `processor`: torch.cpu.get_capabilities(), where this torch has it. Measured with AVX2 alone: bf16 takes 8 (MLP) and
+    19 times (convolutions) as long as fp32.
     """
     needed = {"bf16": ("avx512_bf16", "amx_bf16"), "fp16": ("avx512_fp16", "amx_fp16")}.get(precision)
     if device != "cpu" or needed is None or processor.get("architecture") != "x86_64":

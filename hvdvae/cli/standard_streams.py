@@ -37,10 +37,10 @@ def lenient(stream: TextIO | None, name: str = "") -> tuple[TextIO, Lenient]:
     """Another stream over the same descriptor, or over none where it is closed, and what knows of failures. Local."""
     number = stream.fileno() if stream is not None else os.open(os.devnull, os.O_WRONLY)
     raw = Lenient(number, name)
-    buffer = io.BufferedWriter(raw)
     if not isinstance(stream, io.TextIOWrapper):
-        return io.TextIOWrapper(buffer), raw
+        return io.TextIOWrapper(io.BufferedWriter(raw)), raw
     like: dict[str, Any] = {
         key: getattr(stream, key) for key in ("encoding", "errors", "line_buffering", "write_through")
     }
-    return io.TextIOWrapper(buffer, **like), raw
+    # As Python's own: PYTHONUNBUFFERED has no buffer in between.
+    return io.TextIOWrapper(raw if stream.write_through else io.BufferedWriter(raw), **like), raw
