@@ -25,10 +25,17 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("where", "reason"), [("> /dev/full", "No space left on device"), ("| head -n 1", "Broken pipe")]
+    ("before", "where", "reason"),
+    [
+        ("", "> /dev/full", "No space left on device"),
+        ("PYTHONUNBUFFERED=1", "> /dev/full", "No space left on device"),
+        ("", "| head -n 1", "Broken pipe"),
+    ],
 )
-def test_training_ends_for_nobody_who_does_not_listen(tmp_path: Path, images: Path, where: str, reason: str) -> None:
-    done = shell(f"$HVDVAE train --data {images} --out run {FEW} {where}", tmp_path)
+def test_training_ends_for_nobody_who_does_not_listen(
+    tmp_path: Path, images: Path, before: str, where: str, reason: str
+) -> None:
+    done = shell(f"{before} $HVDVAE train --data {images} --out run {FEW} {where}", tmp_path)
     assert done.returncode == 1
     assert done.stderr.count(f"hvdvae: error: standard output: {reason}") == 1
     assert "Traceback" not in done.stderr
