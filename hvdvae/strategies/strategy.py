@@ -1,13 +1,15 @@
 """What all strategies are: a torch optimizer over flat vectors, with one hole, `exchange`.
 
 A strategy says what happens to the gradient vector between backward() and the step. Everything that users do with
-optimizers (schedules, clipping, AMP, state_dict, zero_grad) works on it as on any torch optimizer.
+optimizers (schedules, clipping, AMP, state_dict, zero_grad) works on it as on any torch optimizer. Here is the step.
+Below it: what a run asks besides (run_member.py), what ranks hold alike (common_model.py), what is saved
+(saved_optimizer.py).
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,41 +19,20 @@ from hvdvae.errors import ConfigError
 from hvdvae.flat import FlatModel
 from hvdvae.strategies.flat_optimizer import check_supported, flat_optimizer, is_elementwise
 from hvdvae.strategies.optimizer_state import entries_of, follow, load_state
+from hvdvae.strategies.run_member import RunMember
 from hvdvae.strategies.same_model import check_device, check_same_model, check_same_optimizer, summary
-from hvdvae.strategies.saved_optimizer import SavedOptimizer
 from hvdvae.strategies.traffic import Traffic
 from hvdvae.strategies.wrapped import Wrapped
 from hvdvae.world import World
 
-if TYPE_CHECKING:
-    from hvdvae.parallel.parts import Parts
 
-
-class Strategy(SavedOptimizer):
+class Strategy(RunMember):
     """An optimizer whose step is taken together with the other ranks. Build with `DistributedOptimizer`."""
 
-    name = ""
-    """As in `--strategy`."""
-    synchronous = True
-    """Whether all ranks take the same step at the same time, and hold the same weights after it."""
-    joined_at: float | None = None
-    """Epochs that had been done when this rank took the place of one that died; None: it was there from the start."""
-    precision: str | None = None
-    """The only one that it computes in, as in --precision."""
     part = slice(None)
     """What this rank steps of the parameter vector."""
-    is_told_the_step = False
-    """Whether somebody else, as the Trainer, tells the watchdog which step this is."""
-    parts: "Parts | None" = None
-    """Where several ranks hold a model together: this rank's part."""
     steps_whole = True
     """Whether a rank's optimizer is over all of the vectors."""
-    recovers = False
-    """Whether those that are left can go on when a rank has died (ULFM)."""
-    engine = "none"
-    """What carries the collectives: none, horovod or mpi."""
-    engine_reason = "one process exchanges nothing"
-    """Why that one, for the log."""
 
     def __init__(
         self,
@@ -127,47 +108,9 @@ class Strategy(SavedOptimizer):
         for group, part in zip(self.inner.param_groups, self.flat.group_slices, strict=True):
             group["params"][0].data = self.flat.parameters[part]
 
-    @property
-    def peers(self) -> list[int]:
-        """Ranks of `world` that train together with this one, itself among them."""
-        return list(range(self.world.size))
-
     @abstractmethod
     def exchange(self, gradient: Tensor) -> None:
         """Turn this rank's gradient (P,), in place, into the mean over ranks. Blocks; every rank must call it."""
-
-    def broadcast_model(self) -> None:
-        """Overwrite all that the model holds with rank 0's, frozen parameters too. Blocks; every rank must call it."""
-        for tensor in (self.flat.parameters, self.flat.buffers, *self.flat.rest):
-            # As bytes: whatever the dtype.
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            self.broadcast_bytes(data)
-            tensor.detach().copy_(data.view(tensor.dtype).view(tensor.shape))
-
-    def broadcast_bytes(self, data: Tensor) -> None:
-        """Overwrite bytes (n,) uint8, on the host, with the first rank's. Blocks; every rank must call it."""
-        self.world.broadcast_(data, what="broadcast of the model")
-
-    def sum_(self, vector: Tensor) -> Tensor:
-        """Replace a vector by its sum over the ranks that train together. Blocks; every rank must call it."""
-        return self.world.sum_(vector, "sum of buffers")
-
-    @contextmanager
-    def fetched(self, *, state: bool = False) -> Iterator[Tensor]:
-        """Inside, the model holds what is to be evaluated or saved; after, what this rank trains on.
-
-        Float buffers (BatchNorm statistics) are the mean over ranks; yields each rank's own, (size, F). `state`:
-        `state_dict` is wanted too. Blocks; every rank must enter it where `synchronous`, else it is one rank's affair.
-        """
-        own = self.flat.buffers.clone()
-        rows = torch.zeros(self.world.size, own.numel(), dtype=own.dtype)
-        rows[self.world.rank] = own
-        self.sum_(rows)
-        self.sum_(self.flat.buffers).div_(len(self.peers))
-        try:
-            yield rows
-        finally:
-            self.flat.buffers.copy_(own)
 
     def watch(self, loss: Tensor) -> None:
         """Skip the coming step, on all ranks, if this loss is not finite. Local; costs no synchronization with a GPU.
@@ -264,65 +207,12 @@ class Strategy(SavedOptimizer):
         # One pass of BLAS; a third quicker than vector_norm. Not finite beyond 1e19, where no step is worth taking.
         return sum(float(torch.dot(gradient[place], gradient[place])) for place in self.own)
 
-    def hold(self, parts: "Parts") -> None:
-        """Train this part of a model that several ranks hold: norm and checkpoints are the whole model's. Local."""
-        parts.check(self.param_groups)
-        self.parts, self.own = parts, parts.own(self.flat)
-        parts.groups.whole.watchdog.part_of = lambda rank: parts.groups.mesh.part(rank)
-        # Who dies takes a part of the model along: others must hold it, too.
-        self.recovers = self.recovers and parts.groups.whole.survives_deaths
-        if self.recovers:
-            # Imported here: it needs MPI.
-            from hvdvae.parallel.survival import Survival
-
-            parts.survival = Survival(parts.groups)
-
-    @property
-    def whole(self) -> World:
-        """All ranks that train, also those that hold other parts of the model; `world` has those that hold this one."""
-        return self.world if self.parts is None else self.parts.groups.whole
-
     def update(self) -> None:
         """Step the inner optimizer on the vectors. Local."""
         self.inner.step()
 
     def skip(self) -> None:
         """In place of `update`, where the gradient is not finite."""
-
-    def start(self) -> None:
-        """Called by every rank before its first step of a run."""
-
-    def tell_progress(self, epochs: float) -> None:
-        """Let others know, where somebody asks, how many epochs this rank has done. Local."""
-
-    def finish(self) -> None:
-        """Return once every rank has taken its last step of a run. Every rank must call it."""
-
-    def recover(self) -> None:
-        """Take up the exchange with those that are left, after World.recover; weights and state stay as they are.
-
-        Blocks; every living rank must call it. Only where `recovers`. Raises PartLost, and
-        SystemExit on a rank that the others have no work for.
-        """
-        if self.parts is not None and self.parts.survival is not None:
-            self.parts.survival.regroup()
-        self.zero_grad()
-
-    def catch_up(self) -> None:
-        """Others have taken a step that this rank had its part in, and did not come to take. Local."""
-
-    @property
-    def share(self) -> tuple[int, int]:
-        """This rank's place among those that train, and their number: changes where one dies and the others go on."""
-        return self.world.rank, self.world.size
-
-    def traffic(self) -> dict[str, float]:
-        """Bytes that this rank has sent and received, in all and a step. Local."""
-        return {}
-
-    def results(self) -> dict[str, Any]:
-        """What the summary of a run has to say of this strategy, JSON-able. Local, after `finish`."""
-        return {**self.traffic()}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; forgets an exchange that was not stepped."""
@@ -334,10 +224,6 @@ class Strategy(SavedOptimizer):
 
     def skip_synchronize(self) -> "nullcontext[None]":
         """For loops written for Horovod: `step` never exchanges twice, so there is nothing to skip."""
-        return nullcontext()
-
-    def arithmetic(self) -> AbstractContextManager[Any]:
-        """What a model with these weights is to be evaluated in. Local."""
         return nullcontext()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -167,6 +167,7 @@ def test_strategies_do_not_import_each_other() -> None:
     # Each stage of sharding is built on the one before.
     shared = {
         "strategy",
+        "common_model",
         "flat_optimizer",
         "engine",
         "mean",
@@ -174,6 +175,7 @@ def test_strategies_do_not_import_each_other() -> None:
         "optimizer_state",
         "quiet_optimizer",
         "same_model",
+        "run_member",
         "saved_optimizer",
         "sharded",
         "sharded_gradients",
