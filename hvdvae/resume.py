@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdvae.checkpoint import Draft, Piece, Source
+from hvdvae.config_kinds import FUNCTION
 from hvdvae.errors import CheckpointError, ConfigError
 from hvdvae.parallel.whole_checkpoint import PartOfCheckpoint, merge
 from hvdvae.strategies.optimizer_state import pack
@@ -172,22 +173,26 @@ def part_of(trainer: "Trainer", checkpoint: Source) -> Source:
     return PartOfCheckpoint(optimizer.parts, checkpoint, optimizer.numbered, trainer.model)
 
 
-FIXED = ("seed", "binarization", "likelihood", "data_digest")
-"""Keys of the configuration that a resume may not change: data order and what the loss measures follow from them."""
+DIGEST = "data_digest"
 
 
 def _check_same_run(trainer: "Trainer", checkpoint: Source) -> None:
     record, file = checkpoint.record, checkpoint.name
     mine = {"optimizer": trainer.optimizer.wrapped_class, "examples": trainer.batches.examples}
-    mine |= {key: trainer.configuration[key] for key in FIXED if key in trainer.configuration}
+    mine |= {key: trainer.configuration[key] for key in ("seed", DIGEST) if key in trainer.configuration}
+    # What weights compute is compared with nothing left to defaults (cli/same_function.py).
+    if not ("function" in trainer.configuration and "function" in record["config"]):
+        for key in FUNCTION:
+            if (value := trainer.configuration.get(key)) is not None and record["config"].get(key) is not None:
+                mine[key] = value
     saved = {**record["config"], **{key: record[key] for key in ("optimizer", "examples") if key in record}}
     for found in (mine, saved):
         found |= {key: str(found[key]).lower() for key in ("optimizer",) if key in found}  # As the flag names it.
     for key, value in mine.items():
         if key in saved and saved[key] != value:
             what = "an epoch of" if key == "examples" else f"--{key}"
-            what = "data of digest" if key == "data_digest" else what
-            hint = "the same --data and --validation" if key in ("examples", "data_digest") else f"--{key} {saved[key]}"
+            what = "data of digest" if key == DIGEST else what
+            hint = "the same --data and --validation" if key in ("examples", DIGEST) else f"--{key} {saved[key]}"
             raise CheckpointError(
                 f"{file} was trained with {what} {saved[key]}{' examples' if key == 'examples' else ''}, this run has "
                 f"{value}: resume with {hint}, or start anew in another --out"

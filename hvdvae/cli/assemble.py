@@ -1,8 +1,8 @@
 """From a configuration to the objects of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from hvdvae.cli.agreement import check_same_data
 from hvdvae.config import TrainConfig, flag
 from hvdvae.config_check import OF_STAGES
+from hvdvae.config_kinds import FUNCTION
 from hvdvae.data import Dataset, open_dataset
 from hvdvae.errors import ConfigError
 from hvdvae.parallel.fill import fill
@@ -23,6 +24,7 @@ from hvdvae.schedule import Schedule, learning_rate, world_scale
 from hvdvae.seeding import seed_everything
 from hvdvae.strategies import DistributedOptimizer, Strategy
 from hvdvae.vae import VAE, Elbo, FreeBits, Iwae, Objective, build_model, set_output_bias
+from hvdvae.vae.build import resolved_sizes
 from hvdvae.vae.chain import VaeChain
 from hvdvae.world import World
 
@@ -86,8 +88,19 @@ def model(config: TrainConfig, shape: tuple[int, ...], device: torch.device) -> 
     return built
 
 
+def function_of(config: TrainConfig, shape: Sequence[int]) -> dict[str, Any]:
+    """What the model of a configuration computes (config_kinds.FUNCTION), nothing left to defaults; JSON-able. Pure."""
+    hidden, latent, activation = resolved_sizes(config.model, config.hidden, config.latent, config.activation)
+    found = {key: getattr(config, key) for key in FUNCTION}
+    found |= {"hidden": hidden, "latent": latent, "activation": activation, "binarization": binarization(config)}
+    return {**found, "shape": list(shape)}
+
+
 def _built(config: TrainConfig, shape: tuple[int, ...]) -> VAE:
-    sizes = {"channels": config.hidden or (32, 64)} if config.model == "conv" else {"hidden": config.hidden}
+    sizes: dict[str, Any] = {"hidden": config.hidden}
+    if config.model == "conv":
+        channels, _, _ = resolved_sizes(config.model, config.hidden, config.latent, config.activation)
+        sizes = {"channels": channels}
     return build_model(
         config.model,
         shape,

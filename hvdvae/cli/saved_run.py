@@ -8,6 +8,7 @@ from hvdvae import checkpoint as checkpoints
 from hvdvae.cli import assemble
 from hvdvae.cli.agreement import digest
 from hvdvae.cli.config_file import CONFIG_FILE, read_config
+from hvdvae.cli.same_function import check_folder
 from hvdvae.config import TrainConfig
 from hvdvae.data import Dataset, Source, check_support
 from hvdvae.errors import CheckpointError, ConfigError, DataError
@@ -57,6 +58,7 @@ def open_model(folder: str, choice: str, world: World) -> SavedModel:
     saved = found.record.get("config", {})
     if "shape" not in saved:
         raise CheckpointError(f"{file} does not say the shape of an example: expected a checkpoint of hvdvae train")
+    check_folder(config, found.record, file, str(path / CONFIG_FILE))
     model = assemble.model(config, tuple(saved["shape"]), world.device)
     load_weights(model, found, ema=True)
     return SavedModel(config, model, file, saved.get("data_digest"))

@@ -20,6 +20,7 @@ from hvdvae.cli.folder_lock import release
 from hvdvae.cli.narration import closing, opening, say
 from hvdvae.cli.placement import announce, check_slurm
 from hvdvae.cli.results import keep_speed, prepare_folder, versions, write_json
+from hvdvae.cli.same_function import changes, check_resumed
 from hvdvae.config import TrainConfig
 from hvdvae.cores import threads_of_rank
 from hvdvae.data import Dataset, Loader, check_dataset, mean_example
@@ -102,6 +103,8 @@ def _train(asked: Asked) -> int:
     # Last: what cannot be run must not delete the results of an earlier run (--overwrite).
     folder = prepare_folder(config, world)
     resumed = _newest(folder, config, world) if not world.joins else None
+    if resumed is not None:
+        check_resumed(assemble.function_of(config, dataset.shape), resumed.record, resumed.name)
     if world.is_first and resumed is None:
         # At once: it also tells --overwrite that what follows is ours.
         write_config(config, folder / CONFIG_FILE)
@@ -110,6 +113,8 @@ def _train(asked: Asked) -> int:
         if resumed is not None:
             # Only now it is known that the checkpoint fits this configuration.
             write_config(config, folder / CONFIG_FILE)
+            if changed := changes(config, resumed.record):
+                say(f"hvdvae: goes on with {', '.join(changed)}")
         say(opening(config, trainer, dataset, folder))
     outcome = trainer.fit(config.epochs)
     if world.joins:
@@ -230,6 +235,7 @@ def _trainer(
         config={
             **{name: getattr(config, name) for name in TrainConfig.__dataclass_fields__},
             "shape": list(dataset.shape),
+            "function": assemble.function_of(config, dataset.shape),
             "data_digest": digest(dataset.train),
         },
         pipeline=pipeline,

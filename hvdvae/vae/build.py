@@ -13,7 +13,16 @@ from hvdvae.vae.model import VAE, UpperLayer
 
 MODELS = ("mlp", "mlp2", "conv")
 _HIDDEN = {"mlp": (200, 200), "mlp2": (200, 200, 100, 100)}
+_CHANNELS = (32, 64)
 _LATENT = {"mlp": (50,), "mlp2": (100, 50), "conv": (20,)}
+
+
+def resolved_sizes(
+    name: str, hidden: Sequence[int] | None, latent: Sequence[int] | None, activation: str | None
+) -> tuple[list[int], list[int], str]:
+    """Hidden sizes (channels of conv), latent sizes and activation, with nothing left to defaults. Pure."""
+    widths = hidden or _HIDDEN.get(name, _CHANNELS)
+    return list(widths), list(latent or _LATENT[name]), activation or ("relu" if name == "conv" else "tanh")
 
 
 def build_model(
@@ -24,7 +33,7 @@ def build_model(
     sigma: float | None = None,
     hidden: Sequence[int] | None = None,
     latent: Sequence[int] | None = None,
-    channels: Sequence[int] = (32, 64),
+    channels: Sequence[int] = _CHANNELS,
     activation: str | None = None,
     batch_norm: bool = False,
 ) -> VAE:

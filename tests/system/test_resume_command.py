@@ -269,3 +269,26 @@ def test_results_do_not_go_among_the_images(command: Command) -> None:
     assert ended.status == 2
     assert "lies among the images" in ended.output
     assert not Path("images/run").exists()
+
+
+def test_neither_flags_nor_a_swapped_file_make_another_function_of_the_weights(command: Command, images: Path) -> None:
+    """Weights that were trained with tanh fit a network with relu, and are worth other numbers in it."""
+    few = ("--data", images, "--epochs", 1, "--hidden", 8, "--latent", 2, "--nll-samples", 0, "--pictures-every", 0)
+    for out, activation in (("a", "tanh"), ("b", "relu")):
+        assert command("train", *few, "--out", out, "--activation", activation).status == 0
+    resumed = command("train", "--out", "a", "--resume", "--activation", "relu", "--epochs", 2)
+    assert resumed.status == 2, resumed.output
+    assert "was trained with activation tanh (here relu): resume with --activation tanh" in resumed.output
+    assert "activation: relu" not in Path("a/config.yaml").read_text(), "a refused resume changes nothing"
+    longer = command("train", "--out", "a", "--resume", "--activation", "tanh", "--epochs", 2, "--lr", 0.002)
+    assert longer.status == 0, longer.output
+    assert "hvdvae: goes on with epochs 2 (was 1), lr 0.002 (was 0.001)" in longer.output
+    shutil.copy("b/config.yaml", "a/config.yaml")
+    for words in (("evaluate", "a", "--samples", 2), ("sample", "a"), ("reconstruct", "a")):
+        refused = command(*words)
+        assert refused.status == 2, refused.output
+        assert "a/config.yaml says otherwise" in refused.output
+        assert "activation tanh (not relu)" in refused.output
+    resumed = command("train", "--out", "a", "--resume", "--epochs", 3)
+    assert resumed.status == 2, resumed.output
+    assert "activation tanh (here relu)" in resumed.output
