@@ -8,11 +8,13 @@ import torch
 
 from hvdvae.cli import assemble
 from hvdvae.cli.assessment import assess
+from hvdvae.cli.learning import complaint
 from hvdvae.cli.options import EvaluateOptions
 from hvdvae.cli.placement import check_slurm
 from hvdvae.cli.results import versions, write_json
 from hvdvae.cli.saved_run import open_run
 from hvdvae.cores import threads_of_rank
+from hvdvae.errors import NonFiniteError
 from hvdvae.launcher import detect
 from hvdvae.world import World
 
@@ -73,5 +75,8 @@ def evaluate(options: EvaluateOptions) -> int:
         # Last: numbers that took hours are not to be lost to a folder that cannot be written to.
         write_json(Path(options.folder) / "evaluation.json", record)
         print(f"  {Path(options.folder) / 'evaluation.json'}")
+    bad = complaint(run.config, run.split(options.split), found.nll, what=f"the model of {run.checkpoint}")
+    if bad:
+        raise NonFiniteError(bad)
     world.close()
     return 0

@@ -1,6 +1,5 @@
 """What a run says on the terminal: at its start, and at its end."""
 
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,18 +56,14 @@ def in_software(precision: str, device: str, processor: Mapping[str, Any]) -> st
     )
 
 
-def closing(summary: dict[str, Any], folder: Path, pictures: list[Path]) -> str:
-    """How it came out, and where everything is. Pure."""
+def closing(summary: dict[str, Any], folder: Path, pictures: list[Path], *, finished: bool) -> str:
+    """How it came out, and where everything is; where nothing was learned an error says so after it. Pure."""
     lines = []
     if "test_nll" in summary:
         lines.append(
             f"test NLL {summary['test_nll']:.2f} nats (importance-weighted, k={summary['nll_samples']}), "
             f"ELBO {summary['elbo']:.2f} = -(rate {summary['rate']:.2f} + distortion {summary['distortion']:.2f})"
         )
-        if not math.isfinite(summary["test_nll"]):
-            lines.append(
-                "hvdvae: warning: the model gives no finite likelihood: it has diverged; lower --lr, or set --clip-norm"
-            )
     if "pipeline" in summary:
         lines.append(stages(summary["pipeline"]))
     lines += [f"  {path.stem + ':':<16} {path}" for path in pictures]
@@ -78,9 +73,10 @@ def closing(summary: dict[str, Any], folder: Path, pictures: list[Path]) -> str:
         f"  {'checkpoints:':<16} {folder / 'checkpoints'}",
         f"  {'curves:':<16} tensorboard --logdir {folder / 'tensorboard'}",
         f"  {'numbers:':<16} {folder / 'summary.json'}, {folder / 'metrics.jsonl'}",
-        # A supervisor waits for these words (supervisor.py).
-        f"hvdvae: finished, results in {folder}",
     ]
+    if finished:
+        # A supervisor waits for these words (supervisor.py).
+        lines.append(f"hvdvae: finished, results in {folder}")
     return "\n".join(lines)
 
 

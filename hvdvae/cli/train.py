@@ -17,6 +17,7 @@ from hvdvae.cli.asked import Asked
 from hvdvae.cli.assessment import Pictures, assess, validation_numbers
 from hvdvae.cli.config_file import CONFIG_FILE, write_config
 from hvdvae.cli.folder_lock import release
+from hvdvae.cli.learning import complaint, fits
 from hvdvae.cli.narration import closing, opening, say
 from hvdvae.cli.placement import announce, check_slurm
 from hvdvae.cli.results import keep_speed, prepare_folder, versions, write_json
@@ -24,7 +25,7 @@ from hvdvae.cli.same_function import changes, check_resumed
 from hvdvae.config import TrainConfig
 from hvdvae.cores import threads_of_rank
 from hvdvae.data import Dataset, Loader, check_dataset, mean_example
-from hvdvae.errors import CheckpointError, ConfigError
+from hvdvae.errors import CheckpointError, ConfigError, NonFiniteError
 from hvdvae.launcher import detect
 from hvdvae.monitor import Monitor
 from hvdvae.monitor.jsonl import JsonLines
@@ -116,7 +117,10 @@ def _train(asked: Asked) -> int:
             if changed := changes(config, resumed.record):
                 say(f"hvdvae: goes on with {', '.join(changed)}")
         say(opening(config, trainer, dataset, folder))
-    outcome = trainer.fit(config.epochs)
+    try:
+        outcome = trainer.fit(config.epochs)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error}; {fits(config, dataset.train)}") from error
     if world.joins:
         with deaf_to_warnings():
             world.close()  # Those who were there from the start evaluate.
@@ -281,8 +285,14 @@ def _conclude(
     outcome: Outcome,
     started: float,
 ) -> None:
-    """Test the best weights, write pictures and the summary, and say where everything is."""
+    """Test the best weights, write pictures and the summary, and say where everything is.
+
+    Raises NonFiniteError on all ranks, once all is written, where nothing was learned.
+    """
     world, samples = trainer.world, assemble.nll_samples(config)
+    steps = world.gather_objects((outcome.step, outcome.skipped_steps), "gather of the steps that were skipped")
+    # Where ranks do not step together rank 0 alone validates.
+    validated = world.gather_objects(trainer.best is not None, "agreement on the best epoch")[0]
     best = checkpoints.spread(assemble.checkpoint_file(folder, "best") if world.is_first else None, world)
     if best is not None:
         load_weights(model, part_of(trainer, best), ema=True)
@@ -332,14 +342,17 @@ def _conclude(
     if trainer.optimizer.world.is_first:
         with trainer.optimizer.arithmetic():
             pictures.draw()
+    bad = complaint(config, dataset.test, summary.get("test_nll"), steps, what="this run", validated=validated)
     if world.is_first:
         written = pictures.to_files(folder)
         board = TensorBoard(folder / "tensorboard")
         pictures.to_tensorboard(board, outcome.step)
         board.close()
         write_json(folder / "summary.json", keep_speed(summary, folder / "summary.json"))
-        say(closing(summary, folder, written))
+        say(closing(summary, folder, written, finished=not bad))
     world.barrier("rank 0 writes the results")
+    if bad:
+        raise NonFiniteError(f"{bad}; what there is lies in {folder}")
 
 
 def peak_rss(world: World) -> list[int]:
