@@ -4,11 +4,12 @@ Shapes: a matrix M (n, m), P (n, r), Q (m, r). One step of the power method a ca
 
     P = mean over ranks of M Q, orthonormal columns;  Q = mean over ranks of M^T P;  the mean of M is about P Q^T
 
-What has no two sides longer than the rank (biases) is averaged whole. Only the directions of Q are kept: its size is
-that of M, which may be next to nothing, and P has none.
+What two factors would not make shorter (biases, thin matrices) is averaged whole, as in the paper. Only the directions
+of Q are kept: its size is that of M, which may be next to nothing, and P has none.
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -24,16 +25,12 @@ class PowerSgd(Averaged):
     name = "powersgd"
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], rank: int) -> None:
-        """`shapes`: of the tensors that follow each other in the vector. Raises ConfigError."""
-        sides = [(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1]
-        if not isinstance(rank, int):
-            raise ConfigError(f"--compression-rank is {rank}, expected a whole number")
-        largest = max((min(pair) for pair in sides), default=0)
-        if not 1 <= rank <= largest:
-            raise ConfigError(
-                f"--compression-rank is {rank}, expected 1 to {largest}, the shorter side of this model's largest "
-                "matrix; models without matrices can use --compression topk"
-            )
+        """`shapes`: of the tensors that follow each other in the vector. Raises ConfigError.
+
+        Warns where no matrix is large enough for its two factors to be shorter than it is.
+        """
+        if not isinstance(rank, int) or rank < 1:
+            raise ConfigError(f"--compression-rank is {rank}, expected a whole number of at least 1")
         self._parts: list[tuple[slice, tuple[int, int] | None]] = []
         start = 0
         for shape in shapes:
@@ -42,6 +39,12 @@ class PowerSgd(Averaged):
             thin = pair is not None and rank * sum(pair) < count
             self._parts.append((slice(start, start + count), pair if thin else None))
             start += count
+        if start and not any(pair for _, pair in self._parts):
+            warnings.warn(
+                f"--compression powersgd with --compression-rank {rank} makes nothing of this model shorter, and "
+                "averages all of it as it is: two factors have rank * (rows + columns) elements, no matrix has more",
+                stacklevel=2,
+            )
         generator = torch.Generator().manual_seed(0)
         self._q = [torch.randn(pair[1], rank, generator=generator) for _, pair in self._parts if pair is not None]
 
