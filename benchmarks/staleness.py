@@ -69,7 +69,9 @@ def train(config: TrainConfig, dataset: Dataset, delay: int, epochs: int) -> Ite
                 optimizer.step()
 
         def gather(start: int, stop: int) -> Tensor:
-            return evaluation_batch(dataset.validation, start, stop, binarization=assemble.binarization(config))
+            return evaluation_batch(
+                dataset.validation, start, stop, binarization=assemble.binarization(config, dataset.validation)
+            )
 
         with torch.no_grad():
             yield evaluate(model, gather, len(dataset.validation), samples=1).elbo

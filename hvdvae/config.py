@@ -12,6 +12,7 @@ from hvdvae.config_check import check, without_leftovers
 from hvdvae.config_check import flag as flag
 
 Likelihood = Literal["bernoulli", "gaussian", "discretized-logistic"]
+Binarization = Literal["dynamic", "static", "none"]
 LIKELIHOODS: tuple[str, ...] = get_args(Likelihood)
 """Here, since data checks them and models have them, and neither knows the other."""
 
@@ -24,9 +25,9 @@ class DataOptions:
     """digits (embedded), mnist, fashion-mnist, or a path: IDX (gz or not), .npy, .npz, .h5, a folder of images."""
     validation: int | None = None
     """Examples held out of the training set for validation, where the data brings none [10%, at most 5000]."""
-    binarization: Literal["dynamic", "static", "none"] | None = None
+    binarization: Binarization | None = None
     """dynamic draws pixels anew for every minibatch (the IWAE protocol), static once, none takes values as they are
-    [dynamic with --likelihood bernoulli, none with the others]."""
+    [dynamic for 8-bit images with --likelihood bernoulli; none for floats, and with the other likelihoods]."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,7 +138,7 @@ def _loader(order: dict[str, Any], config: TrainConfig, source: Source, contende
         size=size,
         seed=seed,
         likelihood=config.likelihood,
-        binarization=assemble.binarization(config),
+        binarization=assemble.binarization(config, source),
         device=next(contender.model.parameters()).device,
     )
 

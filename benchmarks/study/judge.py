@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
     track = np.load(folder / "track.npz")
 
     def gather(start: int, stop: int) -> Tensor:
-        return evaluation_batch(validation, start, stop, binarization=assemble.binarization(config))
+        return evaluation_batch(validation, start, stop, binarization=assemble.binarization(config, validation))
 
     samples = order["nll_samples"] if order["bound"] == "nll" else 1
     points = []

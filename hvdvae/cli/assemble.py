@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from hvdvae.cli.agreement import check_same_data
-from hvdvae.config import TrainConfig, flag
+from hvdvae.config import Binarization, TrainConfig, flag
 from hvdvae.config_check import OF_STAGES
 from hvdvae.config_kinds import FUNCTION
-from hvdvae.data import Dataset, open_dataset
+from hvdvae.data import Dataset, Source, chosen_binarization, open_dataset
 from hvdvae.errors import ConfigError
 from hvdvae.parallel.fill import fill
 from hvdvae.parallel.mesh import Groups, Mesh, groups_of
@@ -39,9 +39,9 @@ def micro_batches(config: TrainConfig) -> int:
     return config.micro_batches or (1 if config.free_bits or config.batch_norm else MICRO_BATCHES)
 
 
-def binarization(config: TrainConfig) -> str:
-    """What --binarization stands for with this likelihood."""
-    return config.binarization or ("dynamic" if config.likelihood == "bernoulli" else "none")
+def binarization(config: TrainConfig, source: Source) -> Binarization:
+    """What --binarization stands for with this likelihood and data (any split of it)."""
+    return cast(Binarization, chosen_binarization(source, config.likelihood, config.binarization))
 
 
 def nll_samples(config: TrainConfig) -> int:
@@ -89,10 +89,15 @@ def model(config: TrainConfig, shape: tuple[int, ...], device: torch.device) -> 
 
 
 def function_of(config: TrainConfig, shape: Sequence[int]) -> dict[str, Any]:
-    """What the model of a configuration computes (config_kinds.FUNCTION), nothing left to defaults; JSON-able. Pure."""
+    """What the model of a configuration computes (config_kinds.FUNCTION), nothing left to defaults; JSON-able. Pure.
+
+    Without `binarization` where the configuration leaves it to the data: `hvdvae train` has the data say it.
+    """
     hidden, latent, activation = resolved_sizes(config.model, config.hidden, config.latent, config.activation)
     found = {key: getattr(config, key) for key in FUNCTION}
-    found |= {"hidden": hidden, "latent": latent, "activation": activation, "binarization": binarization(config)}
+    found |= {"hidden": hidden, "latent": latent, "activation": activation}
+    if config.binarization is None:
+        del found["binarization"]
     return {**found, "shape": list(shape)}
 
 

@@ -31,7 +31,7 @@ def evaluate(options: EvaluateOptions) -> int:
         run.model,
         run.split(options.split),
         world,
-        binarization=assemble.binarization(run.config),
+        binarization=assemble.binarization(run.config, run.dataset.train),
         samples=options.samples,
         seed=options.seed,
         title=f"{options.split} NLL, k={options.samples}",

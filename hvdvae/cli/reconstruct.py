@@ -21,7 +21,7 @@ def reconstruct(options: ReconstructOptions) -> int:
     if world.is_first:
         source = run.split(options.split)
         count = min(options.count, len(source))
-        binarization = assemble.binarization(run.config)
+        binarization = assemble.binarization(run.config, source)
         originals = evaluation_batch(source, 0, count, binarization=binarization, device=world.device)
         generator = torch.Generator(world.device).manual_seed(0)
         path = Path(options.output or Path(options.folder) / "reconstructions.png")

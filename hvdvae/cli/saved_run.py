@@ -77,7 +77,7 @@ def open_run(folder: str, choice: str, world: World, *, data: str | None = None)
             f"{model.shape}, as {folder} was trained on: name data of that shape by --data"
         )
     for split in (dataset.train, dataset.validation, dataset.test):
-        check_support(split, config.likelihood, assemble.binarization(config))
+        check_support(split, config.likelihood, assemble.binarization(config, split))
     if data is None and saved not in (None, digest(dataset.train)):
         raise DataError(
             f"{config.data}: found other examples than {folder} was trained on (their digest is not {saved}): name the "

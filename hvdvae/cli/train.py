@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,7 +90,8 @@ def _train(asked: Asked) -> int:
     groups = assemble.mesh(config, world)
     replicas = world if groups is None else groups.replicas
     dataset = assemble.data(config.data, world, validation=config.validation)
-    binarization = assemble.binarization(config)
+    binarization = assemble.binarization(config, dataset.train)
+    config = replace(config, binarization=binarization)  # What stays as it is where a later launch has other data.
     check_dataset(
         dataset,
         likelihood=config.likelihood,
@@ -187,7 +189,7 @@ def _trainer(
     folder: Path,
     resumed: Source | None,
 ) -> tuple[Trainer, Pictures]:
-    world, replicas, binarization = optimizer.whole, optimizer.world, assemble.binarization(config)
+    world, replicas, binarization = optimizer.whole, optimizer.world, assemble.binarization(config, dataset.train)
     loader = Loader(
         dataset.train,
         batch=config.batch_size * config.accumulate,
@@ -312,7 +314,7 @@ def _conclude(
         **trainer.optimizer.results(),
     }
     if samples:
-        binarization = assemble.binarization(config)
+        binarization = assemble.binarization(config, dataset.train)
         with trainer.optimizer.arithmetic():
             found = assess(
                 model,

@@ -11,6 +11,7 @@ from hvdvae.data.named import NAMES
 from hvdvae.data.open import open_dataset
 from hvdvae.data.sampler import epoch_order, local_batch, rank_indices, steps_left
 from hvdvae.data.source import ArraySource, Source, Subset
+from hvdvae.data.values import chosen_binarization, describe_values
 
 __all__ = [
     "NAMES",
@@ -23,6 +24,8 @@ __all__ = [
     "check_dataset",
     "check_size",
     "check_support",
+    "chosen_binarization",
+    "describe_values",
     "epoch_order",
     "evaluation_batch",
     "local_batch",

@@ -7,7 +7,8 @@ import math
 
 from hvdvae.config import LIKELIHOODS
 from hvdvae.data.dataset import Dataset
-from hvdvae.data.source import Source
+from hvdvae.data.source import LEAST_WHITE, Source
+from hvdvae.data.values import check_scale
 from hvdvae.errors import ConfigError, DataError
 
 BINARIZATIONS = ("dynamic", "static", "none")
@@ -40,15 +41,18 @@ def check_choice(likelihood: str, binarization: str) -> None:
 def check_support(source: Source, likelihood: str, binarization: str) -> None:
     """Refuse values outside the likelihood's support (DataError).
 
-    gaussian takes all, the others floats in [0, 1] and uint8. Floats are searched once in chunks, if they
-    have not been. Calls `check_choice` first.
+    gaussian takes all, the others values in [0, 1] and 8-bit images. All are searched once in chunks, if they
+    have not been. Calls `check_choice` and `check_scale` first.
     """
     check_choice(likelihood, binarization)
+    check_scale(source)
     low, high = source.limits
     if source.dtype.kind == "f" and likelihood != "gaussian" and not (low >= 0 and high <= 1):
+        images = source.stored.kind in "iu" and low >= 0 and LEAST_WHITE <= high <= 255
+        hint = "save array.astype(numpy.uint8), if these are 8-bit images," if images else "rescale the data,"
         raise DataError(
-            f"{source.path}: found values from {low:g} to {high:g}; expected floats in [0, 1], or uint8, for "
-            f"--likelihood {likelihood}: rescale the data, or choose --likelihood gaussian"
+            f"{source.path}: found {source.stored.name} from {low:g} to {high:g}; expected values in [0, 1], or 8-bit "
+            f"images as uint8, for --likelihood {likelihood}: {hint} or choose --likelihood gaussian"
         )
 
 

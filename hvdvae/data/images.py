@@ -59,17 +59,19 @@ def open_images(folder: Path, *, in_memory_bytes: int = IN_MEMORY_BYTES) -> Sour
     pixels = np.empty((len(files), *source.shape), np.uint8)
     for start, values in source.chunks():
         pixels[start : start + len(values)] = values
-    return ArraySource(pixels, str(folder))
+    decoded = ArraySource(pixels, str(folder))
+    decoded.white_is_255 = True
+    return decoded
 
 
 class ImageSource(Source):
     """Image files that are decoded at each gather. The constructor reads every file's header."""
 
     in_memory = False
+    white_is_255 = True
 
     def __init__(self, folder: Path, files: list[Path]) -> None:
         self._files = files
-        self.limits = (0.0, 255.0)  # decoding all files to look for grey pixels would cost an epoch
         size, colour = _checked_headers(files)
         self._mode = "RGB" if colour else "L"
         self.path, self.dtype = str(folder), np.dtype(np.uint8)

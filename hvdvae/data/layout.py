@@ -9,7 +9,7 @@ import numpy as np
 
 from hvdvae.errors import DataError
 
-ACCEPTED = "uint8, bool, float32 or float64"
+ACCEPTED = "uint8, bool, other whole numbers, or floats of 16, 32 or 64 bits"
 
 
 class Layout(NamedTuple):
@@ -51,8 +51,8 @@ def checked_layout(shape: tuple[int, ...], path: str) -> Layout:
 def checked_dtype(dtype: np.dtype, path: str) -> np.dtype:
     """The dtype that `gather` returns for data stored as `dtype`.
 
-    uint8 stays, bool becomes uint8, float32 and float64 become float32. Raises DataError for every other
-    dtype.
+    uint8 stays, bool becomes uint8, all other whole numbers and floats of up to 64 bits become float32. Raises
+    DataError for every other dtype.
     """
     if dtype.hasobject:
         raise DataError(
@@ -61,9 +61,9 @@ def checked_dtype(dtype: np.dtype, path: str) -> np.dtype:
         )
     if dtype == np.uint8 or dtype == np.bool_:
         return np.dtype(np.uint8)
-    if dtype.kind == "f" and dtype.itemsize in (4, 8):
+    if dtype.kind in "iu" or (dtype.kind == "f" and dtype.itemsize <= 8):
         return np.dtype(np.float32)
-    hint = "if its values are 0..255, save array.astype(numpy.uint8)" if dtype.kind in "iu" else "convert it"
+    hint = "save real and imaginary parts side by side" if dtype.kind == "c" else "save array.astype(numpy.float32)"
     raise DataError(f"{path}: found dtype {dtype.name}; expected {ACCEPTED}: {hint}")
 
 

@@ -15,6 +15,7 @@ from hvdvae.data.prefetch import prefetched
 from hvdvae.data.read import read
 from hvdvae.data.sampler import epoch_order, local_batch, rank_indices, steps_left
 from hvdvae.data.source import Indices, Source
+from hvdvae.data.values import chosen_binarization
 
 BATCHES_AT_ONCE, BYTES_AT_ONCE = 8, 4 << 20
 """Batches that are made in one go from data in memory, and the most they may take."""
@@ -23,6 +24,7 @@ BATCHES_AT_ONCE, BYTES_AT_ONCE = 8, 4 << 20
 class Loader:
     """Batches of one rank. Keeps no state between epochs: a batch is a function of (seed, epoch, position).
 
+    `binarization`: dynamic, static, none, or None for what the data calls for (`chosen_binarization`).
     On a CPU, neither the examples of a global step nor their binarization depend on how many ranks share it.
     Raises DataError or ConfigError for a source that cannot be trained on (see `check_support`,
     `check_size`).
@@ -42,9 +44,10 @@ class Loader:
         size: int = 1,
         seed: int = 0,
         likelihood: str = "bernoulli",
-        binarization: str = "dynamic",
+        binarization: str | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        binarization = chosen_binarization(source, likelihood, binarization)
         check_size(source, size, batch)
         check_support(source, likelihood, binarization)
         self.source, self.seed = source, seed

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import numpy as np
+
 from hvdvae.data import named
 from hvdvae.data.check import check_finite, check_same_form
 from hvdvae.data.dataset import Dataset
@@ -11,6 +13,7 @@ from hvdvae.data.images import SUFFIXES, find_images, open_images
 from hvdvae.data.npy import open_npy, open_npz
 from hvdvae.data.source import Source
 from hvdvae.data.split import complete_splits, pick_splits, split_called
+from hvdvae.data.values import check_exact, check_scale
 from hvdvae.errors import DataError
 
 _IDX_SPLIT = re.compile(r"(?:^|[_.-])(train|val|valid|validation|test|t10k)[_.-]images", re.IGNORECASE)
@@ -41,9 +44,12 @@ def _finished(name: str, splits: dict[str, Source], validation: int | None) -> D
     check_same_form(splits)
     for source in splits.values():
         check_finite(source)
-    peak = max(source.peak for source in splits.values())
-    for source in splits.values():
-        source.peak = peak  # one scale for all splits, should one of them happen to hold only 0 and 1
+        check_exact(source)
+    if splits["train"].dtype == np.uint8:
+        brightest = max(source.limits for source in splits.values())
+        for source in splits.values():
+            source.limits = brightest  # one scale for all splits, should one of them happen to hold only 0 and 1
+            check_scale(source)
     train, held, test = complete_splits(splits, validation)
     return Dataset(name=name, train=train, validation=held, test=test)
 

@@ -16,12 +16,15 @@ from hvdvae.errors import DataError
 Indices = NDArray[np.int64]
 Values = NDArray[np.uint8] | NDArray[np.float32]
 
+LEAST_WHITE = 128
+"""8-bit images have a pixel at least as bright: bytes that stay below it are counts, classes or genotypes."""
+
 CHUNK_BYTES = 4 << 20
 """Scans over a whole source read it in pieces of about this size, so their memory is bounded."""
 
 
 class Source(ABC):
-    """N examples of one shape and dtype, read by index. Own formats: derive and set the four fields."""
+    """N examples of one shape and dtype, read by index. Own formats: derive and set the first four fields."""
 
     path: str
     """The file or folder, for messages."""
@@ -31,6 +34,10 @@ class Source(ABC):
     """uint8 or float32, as `gather` returns it."""
     in_memory: bool
     """True: a gather costs about a memcpy, so a thread that prefetches would only take cycles."""
+    white_is_255: bool = False
+    """Whether bytes are of image files, where 255 is white however dark they are."""
+    notes: tuple[str, ...] = ()
+    """What else was done to the examples between the file and `gather`, each a few words for the start of a run."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -42,6 +49,11 @@ class Source(ABC):
 
         Blocks while the file is read.
         """
+
+    @cached_property
+    def stored(self) -> np.dtype:
+        """The dtype that the file has; `gather` returns `dtype`."""
+        return self.dtype
 
     @property
     def nbytes(self) -> int:
@@ -66,10 +78,10 @@ class Source(ABC):
 
     @cached_property
     def limits(self) -> tuple[float, float]:
-        """An interval that holds all values: exact for floats; (0, 1) or (0, 255) for uint8.
+        """An interval that holds all values: exact for floats; for uint8 0, and the greatest or 255.
 
-        The first call reads the source in chunks: floats to the end, uint8 up to the first value above 1.
-        Raises DataError at the first example that has a NaN or an infinity.
+        The first call reads the source in chunks: floats to the end, uint8 up to the first value of LEAST_WHITE or
+        more, which stands for 255. Raises DataError at the first example that has a NaN or an infinity.
         """
         return _byte_limits(self) if self.dtype == np.uint8 else _float_limits(self)
 
@@ -80,8 +92,12 @@ class Source(ABC):
 
 
 def _byte_limits(source: Source) -> tuple[float, float]:
-    grey = any(bool((values > 1).any()) for _, values in source.chunks())
-    return (0.0, 255.0 if grey else 1.0)
+    high = 1
+    for _, values in source.chunks():
+        high = max(high, int(values.max()))
+        if high >= LEAST_WHITE:
+            return 0.0, 255.0
+    return 0.0, float(high)
 
 
 def _float_limits(source: Source) -> tuple[float, float]:
@@ -102,13 +118,13 @@ class ArraySource(Source):
     """Source over an ndarray or memmap of shape (N, D), (N, H, W), (N, C, H, W) or (N, H, W, C).
 
     The array is kept, not copied, save where it is in memory and would have to be rearranged for every
-    batch: not contiguous, or floats other than native float32. A memmap is converted, and channels are
+    batch: not contiguous, or numbers other than uint8 and native float32. A memmap is converted, and channels are
     moved, batch by batch. Raises DataError for a dtype or rank that is not data, and for an empty array.
     """
 
     def __init__(self, array: np.ndarray, path: str) -> None:
         layout = checked_layout(array.shape, path)
-        self.dtype = checked_dtype(array.dtype, path)
+        self.stored, self.dtype = array.dtype, checked_dtype(array.dtype, path)
         self.path, self.shape = path, layout.shape
         self.in_memory = not isinstance(array, np.memmap)
         if array.dtype == np.bool_:
@@ -143,6 +159,7 @@ class Subset(Source):
             raise DataError(f"{base.path}: found no example left for a split; expected at least one: add examples")
         self._base, self._base_rows = base, np.asarray(rows, dtype=np.int64)
         self.path, self.shape, self.dtype, self.in_memory = base.path, base.shape, base.dtype, base.in_memory
+        self.stored, self.white_is_255, self.notes = base.stored, base.white_is_255, base.notes
 
     def __len__(self) -> int:
         return len(self._base_rows)

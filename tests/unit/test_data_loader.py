@@ -65,7 +65,7 @@ def test_all_ranks_take_the_same_number_of_steps_and_small_data_shrinks_the_batc
 )
 def test_ranks_that_stayed_cut_what_is_left_as_those_that_come_do(batch, changes):
     """However many there were in between: together they take every example that is left once, but for the remainder."""
-    source = ArraySource(np.arange(53, dtype=np.uint8)[:, None], "a")
+    source = ArraySource(np.arange(53, dtype=np.float32)[:, None], "a")
     options = {"batch": batch, "seed": 3, "binarization": "none", "likelihood": "gaussian"}
     stayed, position, seen = loader(source, **options), 0, []
     for size, most_steps in changes:
@@ -98,7 +98,7 @@ def test_dynamic_changes_with_epoch_and_seed_and_static_with_neither():
 def test_data_that_cannot_be_trained_on_is_refused():
     with pytest.raises(DataError, match=r"a: found 53 training examples.*54 ranks"):
         loader(size=54)
-    with pytest.raises(DataError, match=r"b: found values from 0 to 2"):
+    with pytest.raises(DataError, match=r"b: found float64 from 0 to 2"):
         loader(ArraySource(np.array([[0.0, 2.0]]), "b"), batch=1)
     with pytest.raises(ConfigError, match="--batch-size"):
         loader(batch=0)
