@@ -4,9 +4,10 @@ Slurm sends SIGUSR1 where a job asks for a warning (`--signal=USR1@120`), and mp
 gets itself leaves the ranks about half a second.
 """
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -21,6 +22,22 @@ class Caught:
     """Number of the signal that came; 0 while none has."""
 
     number = 0
+
+
+_BEFORE: list[Callable[[int, FrameType | None], object] | int] = []
+"""What SIGTERM did before it was caught, the last last."""
+
+
+def _let_children_end() -> None:
+    """In a forked child: a pool, or whoever else forks, ends its workers by SIGTERM, and waits for them.
+
+    Not by the others: Ctrl-C, and a warning of Slurm, come to all processes, and are for the rank to act on.
+    """
+    if _BEFORE:
+        signal.signal(signal.SIGTERM, _BEFORE[0])
+
+
+os.register_at_fork(after_in_child=_let_children_end)
 
 
 @contextmanager
@@ -39,11 +56,13 @@ def caught() -> Iterator[Caught]:
 
     # A handler that a C library installed reads as None, and cannot be set again from here.
     before = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOPPING}
+    _BEFORE.append(before[signal.SIGTERM])
     try:
         for number in STOPPING:
             signal.signal(number, note)
         yield flag
     finally:
+        _BEFORE.pop()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -73,7 +92,9 @@ def termination_interrupts() -> Iterator[None]:
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, interrupt)
+    _BEFORE.append(before or signal.SIG_DFL)
     try:
         yield
     finally:
+        _BEFORE.pop()
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

@@ -14,7 +14,7 @@ from typing import Any
 from hvdvae.abort import abort_job
 from hvdvae.cli.standard_streams import lenient
 from hvdvae.errors import BusyError, HvdvaeError, MisfitError, RankLost, WorldError
-from hvdvae.launcher import Launch, detect
+from hvdvae.launcher import Launch, detect, leave_launch
 from hvdvae.signals import Terminated
 
 USAGE_STATUS = 2
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None, *, imported: Callable[[], None] | No
     """
     from hvdvae.cli.parser import parse
 
+    leave_launch(os.environ)
     try:
         command, options = parse(list(sys.argv[1:] if argv is None else argv))
         if imported is not None:

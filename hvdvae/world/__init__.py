@@ -23,14 +23,16 @@ import torch
 
 from hvdvae.deadline import Watchdog
 from hvdvae.errors import RankLost, WorldError
-from hvdvae.launcher import Launch, Launcher, detect, survives_deaths
+from hvdvae.launcher import Launch, Launcher, detect, leave_launch, survives_deaths
 from hvdvae.world import deaths, settings
+from hvdvae.world.child import note_place, note_rank, world_of_child
 from hvdvae.world.collectives import Alone, Collectives
 from hvdvae.world.horovod import start_horovod
 from hvdvae.world.join import check_servers, choose_device
 from hvdvae.world.members import Change, Members
 from hvdvae.world.start import come_to_those, meet_all, replace_worker
 
+leave_launch(os.environ)
 settings.prefer(os.environ)
 
 DEFAULT_DEADLINE = 300.0
@@ -61,6 +63,8 @@ class World:
         self.local_size = launch.local_size
         self.host = socket.gethostname()
         self.launcher: Launcher = launch.launcher
+        self.is_rank = launch.parent is None
+        """Whether this process takes part in what ranks do together: not where a rank has started it (child.py)."""
         self.joins = launch.joins
         """Whether this trainer takes the place of one that died: it meets no other trainer, only the server."""
         self.device = device
@@ -98,17 +102,22 @@ class World:
         `device`: auto (a GPU by local rank where there is one), cpu, or a torch device. `deadline`: seconds.
         `servers`: how many ranks, the last ones, are parameter servers or their backups. Raises WorldError if the
         launcher's count and MPI's disagree or the library that the launcher needs is missing, ConfigError if too few
-        ranks were started.
+        ranks were started. In a process that a rank has started it joins nobody and does not block (child.py).
         """
         launch = detect(os.environ)
+        if launch.parent is not None:
+            return world_of_child(cls, launch, launch.parent, device)
         if launch.launcher == "none":
             check_servers(servers, launch)
             return cls.alone(device=device)
         if launch.joins:
-            return replace_worker(cls, launch, device, deadline)
-        if launch.enters:
-            return come_to_those(cls, launch, device, deadline)
-        return meet_all(cls, launch, device, deadline, servers)
+            world = replace_worker(cls, launch, device, deadline)
+        elif launch.enters:
+            world = come_to_those(cls, launch, device, deadline)
+        else:
+            world = meet_all(cls, launch, device, deadline, servers)
+        note_rank(world)
+        return world
 
     @classmethod
     def alone(cls, *, device: str = "auto") -> "World":
@@ -246,6 +255,8 @@ class World:
 
         Raises WorldError where Horovod is not installed or was built for another MPI or torch.
         """
+        if not self.is_rank:
+            self.carrier.barrier()  # Says why this cannot be.
         if self._horovod is None:
             with self.waiting("horovod init"):
                 self._horovod = start_horovod(self.comm, self.size, self.watchdog.seconds)
@@ -289,6 +300,14 @@ class World:
         self.comm = getattr(carrier, "comm", None)
         self.rank, self.size = carrier.rank, carrier.size
         self.revocable.clear()
+        note_place(self)
+
+    def leave_to_rank(self, carrier: Collectives) -> None:
+        """In a forked child: what ranks do together is done by `carrier` from now on, and nothing at exit. Local."""
+        self.carrier, self.comm, self._horovod, self.is_rank = carrier, None, None, False
+        if self._closing:
+            atexit.unregister(self._finish)
+            self._closing.clear()
 
     def enter(self) -> None:
         """A rank that was started while others train: do from now on what they do. Local."""
@@ -313,6 +332,8 @@ class World:
 
     def close(self) -> None:
         """Leave: stops Horovod and the watchdog. Blocks until all ranks have come; every rank must call."""
+        if not self.is_rank:
+            return
         self._finish()
         with suppress(RankLost):  # What all ranks had to do is done.
             self.barrier("close", patient=True)

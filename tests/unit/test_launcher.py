@@ -1,9 +1,11 @@
 """Which launcher started a process, from the variables that each really sets."""
 
+import json
+
 import pytest
 
 from hvdvae.errors import WorldError
-from hvdvae.launcher import Launch, detect
+from hvdvae.launcher import MARK, Launch, Parent, detect, leave_launch, mark_rank
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "5",
@@ -106,3 +108,63 @@ def test_missing_local_numbers_are_those_of_one_process() -> None:
 def test_a_process_that_a_running_job_started_is_the_rank_whose_place_it_takes() -> None:
     spawned = {**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "HVDVAE_JOINS": "2/3"}
     assert detect(spawned) == Launch(launcher="mpirun", rank=2, size=3, local_rank=2, local_size=3, joins=True)
+
+
+RANK = Parent(rank=5, size=8, local_rank=1, local_size=4, launcher="mpirun")
+
+
+def inherited(environment: dict[str, str]) -> dict[str, str]:
+    """What a child of a rank with this environment finds."""
+    found = dict(environment)
+    mark_rank(found, RANK)
+    mark = json.loads(found[MARK])
+    mark["process"] = [mark["process"][0] + 1, mark["process"][1]]  # The rank is another process.
+    return {**found, MARK: json.dumps(mark)}
+
+
+@pytest.mark.parametrize("environment", [OPEN_MPI, HYDRA, SRUN | {"PMIX_RANK": "5"}, OPEN_MPI | SBATCH, GLOO])
+def test_a_child_of_a_rank_is_none(environment: dict[str, str]) -> None:
+    assert detect(inherited(environment)) == Launch(launcher="none", parent=RANK)
+
+
+@pytest.mark.parametrize("environment", [OPEN_MPI, HYDRA, SRUN, GLOO])
+def test_a_rank_that_has_made_its_world_is_still_one(environment: dict[str, str]) -> None:
+    marked = dict(environment)
+    mark_rank(marked, RANK)
+    assert detect(marked) == detect(environment)
+
+
+def test_ranks_of_a_launch_that_a_rank_makes_are_ranks() -> None:
+    """They inherit the mark, and have a place in another launch."""
+    outer = inherited(OPEN_MPI | {"PMIX_NAMESPACE": "outer", "PMIX_RANK": "5"})
+    inner = outer | OPEN_MPI | {"PMIX_NAMESPACE": "inner", "PMIX_RANK": "5"}
+    assert detect(inner).parent is None
+    assert detect(inner).rank == 5
+    assert detect(inherited(SRUN) | {"SLURM_STEP_ID": "1"}).launcher == "srun"
+    assert detect(inherited(OPEN_MPI) | GLOO).launcher == "horovodrun-gloo"
+
+
+def test_a_child_leaves_the_launch_and_keeps_what_its_user_set() -> None:
+    settings = {
+        "OMPI_MCA_btl": "self,tcp",
+        "PMIX_MCA_psec": "native",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "HOROVOD_CYCLE_TIME": "1",
+        "SLURM_CPUS_PER_TASK": "3",
+    }
+    for launch in (OPEN_MPI | SBATCH, HYDRA, SRUN, GLOO):
+        environment = inherited(launch | settings)
+        leave_launch(environment)
+        rest = {name: text for name, text in environment.items() if name != MARK}
+        left = {name for name in rest if name not in settings}
+        assert left <= {"SLURM_JOB_ID", "SLURM_TASKS_PER_NODE"}
+        assert rest.items() >= settings.items()
+        assert detect(environment) == Launch(launcher="none", parent=RANK), "its children find the rank, too"
+
+
+def test_others_leave_nothing() -> None:
+    for environment in ({}, OPEN_MPI, {**OPEN_MPI, MARK: "no JSON"}, {**OPEN_MPI, MARK: "[]"}):
+        before = dict(environment)
+        leave_launch(environment)
+        assert environment == before
+        assert detect(environment).parent is None

@@ -56,6 +56,20 @@ def test_a_handler_that_was_not_python_does_not_break_the_end(monkeypatch: pytes
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def test_a_forked_child_ends_by_sigterm_and_leaves_other_signals_to_its_parent() -> None:
+    """A pool ends its workers so, and waits for them."""
+    with caught() as flag:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(3)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert flag.number == signal.SIGTERM, "the parent catches it as before"
+
+
 def test_other_threads_catch_nothing_and_still_run() -> None:
     numbers: list[int] = []
 
