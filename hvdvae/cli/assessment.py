@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hvdvae.config import TrainConfig
-from hvdvae.data import Source, evaluation_batch
+from hvdvae.data import Source, evaluation_batch, input_limits
 from hvdvae.errors import ConfigError
 from hvdvae.monitor.counting import counting
 from hvdvae.monitor.tensorboard import TensorBoard
@@ -15,7 +15,7 @@ from hvdvae.vae import VAE
 from hvdvae.vae.evaluate import evaluate
 from hvdvae.vae.evaluation import Evaluation
 from hvdvae.vae.generate import reconstruct, sample_images
-from hvdvae.vae.pictures import image_grid, pair_grid, save_picture
+from hvdvae.vae.pictures import image_grid, legend, pair_grid, save_picture, shades_of
 from hvdvae.world import World
 
 _PICTURE_SEED = 20131220  # The same draws in every grid of a run, so that grids show the model change.
@@ -68,6 +68,7 @@ class Pictures:
     def __init__(self, model: VAE, source: Source, *, binarization: str, count: int = 32) -> None:
         """`source`: the split whose first `count` examples are reconstructed."""
         self._model = model
+        self._shades = shades_of(*input_limits(source))
         self._drawn: dict[str, object] = {}
         self._originals = evaluation_batch(source, 0, min(count, len(source)), binarization=binarization)
 
@@ -77,8 +78,10 @@ class Pictures:
         generator = torch.Generator(device).manual_seed(_PICTURE_SEED)
         originals = self._originals.to(device)
         return {
-            "samples": image_grid(sample_images(self._model, samples, generator)),
-            "reconstructions": pair_grid(originals, reconstruct(self._model, originals, generator)),
+            "samples": image_grid(sample_images(self._model, samples, generator), shades=self._shades),
+            "reconstructions": pair_grid(
+                originals, reconstruct(self._model, originals, generator), shades=self._shades
+            ),
         }
 
     def draw(self) -> None:
@@ -92,6 +95,11 @@ class Pictures:
         """Add what was drawn last. Local."""
         for name, grid in self._drawn.items():
             board.images(name, grid, step)  # type: ignore[arg-type]
+
+    @property
+    def legend(self) -> str:
+        """What black and white mean, where that is not 0 and 1."""
+        return legend(self._shades)
 
     def to_files(self, folder: Path) -> list[Path]:
         """Write samples.png and reconstructions.png, as drawn last. Local. Returns what was written."""

@@ -56,7 +56,7 @@ def in_software(precision: str, device: str, processor: Mapping[str, Any]) -> st
     )
 
 
-def closing(summary: dict[str, Any], folder: Path, pictures: list[Path], *, finished: bool) -> str:
+def closing(summary: dict[str, Any], folder: Path, pictures: list[Path], *, finished: bool, legend: str = "") -> str:
     """How it came out, and where everything is; where nothing was learned an error says so after it. Pure."""
     lines = []
     if "test_nll" in summary:
@@ -67,6 +67,8 @@ def closing(summary: dict[str, Any], folder: Path, pictures: list[Path], *, fini
     if "pipeline" in summary:
         lines.append(stages(summary["pipeline"]))
     lines += [f"  {path.stem + ':':<16} {path}" for path in pictures]
+    if pictures and legend:
+        lines.append(f"  {'shades:':<16} {legend}")
     if not pictures:
         lines.append(f"  {'pictures:':<16} none: the data is no image of 1 or 3 channels, and no square vector")
     lines += [

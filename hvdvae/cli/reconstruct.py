@@ -8,9 +8,9 @@ from hvdvae.cli import assemble
 from hvdvae.cli.links import refuse_links
 from hvdvae.cli.options import ReconstructOptions
 from hvdvae.cli.saved_run import open_run
-from hvdvae.data import evaluation_batch
+from hvdvae.data import evaluation_batch, input_limits
 from hvdvae.vae.generate import reconstruct as reconstructions_of
-from hvdvae.vae.pictures import pair_grid, save_picture
+from hvdvae.vae.pictures import legend, pair_grid, save_picture, shades_of
 from hvdvae.world import World
 
 
@@ -27,7 +27,10 @@ def reconstruct(options: ReconstructOptions) -> int:
         path = Path(options.output or Path(options.folder) / "reconstructions.png")
         if options.output is None:
             refuse_links(Path(options.folder), [path.name])
-        save_picture(path, pair_grid(originals, reconstructions_of(run.model, originals, generator)))
+        shades = shades_of(*input_limits(source))
+        save_picture(path, pair_grid(originals, reconstructions_of(run.model, originals, generator), shades=shades))
         print(path)
+        if legend(shades):
+            print(f"  {legend(shades)}")
     world.close()
     return 0

@@ -8,7 +8,7 @@ from hvdvae.cli.links import refuse_links
 from hvdvae.cli.options import SampleOptions
 from hvdvae.cli.saved_run import open_model
 from hvdvae.vae.generate import sample_images
-from hvdvae.vae.pictures import save_grid
+from hvdvae.vae.pictures import legend, save_grid, shades_of
 from hvdvae.world import World
 
 
@@ -21,7 +21,10 @@ def sample(options: SampleOptions) -> int:
         path = Path(options.output or Path(options.folder) / "samples.png")
         if options.output is None:
             refuse_links(Path(options.folder), [path.name])
-        save_grid(path, sample_images(saved.model, options.count, generator))
+        shades = shades_of(*saved.limits)
+        save_grid(path, sample_images(saved.model, options.count, generator), shades=shades)
         print(path)
+        if legend(shades):
+            print(f"  {legend(shades)}")
     world.close()
     return 0

@@ -26,6 +26,8 @@ class SavedModel(NamedTuple):
     """The file that the weights came from."""
     data_digest: str | None
     """Of what it was trained on."""
+    limits: tuple[float, float]
+    """Of the values that it was trained on."""
 
 
 class SavedRun(NamedTuple):
@@ -61,7 +63,8 @@ def open_model(folder: str, choice: str, world: World) -> SavedModel:
     check_folder(config, found.record, file, str(path / CONFIG_FILE))
     model = assemble.model(config, tuple(saved["shape"]), world.device)
     load_weights(model, found, ema=True)
-    return SavedModel(config, model, file, saved.get("data_digest"))
+    low, high = saved.get("limits", (0.0, 1.0))
+    return SavedModel(config, model, file, saved.get("data_digest"), (low, high))
 
 
 def open_run(folder: str, choice: str, world: World, *, data: str | None = None) -> SavedRun:
@@ -69,7 +72,7 @@ def open_run(folder: str, choice: str, world: World, *, data: str | None = None)
 
     Raises DataError, too.
     """
-    config, model, file, saved = open_model(folder, choice, world)
+    config, model, file, saved, _ = open_model(folder, choice, world)
     dataset = assemble.data(data or config.data, world, validation=None if data else config.validation)
     if dataset.shape != model.shape:
         raise DataError(

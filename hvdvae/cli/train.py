@@ -25,7 +25,7 @@ from hvdvae.cli.results import keep_speed, prepare_folder, versions, write_json
 from hvdvae.cli.same_function import changes, check_resumed
 from hvdvae.config import TrainConfig
 from hvdvae.cores import threads_of_rank
-from hvdvae.data import Dataset, Loader, check_dataset, mean_example
+from hvdvae.data import Dataset, Loader, check_dataset, input_limits, mean_example
 from hvdvae.errors import CheckpointError, ConfigError, NonFiniteError
 from hvdvae.launcher import detect
 from hvdvae.monitor import Monitor
@@ -241,6 +241,7 @@ def _trainer(
         config={
             **{name: getattr(config, name) for name in TrainConfig.__dataclass_fields__},
             "shape": list(dataset.shape),
+            "limits": list(input_limits(dataset.train)),
             "function": assemble.function_of(config, dataset.shape),
             "data_digest": digest(dataset.train),
         },
@@ -351,7 +352,7 @@ def _conclude(
         pictures.to_tensorboard(board, outcome.step)
         board.close()
         write_json(folder / "summary.json", keep_speed(summary, folder / "summary.json"))
-        say(closing(summary, folder, written, finished=not bad))
+        say(closing(summary, folder, written, finished=not bad, legend=pictures.legend))
     world.barrier("rank 0 writes the results")
     if bad:
         raise NonFiniteError(f"{bad}; what there is lies in {folder}")

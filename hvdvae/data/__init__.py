@@ -5,7 +5,7 @@ Imports neither MPI nor models: rank and size come as plain integers.
 
 from hvdvae.data.check import check_choice, check_dataset, check_size, check_support
 from hvdvae.data.dataset import Dataset
-from hvdvae.data.inputs import evaluation_batch, mean_example, to_input
+from hvdvae.data.inputs import evaluation_batch, input_limits, mean_example, to_input
 from hvdvae.data.loader import Loader
 from hvdvae.data.named import NAMES
 from hvdvae.data.open import open_dataset
@@ -28,6 +28,7 @@ __all__ = [
     "describe_values",
     "epoch_order",
     "evaluation_batch",
+    "input_limits",
     "local_batch",
     "mean_example",
     "open_dataset",

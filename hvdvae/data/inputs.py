@@ -31,6 +31,11 @@ def to_input_on_device(
     return values.float().div(peak)
 
 
+def input_limits(source: Source) -> tuple[float, float]:
+    """An interval that holds all values as models see them: that of the source for floats, (0, 1) for uint8."""
+    return (0.0, 1.0) if source.dtype == np.uint8 else source.limits
+
+
 def evaluation_batch(
     source: Source,
     start: int,

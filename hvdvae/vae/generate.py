@@ -8,7 +8,7 @@ from hvdvae.vae.model import VAE
 
 
 def sample_images(model: VAE, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """Means of p(x|z) for z drawn from the prior, (count, *shape) float32 in [0, 1], on the model's device.
+    """Means of p(x|z) for z drawn from the prior, (count, *shape) float32 on the data's scale and the model's device.
 
     generator: of that device; torch's default one otherwise. The model is in eval mode meanwhile.
     """
@@ -17,7 +17,7 @@ def sample_images(model: VAE, count: int, generator: torch.Generator | None = No
 
 
 def reconstruct(model: VAE, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Means of p(x|z) for one z drawn from q(z|x), (B, *shape) float32 in [0, 1]; x: (B, *shape)."""
+    """Means of p(x|z) for one z drawn from q(z|x), (B, *shape) float32 on the scale of x; x: (B, *shape)."""
     with evaluating(model):
         drawn = model.draw(model.encode(x), generator=generator)
         return model.likelihood.mean(model.decode(drawn.z[0]))

@@ -1,8 +1,8 @@
 """What a decoder's numbers mean: p(x | z) of one image, independent over its dimensions.
 
 Shapes: x (B, *event) with event (C, H, W) or (D,); params (..., B, *wide), where `wide` is `event` with its
-first dimension multiplied by `parameters`: first all locations, then all scales. Images are in [0, 1] for
-every likelihood. log_prob sums over the event in float32 whatever the params are (autocast), and returns nats
+first dimension multiplied by `parameters`: first all locations, then all scales. x is in [0, 1], any real number
+for the Gaussian. log_prob sums over the event in float32 whatever the params are (autocast), and returns nats
 per example.
 """
 
@@ -31,7 +31,7 @@ class Likelihood(ABC, nn.Module):
 
     @abstractmethod
     def mean(self, params: Tensor) -> Tensor:
-        """The picture to show, (N, *event) float32 in [0, 1]; params (N, *wide)."""
+        """The mean of x, (N, *event) float32 on the data's own scale; params (N, *wide)."""
 
     @abstractmethod
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -98,7 +98,7 @@ class Gaussian(Likelihood):
         return (-0.5 * scaled.square() - log_sigma - 0.5 * math.log(2 * math.pi)).flatten(-event).sum(-1)
 
     def mean(self, params: Tensor) -> Tensor:
-        return self._mean_and_log_sigma(params, params.dim() - 1)[0].clamp(0, 1)
+        return self._mean_and_log_sigma(params, params.dim() - 1)[0]
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
         mean, log_sigma = self._mean_and_log_sigma(params, params.dim() - 1)

@@ -17,13 +17,23 @@ _GAP = 2  # pixels between images
 _SMALLEST = 28  # images smaller than this are enlarged, by whole factors, to be seen at all
 
 
-def image_grid(images: Tensor, *, columns: int | None = None) -> Picture:
+Shades = tuple[float, float]
+"""The value that is black, and the one that is white."""
+UNIT: Shades = (0.0, 1.0)
+
+
+def shades_of(low: float, high: float) -> Shades:
+    """The shades of values from `low` to `high`: 0 to 1 for images, and their own range for measurements. Pure."""
+    return UNIT if (low >= 0 and high <= 1) or low == high else (low, high)
+
+
+def image_grid(images: Tensor, *, columns: int | None = None, shades: Shades = UNIT) -> Picture:
     """One picture (H, W, 1 or 3) uint8 of all images, row by row on a gray ground.
 
-    images: (N, C, H, W) with 1 or 3 channels, or (N, D) with a square D; values in [0, 1], clipped.
+    images: (N, C, H, W) with 1 or 3 channels, or (N, D) with a square D; values outside `shades` are clipped.
     columns: as many as rows by default. Raises ConfigError for other shapes.
     """
-    pixels = _as_pixels(images)
+    pixels = _as_pixels(images, shades)
     count, height, width, channels = pixels.shape
     zoom = max(1, math.ceil(_SMALLEST / min(height, width)))
     pixels = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
@@ -38,15 +48,16 @@ def image_grid(images: Tensor, *, columns: int | None = None) -> Picture:
     return grid
 
 
-def pair_grid(originals: Tensor, reconstructions: Tensor, *, columns: int = 8) -> Picture:
+def pair_grid(originals: Tensor, reconstructions: Tensor, *, columns: int = 8, shades: Shades = UNIT) -> Picture:
     """Rows of originals, each with the row of its reconstructions below. Shapes as in image_grid, alike."""
+    gray = sum(shades) / 2
     rows: list[Tensor] = []
     for start in range(0, len(originals), columns):
         for images in (originals, reconstructions):
             row = images[start : start + columns]
-            blank = row.new_full((columns - len(row), *row.shape[1:]), 0.5)
+            blank = row.new_full((columns - len(row), *row.shape[1:]), gray)
             rows.extend((*row, *blank))
-    return image_grid(torch.stack(rows), columns=columns)
+    return image_grid(torch.stack(rows), columns=columns, shades=shades)
 
 
 def save_picture(path: str | os.PathLike[str], picture: Picture) -> None:
@@ -57,12 +68,19 @@ def save_picture(path: str | os.PathLike[str], picture: Picture) -> None:
         raise ConfigError(f"cannot write the picture {os.fspath(path)}: {error.strerror or error}") from error
 
 
-def save_grid(path: str | os.PathLike[str], images: Tensor, *, columns: int | None = None) -> None:
+def save_grid(
+    path: str | os.PathLike[str], images: Tensor, *, columns: int | None = None, shades: Shades = UNIT
+) -> None:
     """Writes the image_grid of these images as PNG, replacing the file."""
-    save_picture(path, image_grid(images, columns=columns))
+    save_picture(path, image_grid(images, columns=columns, shades=shades))
 
 
-def _as_pixels(images: Tensor) -> Picture:
+def legend(shades: Shades) -> str:
+    """What black and white mean, where that is not 0 and 1; else nothing. Pure."""
+    return "" if shades == UNIT else f"black is {shades[0]:g}, white {shades[1]:g}"
+
+
+def _as_pixels(images: Tensor, shades: Shades) -> Picture:
     """(N, H, W, C) uint8."""
     if images.dim() == 2:
         side = math.isqrt(images.shape[1])
@@ -71,6 +89,8 @@ def _as_pixels(images: Tensor) -> Picture:
         images = images.reshape(-1, 1, side, side)
     if images.dim() != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ConfigError(f"pictures: found shape {tuple(images.shape)}, expected (N, 1 or 3, H, W) and N > 0")
-    levels = images.detach().float().nan_to_num(0).clamp(0, 1).mul(255).round()
+    low, high = shades
+    units = (images.detach().float() - low) / (high - low)
+    levels = units.nan_to_num(0).clamp(0, 1).mul(255).round()
     pixels: Picture = levels.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
     return pixels

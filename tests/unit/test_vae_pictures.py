@@ -9,6 +9,7 @@ from PIL import Image
 
 from hvdvae.errors import ConfigError
 from hvdvae.vae import build_model, image_grid, pair_grid, reconstruct, sample_images, save_grid
+from hvdvae.vae.pictures import UNIT, legend, shades_of
 
 
 @pytest.mark.parametrize("name", ["mlp", "mlp2", "conv"])
@@ -81,3 +82,28 @@ def test_pairs_stand_one_above_the_other() -> None:
     rows = [grid[2 + row * 30, 2] for row in range(4)]
     assert rows == [0, 255, 0, 255]
     assert grid[2 + 2 * 30, 2 + 30] == 128  # no fourth example
+
+
+def test_gaussian_means_are_on_the_scale_of_the_data() -> None:
+    """Spectra from -3.8 to 66.3 came back cut to [0, 1]."""
+    model = build_model("mlp", (1, 8, 8), likelihood="gaussian")
+    spectra = torch.linspace(-3.8, 66.3, 64).reshape(1, 8, 8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.set_location_bias(model.likelihood.location(spectra))
+    for images in (sample_images(model, 2), reconstruct(model, spectra.expand(2, 1, 8, 8))):
+        torch.testing.assert_close(images, spectra.expand(2, 1, 8, 8))
+
+
+def test_shades_are_the_range_of_measurements_and_are_said() -> None:
+    spectra = torch.linspace(-3.8, 66.3, 4)[None]
+    shades = shades_of(-3.8, 66.3)
+    grid = image_grid(spectra, shades=shades)
+    assert [grid[2, 2, 0], grid[2, -3, 0], grid[-3, 2, 0], grid[-3, -3, 0]] == [0, 85, 170, 255]
+    pairs = pair_grid(spectra, spectra, columns=2, shades=shades)[..., 0]
+    assert (pairs[2, 2], pairs[2, 2 + 30]) == (0, 128)
+    assert legend(shades) == "black is -3.8, white 66.3"
+    for low, high in ((0.0, 1.0), (0.2, 0.9), (5.0, 5.0)):
+        assert shades_of(low, high) == UNIT
+    assert legend(UNIT) == ""
