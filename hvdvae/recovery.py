@@ -100,7 +100,7 @@ def _catch_up(trainer: "Trainer", *, new: bool = False) -> None:
     """
     world, optimizer = trainer.world, trainer.optimizer
     mine = [trainer.stage.number, trainer.position.step]
-    told = [mine, new, asdict(trainer.stage), asdict(trainer.position), trainer.best]
+    told = [mine, new, asdict(trainer.stage), asdict(trainer.position), trainer.best, trainer.owed]
     found = world.gather_objects(told, "stages of those that are left")
     furthest = max(place for place, is_new, *_ in found if not is_new)
     if any(is_new for _, is_new, *_ in found):
@@ -114,7 +114,7 @@ def _catch_up(trainer: "Trainer", *, new: bool = False) -> None:
     if optimizer.parts is None:
         _take_state(trainer, leader, is_behind=behind[world.rank], new=new)
     if behind[world.rank]:
-        _, _, stage, position, trainer.best = found[leader]
+        _, _, stage, position, trainer.best, trainer.owed = found[leader]
         trainer.stage, trainer.position = type(trainer.stage)(**stage), Position(**position)
 
 

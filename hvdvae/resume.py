@@ -5,6 +5,7 @@ position. At the same world size a resumed run continues bit for bit; at another
 example.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -89,6 +90,7 @@ def snapshot(trainer: "Trainer", rows: Tensor, config: Mapping[str, Any]) -> Dra
         "step": trainer.position.step,
         "world_size": world.size,
         "best": trainer.best,
+        "owed": _with_null(trainer.owed),
         "names": optimizer.flat.names,
         "optimizer": optimizer.wrapped_class,
         "examples": trainer.batches.examples,
@@ -145,9 +147,18 @@ def restore(trainer: "Trainer", checkpoint: Source) -> None:
     optimizer.skipped_steps, trainer.stepper.overflows = record["skipped_steps"], record["overflows"]
     optimizer.moved.count_on(record.get("moved", {}))
     trainer.position = Position(**record["position"])
+    owed = record.get("owed")
+    trainer.owed = {name: math.nan if value is None else value for name, value in owed.items()} if owed else None
     # Of another objective it is another number, which those to come cannot be compared with.
     same = judged_by(record["config"]) == judged_by(trainer.configuration)
     trainer.best = record["best"] if same else None
+
+
+def _with_null(metrics: Mapping[str, float] | None) -> dict[str, float | None] | None:
+    """JSON has no NaN."""
+    if metrics is None:
+        return None
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def judged_by(config: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -38,6 +38,8 @@ from hvdvae.strategies import Strategy
 if TYPE_CHECKING:
     from hvdvae.parallel.pipeline import Pipeline
 
+LONG_SECONDS = 2.0
+"""A validation that takes longer, or has not been timed yet, begins after a save: who is ended in it loses no epoch."""
 HOSTS_CHANGED = 1000
 """Beyond all signals: some rank has heard that there are other hosts."""
 
@@ -110,6 +112,10 @@ class Trainer:
         ema = MovingAverage(optimizer.flat.parameters, ema_decay) if ema_decay else None
         self.ema = ema
         self.best: float | None = None
+        self.owed: dict[str, float] | None = None
+        """What training told of an epoch whose validation is still to come, as one that was saved before it has it."""
+        self._validation_seconds = math.inf
+        """Of the last one on the slowest rank, the same on all."""
         self.pipeline = pipeline
         options: dict[str, Any] = {"precision": precision, "skip_limit": skip_limit, "pipeline": pipeline}
         self.stepper = Stepper(model, optimizer, loss, seed=seed, schedule=schedule, ema=ema, **options)
@@ -144,7 +150,8 @@ class Trainer:
         """
         self._examples, self._seconds, self._sums = 0, 0.0, EpochSums()
         self._monitors = []
-        self.stage = Stage(doing="train" if self.position.epoch < epochs else "leave")
+        going_on: Literal["train", "leave"] = "train" if self.position.epoch < epochs else "leave"
+        self.stage = Stage(doing="conclude" if self.owed is not None else going_on)
         if self.world.joins and self.optimizer.synchronous:
             enter(self)
         self.optimizer.start()
@@ -197,7 +204,7 @@ class Trainer:
             # A signal amid an epoch ends the run at once; else the epoch is concluded first.
             return Stage(number, "leave" if self.position.examples else "conclude", signal_given, seen, took)
         if stage.doing == "conclude":
-            self._end_epoch(epochs, stage.examples, stage.seconds)
+            self._end_epoch(epochs, stage)
             return Stage(number, "listen", stage.signal)
         if stage.doing == "listen":  # For a signal during validation, or in the last step.
             signal_given = stage.signal or self._agreed(signal_number())
@@ -252,6 +259,7 @@ class Trainer:
         """Go on at the place that this rank has among others, where as many as `size_before` averaged. Local."""
         world = self.optimizer.world
         self._share = (world.rank, world.size)
+        self._validation_seconds = math.inf  # As a new rank has it.
         self._scale_learning_rates(size_before)
         self._pulse = pulse_of(self.optimizer)
         if self.pipeline is not None:
@@ -284,47 +292,61 @@ class Trainer:
         for monitor in self._monitors:
             monitor.on_beat(beat, step=self.position.step, epoch=epoch, lr=lr)
 
-    def _end_epoch(self, epochs: int, examples: int, seconds: float) -> None:
+    def _end_epoch(self, epochs: int, stage: Stage) -> None:
         if not (self.optimizer.synchronous or self.world.is_first):
             return  # Rank 0 evaluates and saves what the servers hold; the others train on.
         epoch, last = self.position.epoch, self.position.epoch >= epochs
-        metrics = self._sums.metrics(self.optimizer, examples, seconds)
-        is_best = False
+        metrics = self._sums.metrics(self.optimizer, stage.examples, stage.seconds) if self.owed is None else self.owed
+        is_best, is_due = False, last or epoch % self._checkpoint_every == 0
         if self._validate is not None and (epoch % self._validate_every == 0 or last):
+            if stage.signal:
+                self.owed = metrics  # There may be no time for it; whoever resumes makes up for it.
+                return
+            saved_before = self._validation_seconds > LONG_SECONDS and self._checkpoints is not None
+            if saved_before:
+                self.owed = metrics
+                self._save(is_best=False, keeps_others=True)
             found = self._run_validation(self._validate)
-            self._meet("validation")
+            self.owed = None
             metrics |= {f"validation_{name}": value for name, value in found.items()}
             # A loss that is not finite would stay the best for ever: nothing is less than NaN.
             is_best = math.isfinite(found["loss"]) and (self.best is None or found["loss"] < self.best)
+            if saved_before and not (is_due or is_best) and self._checkpoints is not None and self.world.is_first:
+                self._checkpoints.drop(self.position.step)
         # Where a rank dies in here, all of it is done again; but an epoch is told once.
         for monitor in self._monitors if epoch > self._told else ():
             monitor.on_epoch(epoch, self.position.step, metrics)
         self._told = epoch
         before, self.best = self.best, found["loss"] if is_best else self.best
-        if is_best or last or epoch % self._checkpoint_every == 0:
+        if is_best or is_due:
             try:
                 self._save(is_best=is_best)
             except RankLost:
-                self.best = before
+                self.best, self.owed = before, metrics
                 raise
         # Whoever goes on knows that it was told.
         self._meet("the end of an epoch")
 
     def _run_validation(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
         self.model.eval()
-        optimizer = self.optimizer
+        optimizer, begin = self.optimizer, time.monotonic()
         with torch.no_grad(), optimizer.fetched(), optimizer.arithmetic(), self.evaluation_weights():
             found = validate()
         self.model.train()
+        self._meet("validation")
+        took = torch.tensor([time.monotonic() - begin])
+        if optimizer.synchronous:
+            self.world.max_(took, "seconds of the validation")
+        self._validation_seconds = float(took)
         return found
 
-    def _save(self, *, is_best: bool) -> None:
+    def _save(self, *, is_best: bool, keeps_others: bool = False) -> None:
         if self._checkpoints is None or not (self.optimizer.synchronous or self.world.is_first):
             return
         with self.optimizer.saving() as rows:
             taken = snapshot(self, rows, self.configuration)
             if self.world.is_first:
-                self._checkpoints.save(taken, is_best=is_best)
+                self._checkpoints.save(taken, is_best=is_best, keeps_others=keeps_others)
             else:
                 taken.ask()
         # Nobody goes on as if it were there before it is.

@@ -33,18 +33,25 @@ class Folder:
         found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
         return [path for _, path in sorted(found, reverse=True)]
 
-    def save(self, checkpoint: Checkpoint | Draft, *, is_best: bool) -> Path:
-        """Write `step-N.safetensors`, link it as best if it is, and drop the oldest. One rank's affair, as `save`."""
-        path = self.folder / f"step-{checkpoint.record['step']:09d}.safetensors"
+    def save(self, checkpoint: Checkpoint | Draft, *, is_best: bool, keeps_others: bool = False) -> Path:
+        """Write `step-N.safetensors`, link it as best if it is, and drop the oldest. One rank's affair, as `save`.
+
+        `keeps_others`: drop none; it is to be dropped itself, or written anew.
+        """
+        path = self._path(checkpoint.record["step"])
         save(path, checkpoint)
         if is_best:
             self._link(path)
         # The one just written stays whatever its number: a torn one may bear a higher.
-        for old in [other for other in self.steps() if other != path][self.keep - 1 :]:
+        for old in [other for other in self.steps() if other != path][self.keep - 1 :] if not keeps_others else ():
             old.unlink(missing_ok=True)
         for left in self.folder.glob("*.tmp"):
             left.unlink(missing_ok=True)
         return path
+
+    def drop(self, step: int) -> None:
+        """Delete the checkpoint of this step, if there is one. One rank's affair."""
+        self._path(step).unlink(missing_ok=True)
 
     def newest_good(self) -> Path | None:
         """The newest whole checkpoint, else the best, or None; torn ones are named on stderr and passed over."""
@@ -55,6 +62,9 @@ class Folder:
             except CheckpointError as error:
                 sys.stderr.write(f"hvdvae: refused: {error}\n")
         return None
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:09d}.safetensors"
 
     def _link(self, path: Path) -> None:
         temporary = self.best.with_suffix(f".{os.getpid()}.tmp")

@@ -510,6 +510,81 @@ def test_a_stopped_and_resumed_run_is_the_run_that_never_stopped(
             assert torch.equal(mine[key], theirs[key]), key
 
 
+class Killed(BaseException):
+    """What nobody catches, as SIGKILL."""
+
+
+def test_a_run_that_is_killed_in_a_validation_has_saved_the_epoch_and_makes_up_for_it(tmp_path: Path) -> None:
+    """Weights, the best epoch and what monitors are told are those of a run that was never stopped."""
+
+    def build(folder: Path, dies_at: int, told: Notes) -> Trainer:
+        def validate() -> dict[str, float]:
+            if trainer.position.epoch == dies_at:
+                raise Killed
+            return {"loss": [5.0, 2.0, 3.0][trainer.position.epoch - 1]}
+
+        trainer = trainer_of(Denoiser(), seed=3, monitors=[told], checkpoints=Folder(folder, 3), validate=validate)
+        return trainer
+
+    whole, first, second = Notes(), Notes(), Notes()
+    reference = build(tmp_path / "whole", 0, whole)
+    reference.fit(3)
+    stopped = build(tmp_path / "killed", 1, first)
+    with pytest.raises(Killed):
+        stopped.fit(3)
+    assert first.epochs == []
+    folder = Folder(tmp_path / "killed", 3)
+    newest = folder.newest_good()
+    assert newest is not None
+    assert load(newest).record["position"] == {"epoch": 1, "examples": 0, "step": STEPS}
+    resumed = build(tmp_path / "killed", 0, second)
+    resumed.resume(load(newest))
+    resumed.fit(3)
+    assert_same_bits(resumed.model, reference.model)
+    assert resumed.best == reference.best == 2.0
+    assert load(folder.best).record["step"] == load(Folder(tmp_path / "whole", 3).best).record["step"] == 2 * STEPS
+    for mine, theirs in zip(second.epochs, whole.epochs, strict=True):
+        assert mine[:2] == theirs[:2]
+        for name in theirs[2].keys() - {"examples_per_second"}:
+            assert mine[2][name] == theirs[2][name], name
+
+
+@pytest.mark.usefixtures("beat_every_step")
+def test_a_signal_in_the_last_step_of_an_epoch_ends_the_run_before_its_validation(tmp_path: Path) -> None:
+    validated: list[int] = []
+
+    def validate() -> dict[str, float]:
+        validated.append(trainer.position.epoch)
+        return {"loss": 1.0}
+
+    options: dict[str, Any] = {"checkpoints": Folder(tmp_path, 3), "validate": validate}
+    trainer = trainer_of(plain_network(), stops_at(STEPS, signal.SIGTERM), **options)
+    assert trainer.fit(2).signal == signal.SIGTERM
+    assert validated == []
+    trainer = trainer_of(plain_network(), **options)
+    newest = Folder(tmp_path, 3).newest_good()
+    assert newest is not None
+    trainer.resume(load(newest))
+    trainer.fit(2)
+    assert validated == [1, 2]
+
+
+def test_what_was_saved_before_a_validation_does_not_stay_where_no_checkpoint_is_due(tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    def validate() -> dict[str, float]:
+        seen.append([path.name for path in Folder(tmp_path, 3).steps()])
+        return {"loss": float(trainer.position.epoch)}
+
+    trainer = trainer_of(plain_network(), checkpoints=Folder(tmp_path, 3), checkpoint_every=10, validate=validate)
+    trainer.best = 0.0  # None of these is better.
+    trainer.fit(3)
+    names = [f"step-{epoch * STEPS:09d}.safetensors" for epoch in (1, 2, 3)]
+    assert seen[0] == names[:1], "not timed yet: saved before"
+    assert seen[1] == [], "a short one: not saved before, and the first is gone"
+    assert [path.name for path in Folder(tmp_path, 3).steps()] == names[2:], "the last is due"
+
+
 def test_a_resumed_fp16_run_keeps_its_scale_and_its_pardoned_overflows(tmp_path: Path) -> None:
     bad = 3.5  # After so many epochs one loss is NaN, which the limit of one allows.
 
