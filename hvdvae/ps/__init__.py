@@ -12,6 +12,7 @@ A server
     consistency.py   when a push is applied and a worker answered (pure)
     rules.py         how a push changes the weights (pure); weights.py: the slice that it changes
     attendance.py    which workers take part (pure)
+    options.py       with which options of its optimizer a worker pushes (pure)
     cut.py           a copy of all servers after the same pushes (pure)
     ledger.py        what is counted (pure); state.py: an optimizer's state in pieces (pure)
     link.py          where pushes land and how answers go out; replica.py: the same, with a backup

@@ -19,6 +19,7 @@ from hvdvae.ps.cut import Asked, Cut
 from hvdvae.ps.hello import Hello
 from hvdvae.ps.ledger import Ledger
 from hvdvae.ps.link import Link
+from hvdvae.ps.options import PushedOptions
 from hvdvae.ps.plan import Plan
 from hvdvae.ps.protocol import ANSWER, BINS, LATE, OPTIONS, REQUEST, SKIPPED, TEXT, Answer, Header, Kind, Request
 from hvdvae.ps.recruiter import Recruiter
@@ -46,6 +47,9 @@ class Server:
         self._flag = flag
         self._link, self._weights, self._watchdog, self._recruiter = link, weights, watchdog, recruiter
         self._is_step = plan.consistency == "bsp"
+        self._options = PushedOptions()
+        self._may_differ = bool(plan.backup_workers)
+        """Whether workers whose pushes make one update may be at other steps of a schedule."""
         self._workers = workers = link.channel.workers
         self.ledger = Ledger(workers)
         self.version = 0
@@ -193,7 +197,7 @@ class Server:
             for other, clock in self._attendance.begin_again().items():
                 self._policy.join(other, clock)
         if request[Request.HAS_OPTIONS]:
-            self._weights.set_options(self._link.text(worker, OPTIONS))
+            self._options.take(worker, self._link.text(worker, OPTIONS))
         if request[Request.KIND] == Kind.PUSH:
             self._pushes[worker] = self._link.pushed(worker)
         if request[Request.SEQUENCE] <= self._sequence[worker]:
@@ -241,6 +245,9 @@ class Server:
         for worker, staleness in stalenesses.items():
             self._staleness[worker] = staleness
         first = workers[0]
+        if len(workers) > 1 and not (self._may_differ or self._attendance.died):
+            self._options.check_same({worker: request[REQUEST:] for worker, request in requests.items()})
+        self._weights.set_options(self._options.of(first))
         pushes = [self._pushes[worker][: self._weights.length] for worker in workers]
         self._weights.update(pushes, requests[first][REQUEST:].tolist(), first, stalenesses[first])
         self.version += 1

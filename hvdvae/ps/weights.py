@@ -43,6 +43,8 @@ class Weights:
         self._clip_norm, self._sum_over_servers = clip_norm, sum_over_servers
         self._mean = torch.empty(length, dtype=dtype) if plan.consistency == "bsp" and workers > 1 else None
         self._optimizer: ShardOptimizer
+        self._options: list[dict[str, Any]] | None = None
+        """Those that were set last."""
         self._rule: Rule
 
     def start(self, options: list[dict[str, Any]], manifest: Manifest, state: list[Tensor]) -> None:
@@ -61,9 +63,11 @@ class Weights:
             elasticity=self._plan.elasticity_of(self._workers),
         )
 
-    def set_options(self, options: list[dict[str, Any]]) -> None:
-        """Take the options of all groups that a worker has changed."""
-        self._optimizer.set_options(options)
+    def set_options(self, options: list[dict[str, Any]] | None) -> None:
+        """Make the next update with these options of all groups, learning rates aside; None: as it is."""
+        if options is not None and options is not self._options:
+            self._optimizer.set_options(options)
+            self._options = options
 
     def update(self, pushes: Sequence[Tensor], rates: Sequence[float], worker: int, staleness: int) -> None:
         """Make one update of the mean of these pushes (P,), which may be overwritten. `worker`: whose is the first."""

@@ -15,6 +15,7 @@ their own in between.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,7 +116,11 @@ class LocalSgd(Strategy):
         self._count()
 
     def average(self) -> None:
-        """Meet. Blocks; every rank must call it after as many steps. Raises NonFiniteError on all ranks."""
+        """Meet. Blocks; every rank must call it after as many steps.
+
+        Raises on all ranks NonFiniteError, or ConfigError where options or numbers of steps differ.
+        """
+        self._compare("average")
         difference = torch.sub(self._anchor, self.flat.parameters, out=self._difference)
         if self._group.rank == 0:
             self._mean.mean_(difference)
@@ -206,9 +211,18 @@ class LocalSgd(Strategy):
         Raises NonFiniteError on all ranks.
         """
         if not self._is_mean:
+            self._compare("average of weights")
             self._average_plainly(self.flat.parameters, "average of weights")
             self._check_finite(self.flat.parameters)
             self._is_mean = True
+
+    def compare_options(self) -> None:
+        """As Strategy's, at averages alone: in between ranks do not wait for each other."""
+
+    def _compare(self, what: str) -> None:
+        # Checkpoints have the options of one rank, and an average of unequal numbers of steps is nobody's.
+        sum_ = partial(self.world.sum_, what=what)
+        self.equal_options.compare(self.param_groups, self.world, sum_, ranks=self.peers, steps=self.moved.steps)
 
     def _check_finite(self, vector: Tensor) -> None:
         if not bool(torch.isfinite(torch.dot(vector, vector))):

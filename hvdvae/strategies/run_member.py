@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from hvdvae.strategies.common_model import CommonModel
+from hvdvae.strategies.equal_options import EqualOptions
 from hvdvae.world import World
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class RunMember(CommonModel):
     """Whether those that are left can go on when a rank has died (ULFM)."""
     own: list[slice]
     """Of the vectors, what this rank answers for in the global norm."""
+    equal_options: EqualOptions
+    """Compares those of ranks that step together."""
 
     def hold(self, parts: "Parts") -> None:
         """Train this part of a model that several ranks hold: norm and checkpoints are the whole model's. Local."""
@@ -69,6 +72,7 @@ class RunMember(CommonModel):
         """
         if self.parts is not None and self.parts.survival is not None:
             self.parts.survival.regroup()
+        self.equal_options.begin()
         self.zero_grad()
 
     def catch_up(self) -> None:

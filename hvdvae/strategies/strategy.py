@@ -9,6 +9,7 @@ Below it: what a run asks besides (run_member.py), what ranks hold alike (common
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 
 from hvdvae.errors import ConfigError
 from hvdvae.flat import FlatModel
+from hvdvae.strategies.equal_options import EqualOptions
 from hvdvae.strategies.flat_optimizer import check_supported, flat_optimizer, is_elementwise
 from hvdvae.strategies.optimizer_state import entries_of, follow, load_state
 from hvdvae.strategies.run_member import RunMember
@@ -69,6 +71,7 @@ class Strategy(RunMember):
         """Counted so far, also before a resume."""
         self.skipped_steps = 0
         self.gradient_norm = 0.0
+        self.equal_options = EqualOptions(optimizer.defaults)
         self._exchanged = False
         self._kept_buffers = False
         """Whether they have been kept since the last step."""
@@ -178,6 +181,7 @@ class Strategy(RunMember):
         if self.parts is not None:
             self.parts.commit()
         follow(self.param_groups, self.inner)
+        self.compare_options()
         if not _is_finite(self.gradient_norm):
             self.skipped_steps += 1
             # The forward pass of what is skipped has left its mark on statistics (BatchNorm).
@@ -197,6 +201,13 @@ class Strategy(RunMember):
         self._kept_buffers = False
         self._count_step()
         return loss
+
+    def compare_options(self) -> None:
+        """Now and then: raises ConfigError on all ranks where options of ranks that step together differ. May block."""
+        if self.synchronous and self.world.size > 1 and self.equal_options.due():
+            whole = len(self.peers) == self.world.size
+            sum_ = partial(self.world.sum_, what="comparison of options") if whole else self.sum_
+            self.equal_options.compare(self.param_groups, self.world, sum_, ranks=self.peers)
 
     def _count_step(self) -> None:
         if not self.is_told_the_step:

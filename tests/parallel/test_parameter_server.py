@@ -271,6 +271,28 @@ def test_schedules_and_changed_options_act_on_the_servers(world: World) -> None:
         torch.testing.assert_close(weights(worker[1]), weights(plain(Smooth, two_groups, change)), atol=3e-6, rtol=2e-5)
 
 
+def test_each_workers_pushes_are_applied_with_its_own_options(world: World) -> None:
+    """Where workers do not step together. Without a gradient weight decay is all that moves the weights."""
+
+    def build(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    with served(world, 1, Plan(), Smooth, build) as job:
+        if job is None:
+            return
+        optimizer, model, mine = job
+        start = weights(Smooth(100))
+
+        def only_the_last_decays(step: int, optimizer: Any) -> None:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            if mine.rank == mine.size - 1:
+                optimizer.param_groups[0]["weight_decay"] = 1.0
+
+        train(optimizer, model, mine, only_the_last_decays)
+        torch.testing.assert_close(weights(model), start * 0.9**STEPS)
+
+
 def test_options_may_be_numbers_of_numpy(world: World) -> None:
     """As schedules compute them; a server is sent plain ones, and none that the optimizer does not know."""
 

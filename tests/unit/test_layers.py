@@ -171,6 +171,7 @@ def test_strategies_do_not_import_each_other() -> None:
         "common_model",
         "flat_optimizer",
         "engine",
+        "equal_options",
         "mean",
         "messages",
         "optimizer_state",
