@@ -1,5 +1,6 @@
 """What options may hold, and which go together: refused before any work, by the flag to change. Pure."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -153,6 +154,9 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
     for key in BELOW_ONE:
         if values[key] is not None and not 0 <= values[key] < 1:
             raise ConfigError(f"{flag(key)} is {values[key]}, expected 0 to below 1")
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{flag(key)} is {value}, expected a finite number")
     if values["seed"] >= 2**63:
         raise ConfigError(f"--seed is {values['seed']}, expected less than 2**63")
     if values["compression_share"] is not None and not 0 < values["compression_share"] <= 1:

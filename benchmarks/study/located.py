@@ -1,11 +1,15 @@
 """YAML whose every key knows its line, so that a mistake can be shown where it stands. Pure."""
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-import yaml
+from hvdvae.cli.config_file import plain
+from hvdvae.cli.values import number, whole
+from hvdvae.cli.values import shown as _shown
+from hvdvae.cli.yaml_text import Part, YamlError, parsed_yaml
 
 
 class StudyError(Exception):
@@ -23,13 +27,14 @@ class Located:
     name: str
     """Of the file, for messages."""
     value: Any
+    """Text, None, or lists and mappings of them."""
     lines: Mapping[Path, int]
     """Of every part of the file, from 1."""
     path: Path = ()
 
     def error(self, message: str) -> StudyError:
         """An error at this part."""
-        where = ".".join(map(str, self.path))
+        where = ".".join(key if len(key) < 60 else f"{key[:40]}..." for key in map(str, self.path))
         return StudyError(f"{self.name}, line {self.lines.get(self.path, 1)}: {where + ': ' if where else ''}{message}")
 
     def child(self, key: str | int) -> "Located":
@@ -69,18 +74,21 @@ class Located:
 
     def whole(self, least: int) -> int:
         """A whole number of at least `least`. Raises StudyError."""
-        if not isinstance(self.value, int) or isinstance(self.value, bool) or self.value < least:
+        try:
+            value = whole(self.value) if isinstance(self.value, str) else least - 1
+        except ValueError:
+            value = least - 1
+        if value < least:
             raise self.error(f"found {shown(self.value)}, expected a whole number of at least {least}")
-        return self.value
+        return value
 
     def number(self) -> float:
         """Raises StudyError where it is none, or not finite."""
-        # YAML 1.1 takes 1e-3 for text.
         try:
-            value = float("nan") if isinstance(self.value, bool) else float(self.value)
-        except (TypeError, ValueError):
-            value = float("nan")
-        if value - value != 0:
+            value = number(self.value) if isinstance(self.value, str) else math.nan
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
             raise self.error(f"found {shown(self.value)}, expected a number")
         return value
 
@@ -94,44 +102,26 @@ class Located:
 
 def shown(value: object) -> str:
     """A value in a message."""
-    return "nothing" if value is None else repr(value)
+    return "nothing" if value is None else _shown(value)
 
 
 def read(text: str, name: str) -> Located:
     """Parse. Raises StudyError for what is no YAML, and for a key that stands twice."""
     try:
-        node = yaml.compose(text, yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise StudyError(f"{name}, line {mark.line + 1 if mark else 1}: no YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise StudyError(f"{name}: no YAML: {' '.join(str(error).split())}") from None
-    lines: dict[Path, int] = {}
-    if node is None:
+        found = parsed_yaml(text)
+    except YamlError as error:
+        raise StudyError(f"{name}{f', line {error.line}' if error.line else ''}: {error.text}") from None
+    if found is None:
         raise StudyError(f"{name}, line 1: the file is empty")
-    return Located(name, _value_of(node, (), lines, name), lines)
+    return Located(name, plain(found), dict(_lines(found, ())))
 
 
-def _value_of(node: yaml.Node, path: Path, lines: dict[Path, int], name: str) -> Any:
-    lines.setdefault(path, node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
-        found = {}
-        for key_node, value_node in node.value:
-            key = str(_plain(key_node))
-            line = key_node.start_mark.line + 1
-            if key in found:
-                raise StudyError(f"{name}, line {line}: {'.'.join(map(str, (*path, key)))} stands twice")
-            lines[(*path, key)] = line
-            found[key] = _value_of(value_node, (*path, key), lines, name)
-        return found
-    if isinstance(node, yaml.SequenceNode):
-        return [_value_of(item, (*path, place), lines, name) for place, item in enumerate(node.value)]
-    return _plain(node)
-
-
-def _plain(node: yaml.Node) -> Any:
-    loader = yaml.SafeLoader("")
-    try:
-        return loader.construct_object(node, deep=True)
-    finally:
-        loader.dispose()
+def _lines(part: Part, path: Path) -> Iterator[tuple[Path, int]]:
+    yield path, part.key_line or part.line
+    children: Iterable[tuple[str | int, Part]] = ()
+    if isinstance(part.value, dict):
+        children = part.value.items()
+    elif isinstance(part.value, list):
+        children = enumerate(part.value)
+    for key, child in children:
+        yield from _lines(child, (*path, key))

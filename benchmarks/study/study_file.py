@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from benchmarks.study.located import Located, StudyError, read, shown
+from hvdvae.cli.config_file import expanded, read_text
 from hvdvae.cli.values import checked, expected
 from hvdvae.config import TrainConfig, flag
 from hvdvae.disturbance import Jitter, Kill, Slow, Stop, Trouble
@@ -109,11 +110,9 @@ _KEYS = (*(field.name for field in fields(Study)), "train", "budget")
 def open_study(path: Path) -> tuple[Study, str]:
     """A study and the text of its file. Raises StudyError."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise StudyError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise StudyError(f"{path}: found bytes that are no UTF-8 text, expected YAML") from None
+        text = read_text(path, str(path))
+    except ConfigError as error:
+        raise StudyError(str(error)) from None
     return parse(text, path.name), text
 
 
@@ -132,7 +131,7 @@ def parse(text: str, name: str) -> Study:
     scenarios = {key: _scenario(key, part, sizes, contenders) for key, part in _named(parts["scenarios"]).items()}
     return Study(
         title=parts["title"].text(),
-        data=parts["data"].text() if "data" in parts else "digits",
+        data=_path(parts["data"]) if "data" in parts else "digits",
         world_sizes=_once(parts["world_sizes"], sizes),
         seeds=_once(parts["seeds"], tuple(item.whole(0) for item in parts["seeds"].items())),
         target=_target(parts["target"], contenders),
@@ -146,13 +145,20 @@ def parse(text: str, name: str) -> Study:
     )
 
 
+def _path(part: Located) -> str:
+    try:
+        return expanded(part.text(), "data")
+    except ConfigError as error:
+        raise part.error(str(error)) from None
+
+
 def _named(part: Located) -> dict[str, Located]:
     found = part.any_mapping()
     if not found:
         raise part.error("is empty, expected at least one")
     for key, item in found.items():
-        if not re.fullmatch(r"[a-z0-9][a-z0-9+-]*", key):
-            raise item.error("a name is part of file names: expected small letters, digits, + and -")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9+-]{0,49}", key):
+            raise item.error("a name is part of file names: expected at most 50 small letters, digits, + and -")
     return found
 
 
@@ -163,9 +169,10 @@ def _once(part: Located, values: tuple[_Value, ...]) -> tuple[_Value, ...]:
 
 
 def _flag(part: Located) -> bool:
-    if not isinstance(part.value, bool):
-        raise part.error(f"found {shown(part.value)}, expected true or false")
-    return part.value
+    try:
+        return bool(checked(part.value, bool))
+    except ValueError:
+        raise part.error(f"found {shown(part.value)}, expected true or false") from None
 
 
 def _options(part: Located, refused: tuple[str, ...], also: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -177,8 +184,8 @@ def _options(part: Located, refused: tuple[str, ...], also: tuple[str, ...] = ()
             continue
         try:
             values[key] = checked(item.value, hints[key])
-        except ValueError:
-            raise item.error(f"found {shown(item.value)}, expected {expected(hints[key])}") from None
+        except ValueError as error:
+            raise item.error(f"found {shown(item.value)}, expected {expected(hints[key], error)}") from None
     return values
 
 
@@ -219,9 +226,10 @@ def _scenario(name: str, part: Located, sizes: tuple[int, ...], contenders: Coll
     parts = part.mapping([*TROUBLES, "link_mbit", "shares", "contenders"])
     troubles = tuple(_trouble(parts[key], TROUBLES[key]) for key in parts if key in TROUBLES)
     for key, item in parts.items():
-        rank = item.value.get("rank") if isinstance(item.value, dict) else None
-        if key in TROUBLES and isinstance(rank, int) and rank >= min(sizes):
-            raise item.child("rank").error(f"found {rank}, but the smallest world has ranks 0 to {min(sizes) - 1}")
+        if key in TROUBLES and isinstance(item.value, dict) and "rank" in item.value:
+            rank = item.child("rank").whole(0)
+            if rank >= min(sizes):
+                raise item.child("rank").error(f"found {rank}, but the smallest world has ranks 0 to {min(sizes) - 1}")
     shares = tuple(item.positive() for item in parts["shares"].items()) if "shares" in parts else None
     if shares is not None and {len(shares)} != set(sizes):
         raise parts["shares"].error(f"found {len(shares)} shares for world sizes {list(sizes)}, expected one a rank")

@@ -30,5 +30,5 @@ class Help(DefaultHelpFormatter):
 
 def _choices(action: Action) -> list[str]:
     """The words of a Literal type, also of an optional one."""
-    hint = getattr(action, "_typehint", None)
+    hint = getattr(action.type, "hint", None)
     return [str(word) for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]

@@ -9,9 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from hvdvae.cli.config_file import CONFIG_FILE
+from hvdvae.cli.config_file import CONFIG_FILE, LARGEST_FILE, read_mapping, read_text
 from hvdvae.cli.folder_lock import LOCK_FILE, hold
 from hvdvae.cli.links import refuse_links
 from hvdvae.config import TrainConfig
@@ -87,19 +85,24 @@ def _delete(folder: Path, names: list[str]) -> None:
 
 def _is_a_run(folder: Path) -> bool:
     """Whether a training run wrote here: names such as checkpoints/ are anybody's."""
-    if {"likelihood", "strategy", "nll_samples"} <= _mapping(folder / CONFIG_FILE).keys():
-        return True
-    if {"strategy", "world_size", "skipped_steps"} <= _mapping(folder / "summary.json").keys():
-        return True
-    return {"time", "kind", "step"} <= _mapping(folder / "metrics.jsonl", first_line=True).keys()
-
-
-def _mapping(path: Path, *, first_line: bool = False) -> dict[Any, Any]:
-    """What a file of YAML or JSON (which YAML contains) holds; empty where it is none."""
     try:
-        text = path.read_text(encoding="utf-8")
-        found = yaml.safe_load(text.partition("\n")[0] if first_line else text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        keys = set(read_mapping(read_text(folder / CONFIG_FILE, CONFIG_FILE), CONFIG_FILE))
+    except ConfigError:
+        keys = set()
+    if {"likelihood", "strategy", "nll_samples"} <= keys:
+        return True
+    if {"strategy", "world_size", "skipped_steps"} <= _json(folder / "summary.json").keys():
+        return True
+    return {"time", "kind", "step"} <= _json(folder / "metrics.jsonl", first_line=True).keys()
+
+
+def _json(path: Path, *, first_line: bool = False) -> dict[str, Any]:
+    """What a file of JSON holds, or its first line; empty where it is none."""
+    try:
+        with path.open("rb") as file:
+            text = file.readline(LARGEST_FILE) if first_line else file.read()
+        found = json.loads(text)
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -108,15 +111,7 @@ def keep_speed(summary: dict[str, Any], path: Path) -> dict[str, Any]:
     """The summary of a run that was finished before: that of the run that trained, with this one's test. Local."""
     if summary["training_seconds"]:
         return summary
-    return summary | _summary(path) | {key: summary[key] for key in _OF_TEST if key in summary}
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return summary | _json(path) | {key: summary[key] for key in _OF_TEST if key in summary}
 
 
 _OF_TEST = ("elbo", "rate", "distortion", "test_nll", "nll_samples", "active_units")

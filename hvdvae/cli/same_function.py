@@ -19,8 +19,8 @@ def check_folder(config: TrainConfig, record: Mapping[str, Any], checkpoint: str
     if differing:
         there = ", ".join(f"{key} {_shown(theirs)} (not {_shown(mine)})" for key, mine, theirs in differing)
         raise CheckpointError(
-            f"{checkpoint} was trained with {there}, {file} says otherwise: they are not of one run, or the file was "
-            "edited; put the run's own configuration back, or name a checkpoint of this one"
+            f"{checkpoint} holds another model: it was trained with {there}, {file} says otherwise; they are not of "
+            "one run, or the file was edited: put the run's own configuration back, or name a checkpoint of this one"
         )
 
 

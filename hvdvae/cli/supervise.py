@@ -8,8 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
+from hvdvae.cli.config_file import expanded, read_values
 from hvdvae.cli.options import SuperviseOptions
 from hvdvae.errors import ConfigError
 from hvdvae.supervisor import MENDED_BY_USERS, Policy
@@ -76,7 +75,7 @@ def leaves_results(command: Sequence[str]) -> bool:
 def _folder(words: Sequence[str]) -> Path | None:
     """Where the run's results will be, as far as its command says."""
     if "--out" in words[:-1]:
-        return Path(words[len(words) - words[::-1].index("--out")])
+        return Path(expanded(words[len(words) - words[::-1].index("--out")], "--out"))
     found = _of_file(words)
     out = found.get("out") if found else None
     return Path(out) if isinstance(out, str) else None
@@ -86,11 +85,11 @@ def _of_file(words: Sequence[str]) -> dict[str, object] | None:
     """What the file of --config says; {} where none is named, None where it cannot be read: the run will say it."""
     if "--config" not in words[:-1]:
         return {}
+    file = words[words.index("--config") + 1]
     try:
-        found = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        return read_values(Path(expanded(file, "--config")), file)
+    except ConfigError:
         return None
-    return found if isinstance(found, dict) else None
 
 
 def _written(path: Path | None) -> tuple[int, int] | None:

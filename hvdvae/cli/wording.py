@@ -30,6 +30,8 @@ def _what(message: str, program: str, hints: dict[str, Any], commands: list[str]
         near = _nearest(choice[1], commands)
         return f"{choice[1]!r} is no command of {program}{near}, expected one of {', '.join(commands)}"
     if found and (key := found[1].lstrip("-").replace("-", "_")) in hints:
+        if found[2].startswith("is "):  # Ours (parser.Typed).
+            return f"{found[1]} {found[2]}"
         if "expected" in found[2]:
             return f"{found[1]} has no value, expected {expected(hints[key])}"
         if "explicit argument" in found[2]:

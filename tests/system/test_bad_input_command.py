@@ -42,8 +42,8 @@ def assert_refused(job: Finished, *words: str, ranks: int = 1) -> None:
         ("train 17", ["unexpected '17'"]),
         ("train --lr abc", ["--lr is 'abc', expected a number"]),
         ("train --clip-norm=abc", ["--clip-norm is 'abc', expected a number"]),
-        ("train --lr nan", ["--lr is 'nan', expected a number"]),
-        ("train --epochs 2.5", ["--epochs is '2.5', expected a whole number"]),
+        ("train --lr nan", ["--lr is nan, expected a finite number above 0"]),
+        ("train --epochs 2.5", ["--epochs is 2.5, expected a whole number"]),
         ("train --threads two", ["--threads is 'two', expected a whole number"]),
         ("train --hidden 10 ten", ["--hidden is 'ten', expected whole numbers"]),
         ("train --hidden", ["--hidden has no value, expected whole numbers"]),
@@ -89,9 +89,9 @@ def test_command_lines(command: Command, line: str, words: list[str]) -> None:
         ("model: foo", ["model is 'foo', expected one of mlp, mlp2, conv"]),
         ("batch_norm: 3", ["batch_norm is 3, expected true or false"]),
         ("lr: [", ["found no YAML"]),
-        ("lr: 0.1\nepochs: 2\nlr: 0.2", ["the key lr comes twice, again in line 3"]),
+        ("lr: 0.1\nepochs: 2\nlr: 0.2", ["line 3: the key 'lr' stands twice"]),
         ("\0", ["found no YAML"]),
-        ("- 1", ["found list, expected lines of `key: value`"]),
+        ("- 1", ["found a list, expected lines of `key: value`"]),
     ],
     ids=repr,
 )
@@ -107,7 +107,7 @@ def test_configuration_files(command: Command, tmp_path: Path, text: str, words:
 
 def test_a_binary_configuration_file(command: Command, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_bytes(bytes(range(128, 256)))
-    assert_refused(command("train", "--config", "bad.yaml"), "bad.yaml", "found no YAML")
+    assert_refused(command("train", "--config", "bad.yaml"), "bad.yaml", "no UTF-8 text, expected YAML")
 
 
 def idx(images: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:

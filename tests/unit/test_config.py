@@ -142,7 +142,7 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path: Path, order: str)
         ("batchsize: 3\n", ["unknown key 'batchsize'", "did you mean batch_size?"]),
         ("lr: 1\nskip-limits: 3\n", ["unknown key 'skip_limits'", "did you mean skip_limit?"]),
         ("zzz: 3\n", ["unknown key 'zzz'", "--help"]),
-        ("- 3\n", ["found list", "key: value"]),
+        ("- 3\n", ["line 1", "found a list", "key: value"]),
         ("", ["is empty", "key: value"]),
         ("# lr: 3\n", ["comments alone", "key: value"]),
         ("lr: [\n", ["a.yaml"]),
@@ -282,7 +282,7 @@ def test_resume_takes_the_saved_configuration_wherever_it_is_asked_for(tmp_path:
 
 def test_a_saved_configuration_that_is_broken_is_named(tmp_path: Path) -> None:
     written(tmp_path / "config.yaml", "lr: fast\n")
-    with pytest.raises(ConfigError, match=r"config\.yaml: lr is 'fast', expected a number"):
+    with pytest.raises(ConfigError, match=r"config\.yaml, line 1: lr is 'fast', expected a number"):
         resolved("--resume", "--config", written(tmp_path / "a.yaml", f"out: {tmp_path}\n"))
 
 
@@ -296,7 +296,7 @@ def test_numbers_in_a_file_are_names_where_names_are_expected(tmp_path: Path) ->
 
 def test_one_key_in_two_spellings_is_refused(tmp_path: Path) -> None:
     file = written(tmp_path / "a.yaml", "batch-size: 7\nlr: 1\nbatch_size: 8\n")
-    with pytest.raises(ConfigError, match=r"a\.yaml has batch_size twice, also spelled as batch-size"):
+    with pytest.raises(ConfigError, match=r"a\.yaml, line 3: batch_size stands twice, also spelled as batch-size"):
         resolved("--config", file)
 
 
@@ -307,7 +307,7 @@ def test_the_saved_configuration_reads_back_as_it_was(tmp_path: Path) -> None:
     assert read_config(path) == config
     assert resolved("--config", str(path)) == config
     path.write_text(path.read_text() + "of_another_version: 1\n")
-    with pytest.raises(ConfigError, match=r"config\.yaml has the unknown key 'of_another_version'"):
+    with pytest.raises(ConfigError, match=r"config\.yaml, line \d+: unknown key 'of_another_version'"):
         read_config(path)
     with pytest.raises(ConfigError, match=r"none/config\.yaml"):
         read_config(tmp_path / "none" / "config.yaml")

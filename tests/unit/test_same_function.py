@@ -71,14 +71,16 @@ def test_swapped_configurations_are_refused_by_name(
     (one / "config.yaml").write_text(theirs)
     (other / "config.yaml").write_text(mine)
     for folder in (one, other):
-        with pytest.raises(CheckpointError, match=rf"best\.safetensors was trained with .*{key} .*config\.yaml"):
+        with pytest.raises(
+            CheckpointError, match=rf"best\.safetensors holds another model: it was trained with .*{key} .*config\.yaml"
+        ):
             open_model(str(folder), "best", world)
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path: Path) -> None:
     one = saved_in(tmp_path / "one", TrainConfig(**SMALL))
     other = saved_in(tmp_path / "other", TrainConfig(**SMALL, activation="relu"))
-    with pytest.raises(CheckpointError, match=r"other/.*trained with activation relu \(not tanh\)"):
+    with pytest.raises(CheckpointError, match=r"other/.*it was trained with activation relu \(not tanh\)"):
         open_model(str(one), str(other / "checkpoints" / "best.safetensors"), World.alone(device="cpu"))
 
 
