@@ -9,7 +9,8 @@ from hvdvae.data import named
 from hvdvae.data.check import check_finite, check_same_form
 from hvdvae.data.dataset import Dataset
 from hvdvae.data.idx import open_idx
-from hvdvae.data.images import SUFFIXES, find_images, open_images
+from hvdvae.data.image_files import SUFFIXES, find_images
+from hvdvae.data.images import open_images
 from hvdvae.data.npy import open_npy, open_npz
 from hvdvae.data.source import Source
 from hvdvae.data.split import complete_splits, pick_splits, split_called

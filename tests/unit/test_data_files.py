@@ -11,7 +11,8 @@ from PIL import Image
 
 from hvdvae.data.hdf5 import HDF5Source, open_hdf5
 from hvdvae.data.idx import open_idx
-from hvdvae.data.images import ImageSource, find_images, open_images
+from hvdvae.data.image_files import find_images
+from hvdvae.data.images import ImageSource, open_images
 from hvdvae.data.npy import open_npy, open_npz
 from hvdvae.data.open import open_dataset
 from hvdvae.errors import DataError
@@ -261,8 +262,5 @@ def test_bad_images_are_refused_by_file(tmp_path):
     (tmp_path / "text/001.png").write_text("no image")
     with pytest.raises(DataError, match=r"001\.png: found no readable image"):
         open_images(tmp_path / "text")
-    save_images(tmp_path / "deep", [GREY[0].astype(np.uint16)])
-    with pytest.raises(DataError, match=r"000\.png: found pixels of mode I;16.*8 bits"):
-        open_images(tmp_path / "deep")
     with pytest.raises(DataError, match="found no image"):
         open_images(tmp_path / "empty")
