@@ -107,7 +107,8 @@ class World:
         launch = detect(os.environ)
         if launch.parent is not None:
             return world_of_child(cls, launch, launch.parent, device)
-        if launch.launcher == "none":
+        if launch.launcher == "none" or (launch.launcher == "srun" and launch.size == 1):
+            # One task of Slurm's needs no MPI, and one that was built without Slurm's PMI would end the process.
             check_servers(servers, launch)
             return cls.alone(device=device)
         if launch.joins:

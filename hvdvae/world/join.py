@@ -8,7 +8,7 @@ import torch
 from hvdvae import abort
 from hvdvae.errors import ConfigError, WorldError
 from hvdvae.launcher import Launch
-from hvdvae.world.collectives import Collectives
+from hvdvae.world.collectives import Alone, Collectives
 from hvdvae.world.horovod import import_horovod
 from hvdvae.world.roles import order_of_roles, place_on_host
 
@@ -67,13 +67,16 @@ class Joined(NamedTuple):
 def join_mpi(launch: Launch, servers: int) -> Joined:
     """Meet the launcher's ranks, and number them so that the `servers` that serve are the last.
 
-    Blocks; every rank must call it. Raises WorldError where MPI is missing or is not the launcher's.
+    Blocks; every rank must call it. Raises WorldError where MPI is missing or is not the launcher's; one rank needs
+    none.
     """
     try:
         from mpi4py import MPI
 
         from hvdvae.world.mpi import MpiCollectives, MpiInquiry, can_ask_from_threads
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # mpi4py raises the latter where it finds no MPI library.
+        if launch.size == 1:
+            return Joined(Alone())
         raise WorldError(
             f"started by {launch.launcher} with {launch.size} ranks, but mpi4py cannot be imported ({error}): "
             "run launch/install.sh, or pip install mpi4py against the MPI that launches the job"

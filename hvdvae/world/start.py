@@ -37,6 +37,8 @@ def meet_all(kind: "type[World]", launch: Launch, device: str, deadline: float, 
         faulthandler.cancel_dump_traceback_later()
     watchdog = Watchdog(rank=everyone.rank, size=everyone.size, seconds=deadline, inquiry=joined.inquiry)
     launch = replace(launch, local_rank=joined.local_rank, local_size=joined.local_size)
+    if joined.comm is None and launch.launcher != "horovodrun-gloo":
+        launch = replace(launch, launcher="none")  # One process, without MPI.
     # GPUs are for those that train.
     chosen = choose_device("cpu" if serves else device, launch.local_rank)
     world = kind(launch, carrier, chosen, watchdog, getattr(carrier, "comm", None), comm, servers)

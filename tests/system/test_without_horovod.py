@@ -38,6 +38,9 @@ for missing in ("horovod", "mpi4py"):
 few = ["--data", {str(images)!r}, "--epochs", "1", "--hidden", "4", "--nll-samples", "2"]
 for name, options in (("local", ["--strategy", "local"]), ("default", []), ("auto", ["--engine", "auto"])):
     assert main(["train", "--out", name, *options, *few]) == 0, name
+import os
+os.environ |= {{"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "1"}}  # srun -n1
+assert main(["train", "--out", "task", *few]) == 0
 assert main(["evaluate", "local", "--samples", "2"]) == 0
 assert main(["sample", "default"]) == 0
 """
