@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from hvdvae.checkpoint import Draft, Piece, Source
 from hvdvae.config_kinds import FUNCTION
-from hvdvae.errors import CheckpointError, ConfigError
+from hvdvae.errors import CheckpointError
 from hvdvae.parallel.whole_checkpoint import PartOfCheckpoint, merge
+from hvdvae.strategies.checkpointed import pieces_of_all
 from hvdvae.strategies.optimizer_state import pack
 
 if TYPE_CHECKING:
@@ -51,16 +52,6 @@ class Position:
         self.examples = 0
 
 
-def check_state(model: nn.Module) -> None:
-    """Raises ConfigError where a module has state that is no tensor: a checkpoint holds nothing that needs pickling."""
-    for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise ConfigError(
-                f"the model's {name} is a {type(value).__name__}, and a checkpoint holds tensors alone: let "
-                "get_extra_state return a tensor, or train without checkpoints"
-            )
-
-
 def snapshot(trainer: "Trainer", rows: Tensor, config: Mapping[str, Any]) -> Draft:
     """All that a run needs to continue, good as long as the strategy's `saving` lasts.
 
@@ -70,21 +61,10 @@ def snapshot(trainer: "Trainer", rows: Tensor, config: Mapping[str, Any]) -> Dra
     `rows`: float buffers of all ranks, (size, F); the model has their mean, which is what is evaluated and selected.
     """
     world, optimizer = trainer.world, trainer.optimizer
-    tensors = {f"model/{name}": tensor for name, tensor in trainer.model.state_dict().items()}
-    tensors["buffers"] = rows
-    tensors |= {f"strategy/{name}": tensor for name, tensor in optimizer.memory().items()}
+    pieces, scalars = pieces_of_all(optimizer, trainer.model, rows)
     if trainer.ema is not None:
         averages = optimizer.flat.views(trainer.ema.average)
-        tensors |= {f"ema/{name}": average for name, average in averages.items()}
-    pieces = {name: Piece.of(tensor) for name, tensor in tensors.items()}
-    if masters := optimizer.master_weights():
-        # Tied parameters have several names, and one place.
-        names = {tensor.data_ptr(): name for name, tensor in optimizer.flat.views(optimizer.flat.parameters).items()}
-        for name, tensor in trainer.model.state_dict().items():
-            if (own := names.get(tensor.data_ptr())) in masters:
-                pieces[f"model/{name}"] = masters[own]
-    state, scalars = optimizer.pieces()
-    pieces |= {f"optimizer/{name}": piece for name, piece in state.items()}
+        pieces |= {f"ema/{name}": Piece.of(average) for name, average in averages.items()}
     record = {
         "position": asdict(trainer.position),
         "step": trainer.position.step,

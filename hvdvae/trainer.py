@@ -29,11 +29,12 @@ from hvdvae.monitor import Monitor
 from hvdvae.outcome import Outcome
 from hvdvae.pulse import Beat
 from hvdvae.recovery import enter, recover
-from hvdvae.resume import Position, check_state, restore, snapshot
+from hvdvae.resume import Position, restore, snapshot
 from hvdvae.schedule import Schedule, world_scale
 from hvdvae.signals import caught
 from hvdvae.stepper import Loss, Stepper
 from hvdvae.strategies import Strategy
+from hvdvae.strategies.checkpointed import check_state
 
 if TYPE_CHECKING:
     from hvdvae.parallel.pipeline import Pipeline

@@ -6,6 +6,8 @@ Horovod's optimizer serves the exchange; the step is the user's own optimizer's,
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdvae.errors import ConfigError
+from hvdvae.strategies.shared_state import share_state
 from hvdvae.strategies.strategy import Strategy
 from hvdvae.world import World
 
@@ -148,3 +151,11 @@ class HorovodAdasum(Strategy):
             for handle in handles:
                 self._hvd.synchronize(handle)
         self.flat.parameters.add_(start)
+
+    @contextmanager
+    def fetched(self, *, state: bool = False) -> Iterator[Tensor]:
+        """As Strategy's; with `state`, every rank's optimizer goes on with the mean of all their states, for good."""
+        if state:
+            share_state(self.world, self.inner)
+        with super().fetched(state=state) as rows:
+            yield rows

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from hvdvae.errors import ConfigError, NonFiniteError, WorldError
 from hvdvae.strategies.mean import mean_over_ranks
+from hvdvae.strategies.shared_state import share_state
 from hvdvae.strategies.strategy import Strategy
 from hvdvae.world import World
 
@@ -155,7 +156,7 @@ class LocalSgd(Strategy):
         if state:
             self._settle_on_mean()
             self.world.sum_(self._losses, "mean of losses").div_(self.world.size)
-            self._share_state()
+            self.moved.ring(share_state(self.world, self.inner), self.world.size)
             if self._group.rank == 0:
                 self._mean.settle()
         own = None if self._is_mean else self.flat.parameters.clone()
@@ -167,6 +168,10 @@ class LocalSgd(Strategy):
         finally:
             if own is not None:
                 self.flat.parameters.copy_(own)
+
+    def restored(self) -> None:
+        """As Strategy's: all ranks have the same weights."""
+        self._is_mean = True
 
     def memory(self) -> dict[str, Tensor]:
         """As Strategy's."""
@@ -245,18 +250,6 @@ class LocalSgd(Strategy):
                 self._shrinkage[1] = loss
             if min(loss, float(self._shrinkage[1])) > 0:  # A loss may be negative: then nothing is known, and H stays.
                 self._shrinkage[0] = min(1.0, math.sqrt(loss / float(self._shrinkage[1])))
-
-    def _share_state(self) -> None:
-        """Every rank's optimizer goes on with the mean of all their states, once all have one."""
-        lacks = torch.tensor([int(not self.inner.state)])
-        # A rank that has skipped all of its steps must not leave the others alone in a sum.
-        if int(self.world.max_(lacks, "agreement on the optimizers' states")):
-            return
-        for entries in self.inner.state.values():
-            # Sorted: what was loaded from a checkpoint comes in another order on each rank.
-            for _, value in sorted(entries.items()):
-                if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1:
-                    self._average_plainly(value, "average of the optimizers' states")
 
 
 def _groups(world: World, group_size: int) -> tuple[World, World]:

@@ -205,10 +205,17 @@ class ParameterServer(Strategy):
             if own_weights is not None:
                 self.flat.parameters.copy_(own_weights)
 
-    def load_entries(self, groups: Groups, entries: Entries) -> None:
-        """As every strategy's; before the first step, which gives it to the servers. Raises ConfigError after it."""
+    def check_loadable(self) -> None:
+        """As every strategy's: the first step gives what was loaded to the servers."""
         if self._started:
-            raise ConfigError("load_state_dict after the first step: the servers hold the state now; load it before")
+            raise ConfigError(
+                "restore() or load_state_dict() after the first step: the servers of --strategy ps hold weights and "
+                "state now; load before it, or start anew"
+            )
+
+    def load_entries(self, groups: Groups, entries: Entries) -> None:
+        """As every strategy's; before the first step. Raises ConfigError after it."""
+        self.check_loadable()
         super().load_entries(groups, entries)
 
     def results(self) -> dict[str, Any]:

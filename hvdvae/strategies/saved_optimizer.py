@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdvae.checkpoint import Piece
@@ -20,6 +20,7 @@ from hvdvae.strategies.quiet_optimizer import QuietOptimizer
 class SavedOptimizer(QuietOptimizer):
     """A torch optimizer that steps vectors (`inner`) in the place of one that was wrapped."""
 
+    model: nn.Module
     inner: Optimizer
     flat: FlatModel
     numbers: list[int]
@@ -59,6 +60,12 @@ class SavedOptimizer(QuietOptimizer):
     def load_entries(self, groups: Groups, entries: Entries) -> None:
         """As `load_state_dict`: the groups, and the state, entry by entry. Local; `entries` may block."""
         load_state(self._wrapped, self.inner, self.flat, self.numbers, groups, entries)
+
+    def check_loadable(self) -> None:
+        """Raises ConfigError where no state can be taken any more. Local."""
+
+    def restored(self) -> None:
+        """Called once weights, state and memory are those of a checkpoint, on all ranks. Local."""
 
     def master_weights(self) -> dict[str, Piece]:
         """Weights that are kept in more digits than the model's, by name; for a checkpoint, inside `saving`."""

@@ -7,7 +7,7 @@ Below it: what a run asks besides (run_member.py), what ranks hold alike (common
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from hvdvae.errors import ConfigError
 from hvdvae.flat import FlatModel
+from hvdvae.strategies.checkpointed import checkpoint, restore
 from hvdvae.strategies.equal_options import EqualOptions
 from hvdvae.strategies.flat_optimizer import check_supported, flat_optimizer, is_elementwise
 from hvdvae.strategies.optimizer_state import entries_of, follow, load_state
@@ -58,7 +59,7 @@ class Strategy(RunMember):
         if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
             raise ConfigError(f"clip_norm (--clip-norm) is {clip_norm!r}, expected a number above 0, or none")
         check_supported(optimizer)
-        self.world = world
+        self.world, self.model = world, model
         self._asked = Wrapped(optimizer)
         self.numbers = self._asked.numbers
         self.flat = FlatModel(model, self._asked.trained)
@@ -232,6 +233,30 @@ class Strategy(RunMember):
         self.flat.keep_buffers()
         self._kept_buffers = True
         super().zero_grad(set_to_none)
+
+    def checkpoint(self, **own: Any) -> dict[str, Any] | None:
+        """All that a loop needs to continue, as a plain dict on the host; on rank 0, None on the others.
+
+        Blocks; every rank must call it, between two steps (of ps worker 0's call counts, the others return at once).
+        `own`: what else the loop wants back from `restore`, on all ranks: its step, a schedule's state_dict.
+        `torch.save` takes the dict, and `torch.load(weights_only=True)` gives it back. Rank 0 holds weights and the
+        whole optimizer's state in it for as long as you keep it. "model" loads into the model, "optimizer" into the
+        plain torch optimizer. local-sgd, diloco, adasum and codecs that remember average over ranks what each has of
+        its own, and the run goes on with the mean: what is restored continues it bit for bit at the same size. Random
+        generators and the place in the data are the loop's. Raises ConfigError where ranks hold parts of a model, or
+        for what a checkpoint cannot hold.
+        """
+        return checkpoint(self, own)
+
+    def restore(self, state: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """Put back what `checkpoint` returned: weights, optimizer, options, statistics, what the strategy remembers.
+
+        Blocks; every rank must call it; rank 0's `state` counts, the others may give None. Returns what `checkpoint`
+        got as `own`, on all ranks; None, with nothing changed, where rank 0 gives None. Also at another number of
+        ranks, with another strategy, or with other parameters frozen; with ps before the first step. Forgets
+        gradients. Raises CheckpointError where model or optimizer are others.
+        """
+        return restore(self, state)
 
     def skip_synchronize(self) -> "nullcontext[None]":
         """For loops written for Horovod: `step` never exchanges twice, so there is nothing to skip."""

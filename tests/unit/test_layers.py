@@ -168,6 +168,7 @@ def test_strategies_do_not_import_each_other() -> None:
     # Each stage of sharding is built on the one before.
     shared = {
         "strategy",
+        "checkpointed",
         "common_model",
         "flat_optimizer",
         "engine",
@@ -181,6 +182,7 @@ def test_strategies_do_not_import_each_other() -> None:
         "saved_optimizer",
         "sharded",
         "sharded_gradients",
+        "shared_state",
         "sliced_step",
         "slices",
         "traffic",
