@@ -11,51 +11,59 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
+from hvdvae.data.array_file import array_source
+from hvdvae.data.held_file import HeldFile
 from hvdvae.data.layout import checked_dtype, checked_layout
-from hvdvae.data.source import ArraySource
+from hvdvae.data.room import MAX_DEFLATE, check_room
+from hvdvae.data.source import ArraySource, Source
 from hvdvae.errors import DataError
-
-MAP_ABOVE = 1 << 30
-"""Plain files above this many bytes are memory-mapped, others read once."""
-MAX_DEFLATE = 1032
-"""Deflate cannot shrink by more than this factor: a header that claims more data is not to be believed."""
 
 _DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
-def open_idx(path: Path) -> ArraySource:
-    """Source over an IDX file, gzipped or not. Reads or decompresses it once, in memory, as it is stored.
+def open_idx(path: Path) -> Source:
+    """Source over an IDX file, gzipped or not; a gzipped one is decompressed once, in memory.
 
     Raises DataError for a wrong magic number, a truncated or corrupt file, labels, and dtypes that are not
     data.
     """
+    file = HeldFile.open(path)
     try:
-        with path.open("rb") as start:
-            packed = start.read(2) == b"\x1f\x8b"
-        with cast(BinaryIO, gzip.open(path, "rb")) if packed else path.open("rb") as stream:
-            return ArraySource(_read(stream, path, packed), str(path))
-    except (EOFError, OSError, zlib.error) as error:
+        with file.stream() as stream:
+            packed = stream.read(2) == b"\x1f\x8b"
+            stream.seek(0)
+            if packed:
+                with gzip.open(stream, "rb") as unpacked:
+                    found: Source = ArraySource(_decompress(cast(BinaryIO, unpacked), path, file.size), str(path))
+                file.check()
+                return found
+            shape, dtype = _read_header(stream, path)
+            offset = stream.tell()
+    except (EOFError, OSError, zlib.error, struct.error) as error:
         raise DataError(f"{path}: found a truncated or corrupt file ({error}); expected IDX: fetch it again") from error
-
-
-def _read(stream: BinaryIO, path: Path, packed: bool) -> np.ndarray:
-    shape, dtype = _read_header(stream, path)
-    checked_layout(shape, str(path))
-    checked_dtype(dtype, str(path))
-    offset = 4 + 4 * len(shape)
     expected = int(np.prod(shape, dtype=object)) * dtype.itemsize
-    stored = path.stat().st_size
-    if (packed and expected > MAX_DEFLATE * stored) or (not packed and expected + offset != stored):
-        raise DataError(
-            f"{path}: found {stored} bytes; expected {expected} bytes of data by its header {shape}: fetch it again"
-        )
-    if not packed and expected > MAP_ABOVE:
-        return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+    if offset + expected != file.size:
+        raise _wrong_size(path, file.size, expected, shape)
+    return array_source(file, offset, shape, dtype, str(path))
+
+
+def _decompress(stream: BinaryIO, path: Path, stored: int) -> np.ndarray:
+    shape, dtype = _read_header(stream, path)
+    expected = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if expected > MAX_DEFLATE * stored:
+        raise _wrong_size(path, stored, expected, shape)
+    check_room(expected, str(path), "unpack the file, from which examples are read when they are needed")
     array = np.empty(shape, dtype)
     _fill(stream, array.reshape(-1).view(np.uint8).data, path)
     if stream.read(1):  # also makes gzip compare its checksum
         raise DataError(f"{path}: found more data than its header {shape} says; expected none: fetch it again")
     return array
+
+
+def _wrong_size(path: Path, stored: int, expected: int, shape: tuple[int, ...]) -> DataError:
+    return DataError(
+        f"{path}: found {stored} bytes; expected {expected} bytes of data by its header {shape}: fetch it again"
+    )
 
 
 def _read_header(stream: BinaryIO, path: Path) -> tuple[tuple[int, ...], np.dtype]:
@@ -68,7 +76,10 @@ def _read_header(stream: BinaryIO, path: Path) -> tuple[tuple[int, ...], np.dtyp
     sizes = stream.read(4 * magic[3])
     if len(sizes) < 4 * magic[3]:
         raise DataError(f"{path}: found a header cut short; expected {magic[3]} sizes: fetch it again")
-    return struct.unpack(f">{magic[3]}I", sizes), np.dtype(_DTYPES[magic[2]])
+    shape, dtype = struct.unpack(f">{magic[3]}I", sizes), np.dtype(_DTYPES[magic[2]])
+    checked_layout(shape, str(path))
+    checked_dtype(dtype, str(path))
+    return shape, dtype
 
 
 def _fill(stream: BinaryIO, target: memoryview, path: Path) -> None:

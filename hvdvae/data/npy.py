@@ -1,4 +1,4 @@
-"""NumPy's own files: .npy is memory-mapped; members of .npz are, where they are stored uncompressed.
+"""NumPy's own files: small arrays are read once, large ones row by row, also those that .npz stores uncompressed.
 
 numpy.savez stores, numpy.savez_compressed does not: a compressed member is decompressed into memory once.
 Nothing is ever unpickled.
@@ -6,13 +6,15 @@ Nothing is ever unpickled.
 
 import struct
 import zipfile
-import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 import numpy as np
 
+from hvdvae.data.array_file import array_source
+from hvdvae.data.held_file import HeldFile
 from hvdvae.data.layout import checked_dtype, checked_layout
+from hvdvae.data.room import MAX_DEFLATE, check_room
 from hvdvae.data.source import ArraySource, Source
 from hvdvae.data.split import pick_splits
 from hvdvae.errors import DataError
@@ -20,15 +22,16 @@ from hvdvae.errors import DataError
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: what precedes the lengths of its name and extra field
 
 
-def open_npy(path: Path) -> ArraySource:
-    """Source over a .npy file, memory-mapped.
+def open_npy(path: Path) -> Source:
+    """Source over a .npy file, which is held.
 
     Raises DataError for objects, a torn file, or what is not data.
     """
-    label = str(path)
-    with path.open("rb") as stream:
+    label, file = str(path), HeldFile.open(path)
+    with file.stream() as stream:
         shape, fortran, dtype = _read_header(stream, label)
-        return ArraySource(_map(path, stream.tell(), shape, fortran, dtype, path.stat().st_size, label), label)
+        offset = stream.tell()
+    return array_source(file, offset, shape, dtype, label, fortran=fortran)
 
 
 def open_npz(path: Path) -> dict[str, Source]:
@@ -36,29 +39,40 @@ def open_npz(path: Path) -> dict[str, Source]:
 
     Raises DataError for a torn archive, unclear keys, objects, or what is not data.
     """
+    file = HeldFile.open(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = {name.removesuffix(".npy"): archive.getinfo(name) for name in archive.namelist()}
+        with file.stream() as stream, zipfile.ZipFile(stream) as archive:
+            members: dict[str, zipfile.ZipInfo] = {}
+            for info in archive.infolist():
+                if members.setdefault(name := info.filename.removesuffix(".npy"), info) is not info:
+                    raise DataError(f"{path}: found {name!r} twice; expected one: save it again")
             chosen = pick_splits(list(members), str(path))
-            return {
-                split: ArraySource(_member(path, archive, members[key], f"{path}[{key}]"), f"{path}[{key}]")
-                for split, key in chosen.items()
+            found = {
+                split: _member(file, stream, archive, members[key], f"{path}[{key}]") for split, key in chosen.items()
             }
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
-        raise DataError(f"{path}: found a truncated or corrupt archive ({error}); expected .npz: save again") from error
+        file.check()
+        return found
+    except DataError:
+        raise
+    except Exception as error:  # zipfile, zlib and struct raise nearly everything where an archive is damaged.
+        raise DataError(
+            f"{path}: found a truncated or corrupt archive ({error or type(error).__name__}); expected .npz: save again"
+        ) from error
 
 
-def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, label: str) -> np.ndarray:
+def _member(file: HeldFile, raw: BinaryIO, archive: zipfile.ZipFile, info: zipfile.ZipInfo, label: str) -> Source:
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(f"{label}: found compression {info.compress_type}; expected numpy.savez or savez_compressed")
     with archive.open(info) as stream:
         shape, fortran, dtype = _read_header(stream, label)
         header = stream.tell()
-        if info.compress_type == zipfile.ZIP_STORED:
-            with path.open("rb") as raw:
-                raw.seek(info.header_offset)
-                name, extra = _LOCAL_HEADER.unpack(raw.read(_LOCAL_HEADER.size))
-            start = info.header_offset + _LOCAL_HEADER.size + name + extra
-            return _map(path, start + header, shape, fortran, dtype, start + info.file_size, label)
-        return _decompress(stream, shape, fortran, dtype, info.file_size - header, label)
+        if info.compress_type == zipfile.ZIP_DEFLATED:
+            return ArraySource(_decompress(stream, shape, fortran, dtype, info, header, label), label)
+    raw.seek(info.header_offset)
+    name, extra = _LOCAL_HEADER.unpack(raw.read(_LOCAL_HEADER.size))
+    start = info.header_offset + _LOCAL_HEADER.size + name + extra
+    _check_length(shape, dtype, info.file_size - header, label)
+    return array_source(file, start + header, shape, dtype, label, fortran=fortran)
 
 
 def _read_header(stream: IO[bytes], label: str) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -68,7 +82,7 @@ def _read_header(stream: IO[bytes], label: str) -> tuple[tuple[int, ...], bool, 
         shape, fortran, dtype = read(stream)
         if not all(type(length) is int and length >= 0 for length in shape):
             raise ValueError(f"shape {shape}")
-    except (zipfile.BadZipFile, zlib.error, OSError):
+    except (zipfile.BadZipFile, OSError):
         raise
     except Exception as error:  # numpy parses the header as Python, which fails in many ways where it is damaged.
         raise DataError(f"{label}: found no readable .npy header ({error}); expected a plain numeric array") from error
@@ -77,23 +91,29 @@ def _read_header(stream: IO[bytes], label: str) -> tuple[tuple[int, ...], bool, 
     return shape, fortran, dtype
 
 
-def _check_length(shape: tuple[int, ...], dtype: np.dtype, found: int, label: str) -> None:
+def _check_length(shape: tuple[int, ...], dtype: np.dtype, found: int, label: str) -> int:
     expected = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if found < expected:
         raise DataError(f"{label}: found {found} bytes of data; expected {expected} for shape {shape}: save it again")
-
-
-def _map(
-    path: Path, offset: int, shape: tuple[int, ...], fortran: bool, dtype: np.dtype, end: int, label: str
-) -> np.ndarray:
-    _check_length(shape, dtype, end - offset, label)
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape, order="F" if fortran else "C")
+    return expected
 
 
 def _decompress(
-    stream: IO[bytes], shape: tuple[int, ...], fortran: bool, dtype: np.dtype, found: int, label: str
+    stream: IO[bytes],
+    shape: tuple[int, ...],
+    fortran: bool,
+    dtype: np.dtype,
+    info: zipfile.ZipInfo,
+    header: int,
+    label: str,
 ) -> np.ndarray:
-    _check_length(shape, dtype, found, label)
+    expected = _check_length(shape, dtype, info.file_size - header, label)
+    if expected > MAX_DEFLATE * info.compress_size:
+        raise DataError(
+            f"{label}: found {info.compress_size} compressed bytes; expected {expected} bytes of data for shape "
+            f"{shape}: save it again"
+        )
+    check_room(expected, label, "save it with numpy.savez, from which examples are read when they are needed")
     array = np.empty(shape, dtype, order="F" if fortran else "C")
     target = array.reshape(-1, order="A").view(np.uint8).data
     done = 0

@@ -69,6 +69,10 @@ def _existing(name_or_path: str) -> Path:
 
 def _open_file(path: Path) -> dict[str, Source]:
     suffix = path.suffix.lower()
+    if not path.is_file():
+        raise DataError(
+            f"{path}: found no plain file; expected one, or a folder: a pipe or a device cannot be trained on"
+        )
     if path.stat().st_size == 0:
         raise DataError(f"{path}: found an empty file; expected data")
     if suffix == ".npz":

@@ -3,6 +3,7 @@
 Shapes: N examples, B examples of a batch, then `shape`: (D,) for vectors, (C, H, W) for images.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
@@ -133,6 +134,12 @@ class ArraySource(Source):
             array = np.ascontiguousarray(converted(array, self.dtype))
         # Rows of the flat view are one memcpy each. np.take would copy a whole array that is not contiguous.
         self._contiguous = array.flags.c_contiguous
+        if not self._contiguous:
+            warnings.warn(
+                f"{path}: examples of this memory map lie scattered, and are slow to read: give open_dataset the file, "
+                "which lays them anew, or map numpy.ascontiguousarray(array)",
+                stacklevel=2,
+            )
         self._rows = array.reshape(len(array), -1) if self._contiguous else array
         self._last = (array.shape[1:], layout.channels_last)
 

@@ -37,8 +37,8 @@ def test_idx_of_bytes_and_floats(tmp_path, packed):
         np.testing.assert_array_equal(source.gather(SOME)[:, 0], GREY[SOME])
 
 
-def test_large_plain_idx_is_mapped(tmp_path, monkeypatch):
-    monkeypatch.setattr("hvdvae.data.idx.MAP_ABOVE", 10)
+def test_large_plain_idx_stays_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("hvdvae.data.array_file.IN_MEMORY_BYTES", 10)
     (tmp_path / "data.idx").write_bytes(idx_bytes(GREY))
     source = open_idx(tmp_path / "data.idx")
     assert not source.in_memory
@@ -71,16 +71,19 @@ def test_bad_idx_is_refused(tmp_path, case):
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_npy_is_mapped(tmp_path, order):
+@pytest.mark.parametrize("limit", [10, 1 << 20])
+def test_npy_is_read_once_or_stays_on_disk(tmp_path, monkeypatch, order, limit):
+    monkeypatch.setattr("hvdvae.data.array_file.IN_MEMORY_BYTES", limit)
     np.save(tmp_path / "a.npy", np.asarray(GREY, order=order))
     source = open_npy(tmp_path / "a.npy")
-    assert not source.in_memory
+    assert source.in_memory == (limit > 10)
     np.testing.assert_array_equal(source.gather(SOME)[:, 0], GREY[SOME])
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_npz_members_are_mapped_unless_compressed(tmp_path, save, order):
+def test_npz_members_stay_on_disk_unless_compressed(tmp_path, monkeypatch, save, order):
+    monkeypatch.setattr("hvdvae.data.array_file.IN_MEMORY_BYTES", 10)
     array = np.asarray(GREY, order=order)
     save(tmp_path / "a.npz", train=array, valid=array[:3], test=array[3:5], labels=np.zeros(12))
     sources = open_npz(tmp_path / "a.npz")
