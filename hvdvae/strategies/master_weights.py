@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from hvdvae.checkpoint import Piece
 from hvdvae.errors import ConfigError
+from hvdvae.strategies.overlap import overlap, within
 from hvdvae.strategies.sharded_gradients import ShardedGradients
-from hvdvae.strategies.sliced_step import overlap, within
 from hvdvae.world import World
 
 

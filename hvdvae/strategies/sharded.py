@@ -17,7 +17,8 @@ from hvdvae.checkpoint import Piece
 from hvdvae.errors import ConfigError
 from hvdvae.strategies.flat_optimizer import COUNTERS, check_shape, counter, is_elementwise
 from hvdvae.strategies.optimizer_state import Entries, Groups, Scalars, of_trained, take_groups
-from hvdvae.strategies.sliced_step import SlicedStep, is_vector, overlap, within
+from hvdvae.strategies.overlap import overlap, within
+from hvdvae.strategies.sliced_step import SlicedStep, is_vector
 from hvdvae.world import World
 
 

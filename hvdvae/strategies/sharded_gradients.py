@@ -1,43 +1,39 @@
 """`--strategy sharded --zero-stage 2`: as sharded.py, and no rank ever holds all gradients.
 
     backward, last layers first      bucket of gradients --- sum ---> the ranks whose slices it meets
-                                     and let go, before the next layers compute theirs
+                                     and let go, while the next layers compute theirs
 
-ZeRO stage 2 (Rajbhandari et al. 2020, arXiv:1910.02054): of gradients a rank keeps its slice (P/N,) and a bucket.
+ZeRO stage 2 (Rajbhandari et al. 2020, arXiv:1910.02054): of gradients a rank keeps its slice (P/N,) and some buckets.
 
-Buckets are sent in one order on all ranks, whatever the order in which autograd finishes them: a parameter that a rank
-does not use in a pass holds its bucket, and those after it, back until the step.
+In which order buckets are sent, and what makes ranks send the same: buckets.py. Nothing blocks in backward
+(bucket_sums.py), but for a moment where too much is under way. What stands in `.grad` then: sent_gradient.py.
 """
 
+from collections import deque
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hvdvae.errors import ConfigError
+from hvdvae.errors import ConfigError, WorldError
+from hvdvae.strategies.bucket_sums import HorovodSums, MessageSums, OwnSums, Sum, Sums, patiently
+from hvdvae.strategies.buckets import Bucket, Buckets
+from hvdvae.strategies.gradient_hooks import call_after, call_before
+from hvdvae.strategies.overlap import overlap, within
+from hvdvae.strategies.sent_gradient import SentGradient
 from hvdvae.strategies.sharded import Sharded
-from hvdvae.strategies.sliced_step import overlap, within
 from hvdvae.strategies.slices import HorovodSlices, MessageSlices, OneSlice, Slices
 from hvdvae.world import World
-from hvdvae.world.collectives import slice_of
 
 BUCKET_BYTES = 25 * 2**20
 """As PyTorch's DistributedDataParallel has them; one parameter may be larger."""
-MESSAGE = 2**20
-"""Elements."""
-
-
-class _Bucket:
-    """Neighbours in the parameter vector whose gradients are sent together."""
-
-    def __init__(self, place: slice) -> None:
-        self.place = place
-        self.members: dict[int, slice] = {}
-        """Where each parameter stands in the bucket, by its number."""
-        self.calls = 0
-        """Gradients that came since it was last sent."""
-        self.sum: Tensor | None = None
+UNDER_WAY = 1
+"""Buckets that a rank has under way before it waits for others during backward."""
+PATIENCE = 1.0
+"""Seconds of that wait at most, and half of it after each one in vain: the others may wait for this rank elsewhere."""
+_STEPS, _DROPS = 1, 2
+"""What a rank agrees on with others: to use gradients, or to drop them."""
 
 
 class ShardedGradients(Sharded):
@@ -46,15 +42,24 @@ class ShardedGradients(Sharded):
     def __init__(self, optimizer: Optimizer, model: nn.Module, world: World, *, engine: str, **options: Any) -> None:
         """As Sharded."""
         super().__init__(optimizer, model, world, engine=engine, **options)
-        self._hvd = world.horovod() if engine == "horovod" and world.size > 1 else None
         self._mine, self.part = self.part, slice(None)
-        self._buckets: list[_Bucket] = []
-        self._bucket_of: dict[int, _Bucket] = {}
-        self._make_buckets()
-        self._turn = 0
-        """Buckets that were sent since the last step, of all passes."""
-        for number, parameter in enumerate(self.flat.tensors):
-            parameter.register_post_accumulate_grad_hook(lambda p, number=number: self._take(number, p))  # type: ignore[no-untyped-call]
+        self._sums: Sums = OwnSums()
+        if world.size > 1:
+            self._sums = HorovodSums(world) if engine == "horovod" else MessageSums(world, self.flat.parameters.numel())
+        limit = BUCKET_BYTES // self.flat.gradient.element_size()
+        self._buckets = Buckets([*self.flat.places().values()], limit)
+        self._filling: dict[Bucket, Tensor] = {}
+        """Sums of what has arrived for buckets that are not sent yet."""
+        self._under_way: deque[tuple[Bucket, Sum]] = deque()
+        self._patience = PATIENCE
+        self._is_new = False
+        """Whether the gradient that this rank keeps has something of the coming step."""
+        self._markers: dict[int, SentGradient] = {}
+        """What stands in `.grad` of the parameters whose gradients have arrived since the last step."""
+        self._computing: set[int] = set()
+        """Those of them that have none there, since autograd is about to add to it."""
+        call_before(self.flat.tensors, self, ShardedGradients._make_way)
+        call_after(self.flat.tensors, self, ShardedGradients._take)
 
     def synchronize(self) -> None:
         """Refused: no rank has a whole gradient to show. Raises ConfigError."""
@@ -79,12 +84,11 @@ class ShardedGradients(Sharded):
         return {**super().results(), "gradient_bytes": self.flat.gradient.nbytes}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As Strategy's."""
+        """As Strategy's. Where gradients have arrived since the last step, it blocks, and every rank must call it."""
+        if self._markers or self._buckets.holds:
+            self._drop()
+            self._end_dropped()
         super().zero_grad(set_to_none)
-        self.flat.gradient.zero_()
-        self._turn = 0
-        for bucket in self._buckets:
-            bucket.calls, bucket.sum = 0, None
 
     def _carrier(self, engine: str) -> Slices:
         # Not in shared memory: whole vectors of gradients would stand there.
@@ -102,90 +106,170 @@ class ShardedGradients(Sharded):
     def _exchange_once(self) -> None:
         if self._exchanged:
             return
-        while self._turn < len(self._buckets) * self.backward_passes_per_step:
-            self._send(self._next())
+        self._take_what_was_set()
+        if self._buckets.holds:
+            self._end_dropped()
+        for bucket in self._buckets.missing(self._agree(_STEPS, self._buckets.wanted())):
+            self._start(bucket)
+        self._receive_all()
+        if not self._is_new:
+            self.flat.gradient.zero_()
         self.flat.gradient.div_(self.world.size * self.backward_passes_per_step)
+        self._begin_anew()
         self.moved.steps += 1
         self._exchanged = True
 
-    def _make_buckets(self) -> None:
-        """From the end of the vector, since backward begins at the last layers."""
-        room = 0
-        for number, place in reversed(list(enumerate(self.flat.places().values()))):
-            size = (place.stop - place.start) * self.flat.gradient.element_size()
-            if not self._buckets or size > room:
-                self._buckets.append(_Bucket(slice(place.stop, place.stop)))
-                room = BUCKET_BYTES
-            room -= size
-            bucket = self._buckets[-1]
-            bucket.place = slice(place.start, bucket.place.stop)
-            bucket.members[number] = place
-            self._bucket_of[number] = bucket
-        for bucket in self._buckets:
-            start = bucket.place.start
-            bucket.members = {n: slice(p.start - start, p.stop - start) for n, p in bucket.members.items()}
+    def _begin_anew(self) -> None:
+        self._buckets.begin_round()
+        self._is_new = False
+        for number in self._markers:
+            self.flat.tensors[number].grad = None
+        self._markers.clear()
+        self._computing.clear()
+
+    def _make_way(self, number: int) -> None:
+        """Autograd is about to add to a `.grad`: not to what stands there for one that was sent."""
+        marker = self._markers.get(number)
+        if marker is None:
+            return
+        if self._is_gone(number):
+            self._follow_user()
+            return
+        self._check(number)
+        self.flat.tensors[number].grad = None
+        self._computing.add(number)
 
     def _take(self, number: int, parameter: Tensor) -> None:
-        """A gradient is there: into its bucket, and the buckets that are full on their way. Blocks."""
-        bucket = self._bucket_of[number]
+        """A gradient is there: into its bucket, and the buckets that are due on their way."""
+        self._computing.discard(number)
         assert parameter.grad is not None
-        if self._turn >= len(self._buckets) * self.backward_passes_per_step:
-            raise ConfigError(
-                f"more than {self.backward_passes_per_step} backward passes before a step: tell "
-                "backward_passes_per_step how many there are"
-            )
-        gradient = parameter.grad.detach()
-        parameter.grad = None
+        gradient, parameter.grad = parameter.grad, None
+        self._add(number, gradient, is_ours=gradient.grad_fn is None)
+        if number not in self._markers:
+            self._markers[number] = SentGradient.in_place_of(self.flat.tensors[number], self.flat.names[number])
+        parameter.grad = self._markers[number]
+        for bucket in self._buckets.due():
+            self._start(bucket)
+        self._receive()
+        if len(self._under_way) > UNDER_WAY and not patiently(self._under_way[0][1].is_done, self._patience):
+            self._patience /= 2
+
+    def _add(self, number: int, gradient: Tensor, *, is_ours: bool) -> None:
+        bucket = self._buckets.of(number)
+        gradient = gradient.detach()
         gradient = gradient.to_dense() if gradient.layout != torch.strided else gradient
-        is_plain = gradient.is_contiguous() and parameter.is_contiguous()
-        if bucket.sum is None and len(bucket.members) == 1 and is_plain:
-            bucket.sum = gradient.view(-1).to(self.flat.gradient.dtype)  # No copy of what is alone.
+        is_plain = gradient.is_contiguous() and self.flat.tensors[number].is_contiguous()
+        if is_ours and is_plain and bucket not in self._filling and len(bucket.members) == 1:
+            self._filling[bucket] = gradient.view(-1).to(self.flat.gradient.dtype)  # No copy of what is alone.
         else:
             self.flat.view(self._room(bucket)[bucket.members[number]], number).add_(gradient)
-        bucket.calls += 1
-        while self._turn < len(self._buckets) * self.backward_passes_per_step:
-            following = self._next()
-            if following.calls < len(following.members):
-                break
-            self._send(following)
+        bucket.arrived.add(number)
 
-    def _next(self) -> _Bucket:
-        return self._buckets[self._turn % len(self._buckets)]
+    def _room(self, bucket: Bucket) -> Tensor:
+        if bucket not in self._filling:
+            self._filling[bucket] = self._nothing(bucket)
+        return self._filling[bucket]
 
-    def _room(self, bucket: _Bucket) -> Tensor:
-        if bucket.sum is None:
-            length = bucket.place.stop - bucket.place.start
-            bucket.sum = torch.zeros(length, dtype=self.flat.gradient.dtype, device=self.flat.gradient.device)
-        return bucket.sum
+    def _nothing(self, bucket: Bucket) -> Tensor:
+        like = self.flat.gradient
+        return torch.zeros(bucket.place.stop - bucket.place.start, dtype=like.dtype, device=like.device)
 
-    def _send(self, bucket: _Bucket) -> None:
-        """Add its sum over ranks to the slices that it meets, and let it go. Blocks; every rank must call it."""
-        vector, world, start = self._room(bucket), self.world, bucket.place.start
-        bucket.calls, bucket.sum = max(0, bucket.calls - len(bucket.members)), None
-        self._turn += 1
-        if world.size > 1:
-            vector = self._sum_to_owners(vector, start)
-            self.moved.ring(vector.nbytes // (1 if self._hvd is not None else 2), world.size)
-        mine = overlap(bucket.place, self._mine)
-        if mine.stop > mine.start:
-            to = slice(mine.start - self._mine.start, mine.stop - self._mine.start)
-            self.flat.gradient[to].add_(vector[mine.start - start : mine.stop - start])
+    def _start(self, bucket: Bucket, *, is_empty: bool = False) -> None:
+        """Send what it has, and let it go."""
+        found = None if is_empty else self._filling.pop(bucket, None)
+        vector = self._nothing(bucket) if found is None else found
+        self.moved.ring(vector.nbytes * self._sums.halves // 2, self.world.size)
+        self._under_way.append((bucket, self._sums.start(vector, bucket.place.start, bucket.sent)))
 
-    def _sum_to_owners(self, vector: Tensor, start: int) -> Tensor:
-        if self._hvd is not None:
-            with self.world.waiting("horovod allreduce of a bucket"):
-                found: Tensor = self._hvd.allreduce_(vector, name="hvdvae.bucket", op=self._hvd.Sum)
-            return found
-        from mpi4py import MPI
+    def _receive(self) -> None:
+        """Take in what has come. Local."""
+        while self._under_way and self._under_way[0][1].is_done():
+            bucket, found = self._under_way.popleft()
+            self._keep(bucket, found.result())
 
-        host = vector.cpu()
-        whole = slice(start, start + len(vector))
+    def _receive_all(self) -> None:
+        """Take in all that is under way. Blocks; every rank must call it, and have started the same."""
         with self.world.waiting("sum of a bucket of gradients"):
-            for rank in range(self.world.size):
-                piece = overlap(slice_of(self.flat.parameters.numel(), rank, self.world.size), whole)
-                # In pieces: MPI needs room of its own for what it sums.
-                for begin in range(piece.start, piece.stop, MESSAGE):
-                    part = host[begin - start : min(begin + MESSAGE, piece.stop) - start].numpy()
-                    is_owner = rank == self.world.rank
-                    self.world.comm.Reduce(MPI.IN_PLACE if is_owner else part, part if is_owner else None, root=rank)
-        return host.to(vector.device)
+            while self._under_way:
+                bucket, found = self._under_way.popleft()
+                self._keep(bucket, found.result())
+
+    def _keep(self, bucket: Bucket, vector: Tensor) -> None:
+        """Add this rank's slice of a sum to its gradient."""
+        if not self._is_new:
+            self.flat.gradient.zero_()
+            self._is_new = True
+        mine, start = overlap(bucket.place, self._mine), bucket.place.start
+        if mine.stop > mine.start:
+            self.flat.gradient[within(mine, self._mine)].add_(vector[mine.start - start : mine.stop - start])
+
+    def _agree(self, what: int, wanted: list[int]) -> list[int]:
+        """How often each bucket is sent: the most of all ranks. Blocks; every rank must call it."""
+        if self.world.size == 1:
+            return wanted
+        found = torch.tensor([what, -what, *wanted])
+        first, last, *agreed = self.world.max_(found, "agreement on gradients").tolist()
+        if first != -last:
+            raise WorldError(
+                "some ranks call step() and others zero_grad() on gradients that --zero-stage 2 has sent during "
+                "backward: drop them on all ranks, or on none"
+            )
+        return agreed
+
+    def _drop(self) -> None:
+        """Forget what has arrived on this rank since the last step; sums that are under way go on. Local."""
+        self._buckets.drop()
+        self._buckets.holds = True
+        self._filling.clear()
+        for number, marker in self._markers.items():
+            if self.flat.tensors[number].grad is marker:
+                self.flat.tensors[number].grad = None
+        self._markers.clear()
+        self._computing.clear()
+
+    def _end_dropped(self) -> None:
+        """Let all ranks have sent the same, and forget it. Blocks; every rank must call it."""
+        agreed = self._agree(_DROPS, [bucket.sent for bucket in self._buckets])
+        for bucket in self._buckets.missing(agreed, is_empty=True):
+            self._start(bucket, is_empty=True)
+        self._receive_all()
+        self._is_new = False
+        self._buckets.begin_round()
+
+    def _is_gone(self, number: int) -> bool:
+        """Whether the user has taken a gradient away that was sent."""
+        found, marker = self.flat.tensors[number].grad, self._markers[number]
+        return (found is None and number not in self._computing) or (found is marker and marker.is_dropped)
+
+    def _check(self, number: int) -> None:
+        """Raises ConfigError where something stands in the place of a gradient that was sent."""
+        found = self.flat.tensors[number].grad
+        if found is not self._markers[number] and found is not None:
+            raise ConfigError(
+                f".grad of {self.flat.names[number]!r} was replaced after backward: under --zero-stage 2 its gradient "
+                "has been sent by then. Set it before backward or without one, or use --zero-stage 1"
+            )
+
+    def _follow_user(self) -> None:
+        """Gradients were cleared by somebody else (model.zero_grad(), p.grad = None): all, or none, are dropped."""
+        left = next((number for number in self._markers if not self._is_gone(number)), None)
+        if left is not None:
+            gone = next(number for number in self._markers if self._is_gone(number))
+            raise ConfigError(
+                f".grad of {self.flat.names[gone]!r} was cleared after backward, and that of {self.flat.names[left]!r} "
+                "was not: under --zero-stage 2 both have been sent by then, so clear all of them "
+                "(optimizer.zero_grad()), or use --zero-stage 1"
+            )
+        self._drop()
+
+    def _take_what_was_set(self) -> None:
+        """Take gradients that somebody has set by hand, and follow what somebody has cleared."""
+        if any(self._is_gone(number) for number in self._markers):
+            self._follow_user()
+        for number, parameter in enumerate(self.flat.tensors):
+            found = parameter.grad
+            if number in self._markers:
+                self._check(number)
+            elif found is not None:
+                parameter.grad = None
+                self._add(number, found, is_ours=False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdvae.strategies.flat_optimizer import flat_optimizer
+from hvdvae.strategies.overlap import overlap, within
 from hvdvae.strategies.slices import Slices, slices_of
 from hvdvae.strategies.strategy import Strategy
 from hvdvae.world import World
@@ -97,17 +98,6 @@ class SlicedStep(Strategy):
         groups = zip(self._whole.param_groups, self.inner.param_groups, strict=True)
         for (whole, mine), group, place in zip(groups, self.flat.group_slices, self._places, strict=True):
             yield whole["params"][0], mine["params"][0], within(place, group)
-
-
-def overlap(group: slice, part: slice) -> slice:
-    """What lies in both; may be empty."""
-    start = min(max(group.start, part.start), group.stop)
-    return slice(start, max(start, min(group.stop, part.stop)))
-
-
-def within(place: slice, whole: slice) -> slice:
-    """The same, counted from the start of `whole`."""
-    return slice(place.start - whole.start, place.stop - whole.start)
 
 
 def is_vector(value: object, like: Tensor) -> bool:

