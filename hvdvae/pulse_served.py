@@ -49,21 +49,19 @@ class ServedPulse:
 
     @property
     def due(self) -> bool:
-        """Whether it is time for a beat. Each worker's own matter."""
-        return time.perf_counter() - self._start >= PERIOD_SECONDS
+        """Whether it is time for a beat, or to leave. Each worker's own matter."""
+        return bool(self._optimizer.signal) or time.perf_counter() - self._start >= PERIOD_SECONDS
 
     def beat(self, signal: int) -> ServedBeat:
         """What happened since the last. `signal`: this worker's, which the others hear of. Does not block."""
         optimizer = self._optimizer
-        if signal:
-            optimizer.report.signal(signal)
         now = optimizer.client.answer[:ANSWER].copy()
         since, self._seen = now - self._seen, now
         seconds, self._start = time.perf_counter() - self._start, time.perf_counter()
         finite, pushes, spent = since[Answer.FINITE], since[Answer.PUSHES], max(since[Answer.SECONDS], 1e-9)
         clocks = optimizer.client.clocks
         return ServedBeat(
-            signal=max(signal, optimizer.signal),
+            signal=optimizer.signal_to_leave(signal),
             examples=int(since[Answer.EXAMPLES]),
             finite_examples=int(finite),
             loss=float(since[Answer.LOSS] / finite) if finite else float("nan"),

@@ -211,9 +211,11 @@ class Trainer:
             signal_given = stage.signal or self._agreed(signal_number())
             return Stage(number, "leave" if signal_given or ends else "train", signal_given)
         self.optimizer.finish()
-        if stage.signal:
+        # Where ranks do not step together, some may have heard of it in their last step, and some not.
+        signal_given = self.optimizer.signal_of_all(stage.signal, signal_number())
+        if signal_given:
             self._save(is_best=False)
-        return Stage(number, "nothing", stage.signal)
+        return Stage(number, "nothing", signal_given)
 
     def _run_epoch(self, signal_number: Callable[[], int]) -> tuple[int, int, float]:
         """One epoch, or the rest of one. Returns the signal that ended it, examples of all ranks, and seconds."""
@@ -274,7 +276,7 @@ class Trainer:
 
     def _agreed(self, signal_number: int) -> int:
         if not self.optimizer.synchronous:
-            return signal_number
+            return self.optimizer.signal_to_leave(signal_number)
         return int(self.world.max_(torch.tensor([signal_number]), "agreement on a signal"))
 
     def _step(self, batch: Batch, data_seconds: float) -> None:

@@ -22,6 +22,7 @@ from hvdvae.errors import ConfigError
 from hvdvae.flat import FlatModel
 from hvdvae.ps.client import Client
 from hvdvae.ps.plan import Plan
+from hvdvae.ps.protocol import Answer
 from hvdvae.ps.report import Report
 
 
@@ -39,6 +40,8 @@ class Exchange:
         self.report = Report()
         self.longest_wait = 0.0
         """Seconds that this worker waited for servers at most, as when a backup had to take over."""
+        self.signal = 0
+        """That the servers told with the last answer to a push that this worker took."""
         self._watchdog = watchdog
         self._options: list[dict[str, Any]] | None = None
 
@@ -98,6 +101,7 @@ class Exchange:
         # Patient: where workers wait for each other, one of them may be evaluating or saving.
         with self._watchdog.waiting("answer of the parameter servers", patient=True):
             yield
+        self.signal = int(self.client.answer[Answer.SIGNAL])
         seconds = time.perf_counter() - start
         self.report.add_blocked(seconds)
         self.longest_wait = max(self.longest_wait, seconds)

@@ -71,6 +71,8 @@ class Server:
         """Ranks whose death has been seen to."""
         self._epochs = [0.0] * workers
         """That each worker has done."""
+        self._signal = 0
+        """That workers are told of: where they step together, all after the same step."""
 
     def run(self) -> None:
         """Serve. Blocks until worker 0 quits."""
@@ -217,8 +219,6 @@ class Server:
             self.ledger.skipped[worker] += 1
         else:
             self.ledger.totals[Answer.BYTES_PUSHED] += self._link.push_bytes
-            if self._weights.buffers.shape[1]:
-                self._weights.buffers[worker] = self._pushes[worker][self._weights.length :]
         self._act(self._policy.push(worker))
 
     def _act(self, actions: list[Action]) -> None:
@@ -227,12 +227,16 @@ class Server:
                 case Apply(workers):
                     self._apply(workers)
                 case Drop(worker):
+                    self._take_buffers(worker)
                     self.ledger.dropped_push(worker)
                     self._not_applied[worker] = LATE
                 case AnswerIt(worker):
                     self._answer(worker)
 
     def _apply(self, workers: tuple[int, ...]) -> None:
+        self._note_signal()
+        for worker in workers:
+            self._take_buffers(worker)
         requests = {worker: self._requests[worker] for worker in workers}
         stalenesses = {worker: self.version - int(request[Request.VERSION]) for worker, request in requests.items()}
         if any(request[Request.KIND] == Kind.NOTHING for request in requests.values()):
@@ -253,6 +257,15 @@ class Server:
         self.version += 1
         self.ledger.updated(stalenesses)
 
+    def _note_signal(self) -> None:
+        self._signal = max(self._signal, int(self.ledger.totals[Answer.SIGNAL]), self._flag.number)
+
+    def _take_buffers(self, worker: int) -> None:
+        """With the step that they are of, not before it: a copy has both of one moment."""
+        request = self._requests.get(worker)
+        if request is not None and request[Request.KIND] == Kind.PUSH and self._weights.buffers.shape[1]:
+            self._weights.buffers[worker] = self._pushes[worker][self._weights.length :]
+
     def _answer(self, worker: int) -> None:
         request = self._requests.pop(worker)
         self.ledger.totals[Answer.QUEUE_SECONDS] += time.perf_counter() - self._arrived[worker]
@@ -267,7 +280,9 @@ class Server:
         workers = self._workers
         header = np.empty(ANSWER + 2 * workers + BINS)
         header[:ANSWER] = self.ledger.totals
-        header[Answer.SIGNAL] = max(header[Answer.SIGNAL], self._flag.number)
+        if not self._is_step:
+            self._note_signal()
+        header[Answer.SIGNAL] = self._signal
         header[Answer.KIND] = request[Request.KIND]
         header[Answer.SEQUENCE] = request[Request.SEQUENCE]
         header[Answer.VERSION] = self.version

@@ -122,7 +122,18 @@ class ParameterServer(Strategy):
     @property
     def signal(self) -> int:
         """Number of the signal that some worker or server got, as far as the servers have told; 0: none."""
-        return int(self.client.answer[Answer.SIGNAL])
+        return self._exchange.signal
+
+    def signal_to_leave(self, own: int) -> int:
+        """As every strategy's: others hear of it with the next push. Under BSP all leave after the same step."""
+        if own:
+            self.report.signal(own)
+        return self.signal if self.plan.consistency == "bsp" else max(own, self.signal)
+
+    def signal_of_all(self, known: int, own: int) -> int:
+        """As every strategy's, after `finish`: some may have got it in their last step."""
+        mine = torch.tensor([known or own])
+        return int(mine if self.world.joins else self.world.max_(mine, "agreement on a signal"))
 
     @property
     def share(self) -> tuple[int, int]:

@@ -61,6 +61,17 @@ class RunMember(CommonModel):
     def tell_progress(self, epochs: float) -> None:
         """Let others know, where somebody asks, how many epochs this rank has done. Local."""
 
+    def signal_to_leave(self, own: int) -> int:
+        """Number of the signal for which this rank ends its run now, 0: none. Local. `own`: that it got itself."""
+        return own
+
+    def signal_of_all(self, known: int, own: int) -> int:
+        """Number of the signal that has ended the run, 0: none; the same on all ranks. Every rank must call it then.
+
+        May block. `known`: that this rank has left for; `own`: that it got itself.
+        """
+        return known
+
     def finish(self) -> None:
         """Return once every rank has taken its last step of a run. Every rank must call it."""
 
