@@ -126,6 +126,11 @@ def launcher(environ: Mapping[str, str]) -> Finding:
     return Finding("launcher", f"none, in Slurm job {job}" if job else "none (mpirun -np N starts ranks)")
 
 
+def shared_memory(cleared: str) -> Finding:
+    """What was done about shared memory that killed jobs have left (leftovers.py)."""
+    return Finding("shared memory", cleared or "no segments of killed jobs")
+
+
 def cores(available: int, quota: float, ranks: int) -> Finding:
     """Cores for each of `ranks` ranks of this host. `quota`: cores that are granted."""
     here = min(float(available), quota)

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 
-from hvdvae.cli import checks, mpirun, probes
+from hvdvae.cli import checks, leftovers, mpirun, probes
 from hvdvae.cli.finding import Finding, verdict
 from hvdvae.cli.probes import Answer
 from hvdvae.launcher import detect
@@ -48,6 +48,7 @@ def examine() -> Iterator[Finding]:
     yield checks.gpu(torch, _driver_answers(), horovod)
 
     yield checks.launcher(os.environ)
+    yield checks.shared_memory(leftovers.clear())
     if not torch.error:
         from hvdvae.cores import available_cores, granted_cores
 

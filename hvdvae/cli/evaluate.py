@@ -17,11 +17,13 @@ from hvdvae.cores import threads_of_rank
 from hvdvae.errors import NonFiniteError
 from hvdvae.launcher import detect
 from hvdvae.world import World
+from hvdvae.world.settings import without_ports
 
 
 def evaluate(options: EvaluateOptions) -> int:
     """Evaluate, print, and write DIR/evaluation.json. Blocks; every rank must call it. Returns the exit status."""
     idle = check_slurm(os.environ, detect(os.environ), None)
+    without_ports(os.environ)
     world = World.create(device=options.device, deadline=options.deadline)
     fair = threads_of_rank(world)
     torch.set_num_threads(options.threads or fair)

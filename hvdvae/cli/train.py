@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 
 from hvdvae import checkpoint as checkpoints
 from hvdvae.checkpoint import Source
-from hvdvae.cli import assemble
+from hvdvae.cli import assemble, leftovers
 from hvdvae.cli.agreement import agreed_config, digest
 from hvdvae.cli.asked import Asked
 from hvdvae.cli.assessment import Pictures, assess, validation_numbers
@@ -43,6 +44,7 @@ from hvdvae.strategies.sync_batch_norm import convert_sync_batch_norm
 from hvdvae.trainer import Trainer
 from hvdvae.vae import VAE, set_output_bias
 from hvdvae.world import World
+from hvdvae.world.settings import without_ports
 
 if TYPE_CHECKING:
     from hvdvae.parallel.pipeline import Pipeline
@@ -62,6 +64,10 @@ def _train(asked: Asked) -> int:
     asked.check(launch)
     check_slurm(os.environ, launch, asked.values["strategy"])
     servers = asked.values["servers"] * (1 + asked.values["replicas"]) if asked.values["strategy"] == "ps" else 0
+    if launch.local_rank == 0 and (cleared := leftovers.clear()):
+        sys.stderr.write(f"hvdvae: {cleared}\n")
+    if not asked.values["replace_workers"]:
+        without_ports(os.environ)
     world = World.create(device=asked.values["device"], deadline=asked.values["deadline"], servers=servers)
     world.starting = not world.joins
     config = agreed_config(asked, world)

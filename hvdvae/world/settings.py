@@ -1,8 +1,9 @@
 """What Open MPI is asked for before anything of ours imports mpi4py: MPI_Init reads it. The user's settings win."""
 
+import shutil
 from collections.abc import MutableMapping
 
-from hvdvae.launcher import survives_deaths
+from hvdvae.launcher import detect, survives_deaths
 
 
 def prefer(environ: MutableMapping[str, str]) -> None:
@@ -24,6 +25,28 @@ def prefer(environ: MutableMapping[str, str]) -> None:
         environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
 
 
+def without_ports(environ: MutableMapping[str, str]) -> None:
+    """Where all ranks are on one host, as Open MPI 5's launcher says, let them listen on no port. Mutates `environ`.
+
+    They meet in shared memory. Their TCP listens on all addresses, whichever interface it is told to use. Not where new
+    ranks may be started (MPI_Comm_spawn), which meet the others over TCP alone, where memory is short, or where the
+    user has said what is to be used. For programs that start no ranks themselves, before MPI starts.
+    """
+    launch = detect(environ)
+    if launch.launcher != "mpirun" or launch.joins or launch.enters or not 1 < launch.size == launch.local_size:
+        return
+    if survives_deaths(environ) or environ.get("OMPI_MCA_btl") or not environ.get("OMPI_VERSION", "").startswith("5."):
+        return
+    try:
+        room = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return
+    if room > 2 * SEGMENT_BYTES * launch.size:
+        environ["OMPI_MCA_btl"] = "self,sm"
+
+
+SEGMENT_BYTES = 16 << 20
+"""That Open MPI takes for each rank's messages to others of its host."""
 _PROVIDERS = [
     f"OMPI_MCA_{part}_provider_{way}"
     for part in ("mtl_ofi", "btl_ofi", "opal_common_ofi")
