@@ -52,6 +52,7 @@ from benchmarks.fault_outcome import Outcome, outcome, row, table
 from benchmarks.fault_run import started
 from benchmarks.fault_ways import ROOT, WAYS, command, command_on
 from benchmarks.machine import machine
+from hvdvae.whole_file import write_whole
 
 SOAK_EPOCHS = 20
 # A checkpoint that was torn while its run was dead, and a link that is cut, are not done to one job on this host.
@@ -143,8 +144,8 @@ def write(folder: Path, name: str, about: dict[str, Any], found: Sequence[Outcom
     """The record and the table of what is known so far."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {**about, "cells": [asdict(one) for one in found]}
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (folder / f"{name}.md").write_text(f"{table(found)}\n", encoding="utf-8")
+    write_whole(folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
+    write_whole(folder / f"{name}.md", f"{table(found)}\n")
 
 
 def main() -> int:

@@ -24,6 +24,7 @@ if __name__ == "__main__":  # A script's own folder is on the path; the packages
 
 from benchmarks.machine import machine
 from hvdvae.cli import mpirun
+from hvdvae.whole_file import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "none"
@@ -91,7 +92,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     order = {"command": shlex.join(["python", "benchmarks/likelihoods.py", *sys.argv[1:]]), "model": MODEL}
     record = {**machine(), **order, "ways": WAYS, "test_nll": found}
-    (folder / "likelihoods.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "likelihoods.json", json.dumps(record, indent=2) + "\n")
     print(f"written to {folder}")
 
 

@@ -25,6 +25,7 @@ if (
 
 from benchmarks.machine import machine
 from hvdvae.cli import mpirun
+from hvdvae.whole_file import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = "result "
@@ -131,7 +132,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = report(results)
     record = {**machine(), "rounds": asked.rounds, "steps": asked.steps, "results": results, "report": lines}
-    (folder / "parameter_server.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "parameter_server.json", json.dumps(record, indent=2) + "\n")
     print("\n" + "\n".join(lines))
     print(f"\nwritten to {folder}")
 

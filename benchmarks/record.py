@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.teams import ALL
+from hvdvae.whole_file import write_whole
 
 PER_ROUND = ("examples_per_second", "milliseconds_per_step", "steps", "cores_of_others")
 
@@ -49,9 +50,7 @@ class Record:
 
     def write(self, path: Path) -> None:
         """Replace the file."""
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(self.content, indent=1) + "\n")
-        part.replace(path)
+        write_whole(path, json.dumps(self.content, indent=1) + "\n")
 
 
 def _sides(model: str, rounds: int) -> dict[str, dict[str, Any]]:

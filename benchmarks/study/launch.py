@@ -16,6 +16,7 @@ import psutil  # type: ignore[import-untyped]
 
 from benchmarks.study.namespaces import NoNetwork, network
 from hvdvae.cli import mpirun
+from hvdvae.regular_file import open_to_append
 
 GRACE_SECONDS = 8.0
 PR_SET_PDEATHSIG = 1
@@ -85,7 +86,7 @@ def judge(folder: Path, log: Path, *, seconds: float) -> None:
 def run(command: Sequence[str], log: Path, *, environment: Mapping[str, str], seconds: float) -> None:
     """Run to the end, with all that it says appended to `log`. Blocks; raises JobFailed."""
     paths = [str(ROOT), environment.get("PYTHONPATH", "")]
-    with log.open("ab") as words:
+    with open_to_append(log) as words:
         job = subprocess.Popen(
             command,
             env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvdvae.cli import mpirun
+from hvdvae.regular_file import open_in_place
 
 PREFIX, SUBNET = "hvdvae", "10.77.0"
 BURST, LATENCY = "64kb", "200ms"
@@ -85,7 +86,7 @@ def network(count: int, mbit: float) -> Iterator[Network]:
     for program in ("ip", "tc", "unshare"):
         if shutil.which(program) is None:
             raise NoNetwork(f"network namespaces need {program}, which is not on the path")
-    with LOCK.open("w") as lock, tempfile.TemporaryDirectory(prefix="hvdvae-hosts-") as place:
+    with open_in_place(LOCK) as lock, tempfile.TemporaryDirectory(prefix="hvdvae-hosts-") as place:
         fcntl.flock(lock, fcntl.LOCK_EX)
         _remove(count)
         agent = Path(place) / "agent"

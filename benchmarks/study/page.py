@@ -14,6 +14,7 @@ from benchmarks.study.pictures import Gallery
 from benchmarks.study.study_file import Scenario, Study
 from benchmarks.study.table import COLUMNS, lines, write_csv
 from benchmarks.study.words import of_contender, of_scenario
+from hvdvae.whole_file import write_whole
 
 TEMPLATE = "page.html.jinja"
 
@@ -48,7 +49,7 @@ def write_page(study: Study, text: str, cells: Cells, folder: Path, command: str
         study,
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
     return path
 
 

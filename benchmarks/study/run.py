@@ -20,6 +20,8 @@ from benchmarks.study.launch import JobFailed, Ranks, judge, run_ranks
 from benchmarks.study.located import StudyError
 from benchmarks.study.numbers import numbers
 from benchmarks.study.study_file import Study
+from hvdvae.regular_file import open_in_place, why
+from hvdvae.whole_file import write_whole
 
 START_SECONDS = 120.0
 """What a job may take besides its budget: to start, to open the data, to end."""
@@ -133,15 +135,17 @@ def _kept(folder: Path, study: Study, cell: Cell, *, retry_failed: bool) -> dict
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     """Whole or not at all: the harness may be killed at any moment."""
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(content))
-    shutil.move(draft, path)
+    write_whole(path, json.dumps(content))
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
     """Two studies on the same cores would measure each other."""
-    with LOCK.open("w") as lock:
+    try:
+        held = open_in_place(LOCK)
+    except OSError as error:
+        raise StudyError(f"{LOCK}: {why(error, LOCK)}: remove it") from None
+    with held as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,6 +1,7 @@
 """Tables of a study: one line a cell as CSV, one line a contender for the page."""
 
 import csv
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from benchmarks.statistics_of_rounds import Rounds, Spread, spread
 from benchmarks.study.findings import Cells, Condition, Row, digits_of
 from benchmarks.study.numbers import SPLIT, crossing
 from benchmarks.study.study_file import Study
+from hvdvae.whole_file import write_whole
 
 
 @dataclass(frozen=True)
@@ -137,18 +139,19 @@ def write_csv(path: Path, cells: Cells, targets: Mapping[tuple[str, int], float 
         "examples_to_target",
         *(column.title.replace("/", " per ").replace(" ", "_") for column in COLUMNS),
     ]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        for cell in cells:
-            for size in study.world_sizes if cell["size"] == 1 else [cell["size"]]:
-                target = targets.get((cell["scenario"], size))
-                start = [cell["scenario"], size, cell["contender"], cell["seed"], cell["failed"] or "", target]
-                if cell["failed"] is not None:
-                    writer.writerow(start)
-                    continue
-                times = [
-                    None if target is None else crossing(cell["points"], target, key, study.target.bound)
-                    for key in ("seconds", "examples")
-                ]
-                writer.writerow([*start, *times, *(column.of(cell) for column in COLUMNS)])
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(names)
+    for cell in cells:
+        for size in study.world_sizes if cell["size"] == 1 else [cell["size"]]:
+            target = targets.get((cell["scenario"], size))
+            start = [cell["scenario"], size, cell["contender"], cell["seed"], cell["failed"] or "", target]
+            if cell["failed"] is not None:
+                writer.writerow(start)
+                continue
+            times = [
+                None if target is None else crossing(cell["points"], target, key, study.target.bound)
+                for key in ("seconds", "examples")
+            ]
+            writer.writerow([*start, *times, *(column.of(cell) for column in COLUMNS)])
+    write_whole(path, file.getvalue())

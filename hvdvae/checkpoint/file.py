@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hvdvae.checkpoint.pieces import Checkpoint, Draft
 from hvdvae.errors import CheckpointError
+from hvdvae.regular_file import open_new, open_to_read, temporary, why
 
 FORMAT = "hvdvae-checkpoint-1"
 _NAMES = {
@@ -44,11 +45,11 @@ def save(path: Path, checkpoint: Checkpoint | Draft) -> None:
     pieces, record = checkpoint.draft() if isinstance(checkpoint, Checkpoint) else checkpoint
     written = json.dumps(record)
     digest = hashlib.sha256(written.encode())
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    draft = temporary(path)
     left = iter(sorted(pieces))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with open_new(draft) as file:
             # The digest is known at the end only; it is as long as this.
             file.write(_head(pieces, written, "0" * 64))
             for name in left:
@@ -60,18 +61,18 @@ def save(path: Path, checkpoint: Checkpoint | Draft) -> None:
             file.write(_head(pieces, written, digest.hexdigest()))
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        draft.replace(path)
         _flush_folder(path.parent)
     except OSError as error:
         for name in left:  # Other ranks wait in those that are held together.
             pieces[name].get()
         raise CheckpointError(
-            f"cannot write checkpoint {path}: {error.strerror or error}. Earlier checkpoints are untouched: free space "
+            f"cannot write checkpoint {path}: {why(error, path)}. Earlier checkpoints are untouched: free space "
             "or fix the folder, then continue with --resume"
         ) from error
     finally:
         with suppress(OSError):
-            temporary.unlink()
+            draft.unlink()
 
 
 def load(path: Path) -> Checkpoint:
@@ -136,7 +137,7 @@ def opened_again(path: Path, digest: str) -> Iterator[File]:
 @contextmanager
 def _stream(path: Path) -> Iterator[BinaryIO]:
     try:
-        with path.open("rb") as stream:
+        with open_to_read(path) as stream:
             yield stream
     except OSError as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error

@@ -3,12 +3,14 @@
 import os
 import re
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from hvdvae.checkpoint.file import opened, save
 from hvdvae.checkpoint.pieces import Checkpoint, Draft, Piece
 from hvdvae.errors import CheckpointError
+from hvdvae.regular_file import temporary, why
 
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
@@ -45,8 +47,9 @@ class Folder:
         # The one just written stays whatever its number: a torn one may bear a higher.
         for old in [other for other in self.steps() if other != path][self.keep - 1 :] if not keeps_others else ():
             old.unlink(missing_ok=True)
-        for left in self.folder.glob("*.tmp"):
-            left.unlink(missing_ok=True)
+        for left in self.folder.glob("*.tmp"):  # Of a writer that was killed.
+            with suppress(OSError):  # A folder of that name is somebody's.
+                left.unlink()
         return path
 
     def drop(self, step: int) -> None:
@@ -67,12 +70,15 @@ class Folder:
         return self.folder / f"step-{step:09d}.safetensors"
 
     def _link(self, path: Path) -> None:
-        temporary = self.best.with_suffix(f".{os.getpid()}.tmp")
-        temporary.unlink(missing_ok=True)
+        draft = temporary(self.best)
         try:
-            os.link(path, temporary)
+            os.link(path, draft)
         except OSError:  # Some cluster file systems have no hard links.
             with opened(path) as file:
                 pieces = {n: Piece(shape, file.dtypes[n], partial(file.read, n)) for n, shape in file.shapes.items()}
-                save(temporary, Draft(pieces, file.record))
-        temporary.replace(self.best)
+                save(draft, Draft(pieces, file.record))
+        try:
+            draft.replace(self.best)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise CheckpointError(f"cannot write checkpoint {self.best}: {why(error, self.best)}") from error

@@ -11,6 +11,7 @@ from hvdvae.cli.values import PATHS, checked, expected, path_of, shown
 from hvdvae.cli.yaml_text import Part, YamlError, in_words, parsed_yaml
 from hvdvae.config import TrainConfig, flag
 from hvdvae.errors import ConfigError
+from hvdvae.regular_file import open_to_read
 from hvdvae.whole_file import write_whole
 
 CONFIG_FILE = "config.yaml"
@@ -22,7 +23,7 @@ LARGEST_FILE = 200_000
 def read_text(path: Path, name: str) -> str:
     """The text of a file of YAML. `name` is for messages; raises ConfigError. Local."""
     try:
-        with path.open("rb") as file:
+        with open_to_read(path) as file:
             data = file.read(LARGEST_FILE + 1)
         text = data.decode("utf-8-sig")
     except OSError as error:
@@ -116,6 +117,6 @@ def write_config(config: TrainConfig, path: Path) -> None:
 
 def read_config(path: Path) -> TrainConfig:
     """The configuration of a run. Raises ConfigError naming the file, and the key where one is unknown or wrong."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise ConfigError(f"{path} is missing: is {path.parent} the --out of a training run?")
     return TrainConfig(**read_values(path, str(path)))

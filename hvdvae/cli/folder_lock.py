@@ -1,15 +1,17 @@
 """One run at a time in a folder of results."""
 
 import fcntl
+import io
 import os
 import re
 import socket
-import stat
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
 from hvdvae.errors import BusyError, ConfigError
+from hvdvae.regular_file import open_in_place, why
 
 LOCK_FILE = "lock"
 """Names who holds the folder, and stays: the lock on it goes with its process."""
@@ -28,13 +30,9 @@ def hold(folder: Path, *, replaces: bool = False) -> None:
     """
     folder = folder.resolve()
     try:
-        opened = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        file = io.TextIOWrapper(open_in_place(folder / LOCK_FILE), encoding="utf-8", errors="replace")
     except OSError as error:
-        raise ConfigError(f"--out {folder}: cannot write there ({error.strerror or error})") from error
-    if not stat.S_ISREG(os.fstat(opened).st_mode):
-        os.close(opened)
-        raise ConfigError(f"--out {folder} holds {LOCK_FILE}, which is no file: move it away, or choose another folder")
-    file = os.fdopen(opened, "r+", errors="replace")
+        raise _unwritable(folder, error) from error
     if any(os.path.sameopenfile(held.fileno(), file.fileno()) for held in _HELD):
         file.close()
         return
@@ -52,17 +50,27 @@ def hold(folder: Path, *, replaces: bool = False) -> None:
             f"--out {folder} holds a file {LOCK_FILE} that no run wrote, and this run would replace it: move it away, "
             "replace it with --overwrite, or choose another folder"
         )
-    file.seek(0)
-    file.truncate()
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
     _HELD.append(file)
+    try:
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def release() -> None:
     """Let others write where this process held them off. Local."""
     while _HELD:
-        _HELD.pop().close()
+        with suppress(OSError):  # What could not be written was said.
+            _HELD.pop().close()
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"--out {folder}: cannot write there ({LOCK_FILE}: {why(error, folder)}): make room, or choose another folder"
+    )
 
 
 def _is_locked(file: TextIO) -> bool:

@@ -1,6 +1,7 @@
 """Flags, YAML keys and help, made from the dataclasses that hold the options (config.py, cli/options.py)."""
 
 import inspect
+import os
 from argparse import ArgumentError, ArgumentTypeError
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -181,4 +182,4 @@ def _saved_config(given: dict[str, Any]) -> Path | None:
     if not given["resume"] or given["out"] is None:
         return None
     path = Path(given["out"]) / CONFIG_FILE
-    return path if path.is_file() else None
+    return path if os.path.lexists(path) else None

@@ -15,6 +15,7 @@ from hvdvae.cli.links import refuse_links
 from hvdvae.config import TrainConfig
 from hvdvae.errors import ConfigError
 from hvdvae.monitor.jsonl import finite
+from hvdvae.regular_file import open_to_read, why
 from hvdvae.whole_file import write_whole
 from hvdvae.world import World
 
@@ -53,7 +54,7 @@ def _claim(folder: Path, config: TrainConfig) -> list[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {folder}: cannot be made a folder ({error.strerror or error})") from error
+        raise ConfigError(f"--out {folder}: cannot be made a folder ({why(error, folder)})") from error
     refuse_links(folder, [LOCK_FILE, CONFIG_FILE, *(() if config.overwrite else RESULTS)])
     earlier = [name for name in RESULTS if os.path.lexists(folder / name)]
     if (folder / CONFIG_FILE).exists() and not config.overwrite and not _is_a_run(folder):
@@ -99,7 +100,7 @@ def _is_a_run(folder: Path) -> bool:
 def _json(path: Path, *, first_line: bool = False) -> dict[str, Any]:
     """What a file of JSON holds, or its first line; empty where it is none."""
     try:
-        with path.open("rb") as file:
+        with open_to_read(path) as file:
             text = file.readline(LARGEST_FILE) if first_line else file.read()
         found = json.loads(text)
     except (OSError, ValueError, RecursionError):

@@ -1,15 +1,17 @@
 """metrics.jsonl: one JSON object a line, appended and flushed, so that a killed run leaves whole lines."""
 
+import io
 import json
 import math
 import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hvdvae.monitor.writing import writing
 from hvdvae.pulse import Beat, ServedBeat
+from hvdvae.regular_file import open_to_append, open_to_read
 from hvdvae.whole_file import write_whole
 
 SECONDS_BETWEEN_LINES = 2.0
@@ -27,9 +29,10 @@ class JsonLines:
         with writing(path):
             if first_step is not None:
                 _forget(path, first_step)
-            self._file = path.open("a", encoding="utf-8")
-            if not _ends_whole(path):
-                self._file.write("\n")  # After a line that was torn, by a crash of its host.
+            file = open_to_append(path)
+            if not _ends_whole(file):
+                file.write(b"\n")  # After a line that was torn, by a crash of its host.
+            self._file = io.TextIOWrapper(file, encoding="utf-8")
         self._last = 0.0
 
     def on_beat(self, beat: Beat, *, step: int, epoch: float, lr: float) -> None:
@@ -71,7 +74,10 @@ class JsonLines:
 
 
 def _forget(path: Path, first_step: int) -> None:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    if not os.path.lexists(path):
+        return
+    with open_to_read(path) as file:
+        lines = file.read().decode("utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if _step(line) <= first_step]
     if len(kept) < len(lines):
         write_whole(path, "".join(kept))
@@ -79,17 +85,16 @@ def _forget(path: Path, first_step: int) -> None:
 
 def _step(line: str) -> int:
     """That a line tells of; 0 of one that is torn."""
-    with suppress(ValueError, TypeError, KeyError):
+    with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return int(json.loads(line)["step"])
     return 0
 
 
-def _ends_whole(path: Path) -> bool:
-    with path.open("rb") as file:
-        if file.seek(0, os.SEEK_END) == 0:
-            return True
-        file.seek(-1, os.SEEK_END)
-        return file.read() == b"\n"
+def _ends_whole(file: BinaryIO) -> bool:
+    if file.seek(0, os.SEEK_END) == 0:
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read() == b"\n"
 
 
 def finite(value: Any) -> Any:

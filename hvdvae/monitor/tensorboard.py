@@ -17,12 +17,12 @@ class TensorBoard:
 
     def __init__(self, folder: Path, *, first_step: int | None = None) -> None:
         """Open a writer. Points beyond `first_step`, where a run goes on, come again: TensorBoard hides them."""
-        # Imported here: rank 0 alone needs it, and it takes as long as all of this package.
-        from torch.utils.tensorboard import SummaryWriter
+        # Imported here: rank 0 alone needs it.
+        from hvdvae.monitor.event_file import EventFile
 
         self._folder = folder
         with writing(folder):
-            self._writer = SummaryWriter(str(folder), purge_step=None if first_step is None else first_step + 1)
+            self._file = EventFile(folder, None if first_step is None else first_step + 1)
         self._last = 0.0
         self._staleness = np.zeros(1, np.int64)
 
@@ -67,25 +67,25 @@ class TensorBoard:
         self._staleness = np.array(beat.staleness)
         if counts.sum():
             with writing(self._folder):
-                self._writer.add_histogram("staleness/pushes", np.repeat(np.arange(len(counts)), counts), step)
+                self._file.counts("staleness/pushes", step, counts)
 
     def on_epoch(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         """Points of the epoch's means and of the validation."""
         self._points(step, {f"epoch/{name}": value for name, value in metrics.items()})
         with writing(self._folder):
-            self._writer.flush()
+            self._file.flush()
 
     def images(self, name: str, grid: NDArray[np.uint8], step: int) -> None:
         """A grid of images, (H, W, C) uint8."""
         with writing(self._folder):
-            self._writer.add_image(name, grid, step, dataformats="HWC")
+            self._file.image(name, step, grid)
 
     def close(self) -> None:
         """Flush and close."""
         with writing(self._folder):
-            self._writer.close()
+            self._file.close()
 
     def _points(self, step: int, values: dict[str, float]) -> None:
         with writing(self._folder):
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+            self._file.numbers(step, values)
+            self._file.flush()

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hvdvae.errors import ConfigError
+from hvdvae.regular_file import why
 
 
 @contextmanager
@@ -14,6 +15,6 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"cannot write {path}: {error.strerror or error}. Checkpoints are untouched: free space or fix the folder, "
+            f"cannot write {path}: {why(error, path)}. Checkpoints are untouched: free space or fix the folder, "
             "then continue with --resume"
         ) from error

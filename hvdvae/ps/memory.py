@@ -12,7 +12,7 @@ _FOLDER = Path("/dev/shm")
 
 def create(name: str, size: int) -> mmap.mmap:
     """New memory of `size` bytes, zeroed, under a name of its own. Raises OSError where there is no room."""
-    file = os.open(_FOLDER / name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    file = os.open(_FOLDER / name, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_RDWR, 0o600)
     try:
         os.posix_fallocate(file, 0, size)  # Now, and not as a SIGBUS when a page is touched.
         return mmap.mmap(file, size)
@@ -22,7 +22,7 @@ def create(name: str, size: int) -> mmap.mmap:
 
 def attach(name: str) -> mmap.mmap:
     """The memory that another process has created."""
-    file = os.open(_FOLDER / name, os.O_RDWR)
+    file = os.open(_FOLDER / name, os.O_RDWR | os.O_NOFOLLOW)
     try:
         return mmap.mmap(file, 0)
     finally:

@@ -1,7 +1,9 @@
 """Batches of examples as one picture: a grid, and its PNG file."""
 
+import io
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from hvdvae.errors import ConfigError
+from hvdvae.whole_file import write_whole
 
 Picture = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -62,10 +65,9 @@ def pair_grid(originals: Tensor, reconstructions: Tensor, *, columns: int = 8, s
 
 def save_picture(path: str | os.PathLike[str], picture: Picture) -> None:
     """Writes a picture of image_grid or pair_grid as PNG, replacing the file. Raises ConfigError naming it."""
-    try:
-        Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(path, format="PNG")
-    except OSError as error:
-        raise ConfigError(f"cannot write the picture {os.fspath(path)}: {error.strerror or error}") from error
+    png = io.BytesIO()
+    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(png, format="PNG")
+    write_whole(Path(path), png.getvalue())
 
 
 def save_grid(

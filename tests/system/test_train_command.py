@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import sys
 from collections import Counter
@@ -372,3 +373,16 @@ def test_fewer_bytes_of_two_ranks(start: Start, tmp_path: Path, images: Path) ->
 def _epochs(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == "epoch"]
+
+
+def test_a_folder_whose_name_is_not_utf_8(command: Command, tmp_path: Path) -> None:
+    """As on disks of before: a run is written there, resumed, and opened again."""
+    folder = os.fsdecode(b"caf\xe9")
+    few = ("--data", "digits", "--hidden", 4, "--latent", 2, "--nll-samples", 2, "--strategy", "local")
+    assert command("train", *few, "--epochs", 1, "--out", folder).status == 0
+    resumed = command("train", "--epochs", 2, "--resume", "--out", folder)
+    assert resumed.status == 0, resumed.output
+    for words in (("evaluate", folder, "--samples", 2), ("sample", folder), ("reconstruct", folder)):
+        assert command(*words).status == 0
+    written = {path.name.partition(".")[0] for path in (tmp_path / folder / "tensorboard").iterdir()}
+    assert written == {"events"}

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 from hvdvae.checkpoint import Checkpoint, Draft, Folder, Piece, load, save, spread
+from hvdvae.checkpoint import file as checkpoint_file
 from hvdvae.checkpoint.file import FORMAT
 from hvdvae.errors import CheckpointError
 from hvdvae.world import World
@@ -178,7 +179,7 @@ def test_a_write_that_fails_anywhere_leaves_the_earlier(
         elif call == "replace":
             patch.setattr(Path, "replace", fail)
         else:
-            patch.setattr(Path, "open", fail)
+            patch.setattr(checkpoint_file, "open_new", fail)
         for step in (2, 1):  # A new file, and one that is there already.
             with pytest.raises(CheckpointError, match=rf"step-00000000{step}\.safetensors: No space left .*--resume"):
                 folder.save(Checkpoint(example(3).tensors, {"step": step}), is_best=True)

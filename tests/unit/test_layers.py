@@ -17,7 +17,7 @@ PACKAGE = ROOT / "hvdvae"
 LAYERS = {
     "core": (
         "abort allocator batch checkpoint config config_check config_kinds cores deadline disturbance dtypes ema "
-        "errors first_order flat launcher outcome quick_start schedule seeding signals supervisor version"
+        "errors first_order flat launcher outcome quick_start regular_file schedule seeding signals supervisor version"
         " whole_file world",
         0,
     ),
