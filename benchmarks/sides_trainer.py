@@ -46,7 +46,7 @@ def train(
     world: World,
     *,
     strategy: str,
-    engine: str = "auto",
+    engine: str | None = None,
     precision: str = "fp32",
     channels_last: bool = False,
 ) -> Run:

@@ -4,12 +4,13 @@ Each field is a flag (`--batch-size`) and a key of the YAML file (`batch_size`).
 The docstring under a field is its help. What a field may hold, and which go together: config_check.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from hvdvae.config_check import check, without_leftovers
 from hvdvae.config_check import flag as flag
+from hvdvae.config_named import idle_options, refuse_idle
 
 Likelihood = Literal["bernoulli", "gaussian", "discretized-logistic"]
 Binarization = Literal["dynamic", "static", "none"]
@@ -113,8 +114,9 @@ class StrategyOptions:
     """local: one process. allreduce: synchronous SGD, every rank steps on the mean gradient. sharded: the same, and
     every rank keeps the optimizer's state of its share of the weights (ZeRO stage 1). local-sgd: ranks step by
     themselves and average their weights now and then. diloco: with an outer optimizer. ps: parameter servers."""
-    engine: Literal["horovod", "mpi", "auto"] = "horovod"
-    """What carries the allreduce; auto picks and says why."""
+    engine: Literal["horovod", "mpi", "auto"] | None = None
+    """What carries the mean of allreduce and sharded; auto picks and says why [horovod; mpi with --compression other
+    than fp16]."""
     compression: Literal["none", "fp16", "bf16", "int8", "sign", "topk", "randomk", "powersgd"] = "none"
     """What travels, gradients or (local-sgd, diloco) differences of weights. fp16 with allreduce and engine horovod is
     Horovod's own; all others are carried by MPI."""
@@ -257,6 +259,18 @@ def resumed_values(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[
     """Saved values with those `given` now on top, less what was saved and does not go with these. Pure."""
     defaults = {field.name: field.default for field in fields(TrainConfig)}
     return without_leftovers(values, given, defaults, _names(ServerOptions))
+
+
+def refuse_idle_options(values: Mapping[str, Any], named: Collection[str]) -> None:
+    """Raises ConfigError for an option that was `named` and changes nothing with these values. Pure."""
+    refuse_idle(values, named, _names(ServerOptions))
+
+
+def meaningful_values(config: TrainConfig) -> dict[str, Any]:
+    """Its keys and values, less what has no meaning in this run, and what is left to its default or is off. Pure."""
+    values = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+    idle = idle_options(values, _names(ServerOptions))
+    return {key: value for key, value in values.items() if key not in idle and value is not None}
 
 
 def _names(options: type) -> list[str]:

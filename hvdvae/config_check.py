@@ -48,12 +48,20 @@ MOST_THREADS = 1024
 ABOVE_ZERO = ("sigma", "outer_lr", "lr", "eps", "clip_norm", "deadline", "step_epochs", "gamma")
 BELOW_ONE = ("momentum", "ema", "compression_momentum", "outer_momentum")
 AVERAGING = ("local-sgd", "diloco")
+PARALLEL = ("allreduce", "sharded", *AVERAGING, "ps")
 REMEMBERING = ("sign", "topk", "randomk", "powersgd")
 """Codecs with error feedback."""
-BELONGS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+BELONGS: tuple[tuple[str, str, tuple[str | None, ...]], ...] = (
     ("sigma", "likelihood", ("gaussian",)),
     ("batch_norm", "model", ("conv",)),
+    ("channels_last", "model", ("conv",)),
     ("momentum", "optimizer", ("sgd", "rmsprop")),
+    ("eps", "optimizer", ("adam", "adamw", "rmsprop", "adagrad", None)),
+    ("step_epochs", "schedule", ("step",)),
+    ("gamma", "schedule", ("step",)),
+    ("lr_scaling", "strategy", PARALLEL),
+    ("deadline", "strategy", PARALLEL),
+    ("engine", "strategy", ("allreduce", "sharded")),
     ("compression_share", "compression", ("topk", "randomk")),
     ("compression_rank", "compression", ("powersgd",)),
     ("compression_momentum", "compression", ("topk", "randomk")),
@@ -78,7 +86,7 @@ BELONGS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("outer_lr", "strategy", ("diloco",)),
     ("outer_momentum", "strategy", ("diloco",)),
 )
-"""Option, the other option whose it is, and with which values of that it may be set."""
+"""Option, the other option whose it is, and with which values of that it may be set; None: where that is not given."""
 
 
 def flag(key: str) -> str:
@@ -86,6 +94,20 @@ def flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
+def belongs(of_servers: Sequence[str]) -> tuple[tuple[str, str, tuple[str | None, ...]], ...]:
+    """BELONGS, and the options of parameter servers. Pure."""
+    return (*BELONGS, *((key, "strategy", ("ps",)) for key in of_servers))
+
+
+def misfit(key: str, other: str, choices: Sequence[str | None], value: Any) -> str:
+    """What to say where an option has no meaning, as `other` has this value. Pure."""
+    fitting = f"{flag(other)} {' or '.join(choice for choice in choices if choice is not None)}"
+    found = f"no {flag(other)}" if value is None else f"{flag(other)} {value}: drop one"
+    return f"{flag(key)} is for {fitting}, found {found}"
+
+
+DERIVED = (("dc_strength", "rule"), ("sync_every", "strategy"), ("optimizer", "strategy"))
+"""An option, and another one that its default follows from: a resume that names that takes the default anew."""
 SPLITTING = ("mesh", "pipeline", "tensor")
 """Options that say, each in its way, how ranks hold a model together."""
 OF_STAGES = ("micro_batches", "pipeline_schedule", "recompute", "cuts")
@@ -107,13 +129,21 @@ def without_leftovers(
     if any(given[key] != defaults[key] for key in SPLITTING):
         for key in SPLITTING:
             forget(key)
-        if kept["pipeline"] == 1 and not re.search(r"pp *= *([2-9]|1\d)", kept["mesh"] or ""):
+        if not has_stages(kept):
             for key in OF_STAGES:
                 forget(key)
-    belongs = (*BELONGS, *((key, "strategy", ("ps",)) for key in of_servers))
-    while any(kept[other] not in choices and forget(key) for key, other, choices in belongs):
+    for key, other in DERIVED:
+        if given[other] != defaults[other]:
+            forget(key)
+    rows = belongs(of_servers)
+    while any(kept[other] not in choices and forget(key) for key, other, choices in rows):
         pass  # What belonged to a value that is gone now goes, too.
     return kept
+
+
+def has_stages(values: Mapping[str, Any]) -> bool:
+    """Whether --pipeline or --mesh asks for a model in stages. Pure."""
+    return values["pipeline"] > 1 or bool(re.search(r"pp *= *([2-9]|1\d)", values["mesh"] or ""))
 
 
 def check(config: "TrainConfig", defaults: Mapping[str, Any], of_servers: Sequence[str]) -> None:
@@ -123,11 +153,9 @@ def check(config: "TrainConfig", defaults: Mapping[str, Any], of_servers: Sequen
     """
     values = {key: getattr(config, key) for key in defaults}
     _check_ranges(values)
-    for key, other, choices in (*BELONGS, *((key, "strategy", ("ps",)) for key in of_servers)):
+    for key, other, choices in belongs(of_servers):
         if values[key] != defaults[key] and values[other] not in choices:
-            fitting = f"{flag(other)} {' or '.join(choices)}"
-            found = f"no {flag(other)}" if values[other] is None else f"{flag(other)} {values[other]}: drop one"
-            raise ConfigError(f"{flag(key)} is for {fitting}, found {found}")
+            raise ConfigError(misfit(key, other, choices, values[other]))
     _check_vae(config)
     _check_parallelism(config)
     if config.data == "":
@@ -174,11 +202,20 @@ def _check_vae(config: "TrainConfig") -> None:
         raise ConfigError("--beta and --beta-warmup go with --objective elbo only: the bound of IWAE has no weights")
     if config.free_bits and (config.beta != 1 or config.beta_warmup):
         raise ConfigError("--free-bits does not go with --beta and --beta-warmup: it weighs the rate by itself")
+    if config.beta_warmup and not config.beta:
+        raise ConfigError("--beta-warmup raises beta from 0 to --beta, found --beta 0: drop one of them")
     if config.sync_batch_norm and not config.batch_norm:
         raise ConfigError("--sync-batch-norm needs --batch-norm: there are no statistics to share without it")
 
 
 def _check_parallelism(config: "TrainConfig") -> None:
+    if config.engine == "horovod" and config.strategy == "allreduce" and config.compression not in ("none", "fp16"):
+        raise ConfigError(
+            f"--engine horovod carries --compression fp16 alone, found {config.compression}, which MPI carries: drop "
+            "one of them"
+        )
+    if config.adaptive_sync and config.sync_every == 1:
+        raise ConfigError("--adaptive-sync averages more often as the loss falls, and --sync-every 1 is at every step")
     if config.compression_momentum and (config.optimizer != "sgd" or config.momentum):
         raise ConfigError(
             "--compression-momentum takes the place of the optimizer's: use --optimizer sgd without --momentum"

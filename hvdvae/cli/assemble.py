@@ -1,6 +1,7 @@
 """From a configuration to the objects of a run."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -9,8 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hvdvae.cli.agreement import check_same_data
+from hvdvae.compression import DEFAULT_RANK, DEFAULT_SHARE, WITH_RANK, WITH_SHARE
 from hvdvae.config import Binarization, TrainConfig, flag
-from hvdvae.config_check import OF_STAGES
+from hvdvae.config_check import OF_STAGES, has_stages
 from hvdvae.config_kinds import FUNCTION
 from hvdvae.data import Dataset, Source, chosen_binarization, open_dataset
 from hvdvae.errors import ConfigError
@@ -22,7 +24,7 @@ from hvdvae.parallel.tensor import split_layers
 from hvdvae.ps.plan import Plan
 from hvdvae.schedule import Schedule, learning_rate, world_scale
 from hvdvae.seeding import seed_everything
-from hvdvae.strategies import DistributedOptimizer, Strategy
+from hvdvae.strategies import OUTER_LR, OUTER_MOMENTUM, SYNC_EVERY, DistributedOptimizer, Strategy
 from hvdvae.vae import VAE, Elbo, FreeBits, Iwae, Objective, build_model, set_output_bias
 from hvdvae.vae.build import resolved_sizes
 from hvdvae.vae.chain import VaeChain
@@ -32,6 +34,35 @@ if TYPE_CHECKING:
     from hvdvae.parallel.pipeline import Pipeline
 
 MICRO_BATCHES = 4
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """The same, with what defaults of other options stand for: nothing that changes what is computed. Pure.
+
+    Left open: what is off (None), and what depends on the data, ranks or the machine (binarization, elasticity, ...).
+    """
+    hidden, latent, activation = resolved_sizes(config.model, config.hidden, config.latent, config.activation)
+    found: dict[str, Any] = {
+        "optimizer": optimizer_name(config),
+        "hidden": hidden,
+        "latent": latent,
+        "activation": activation,
+        "nll_samples": nll_samples(config),
+    }
+    if config.compression in WITH_SHARE and config.compression_share is None:
+        found["compression_share"] = DEFAULT_SHARE
+    if config.compression in WITH_RANK and config.compression_rank is None:
+        found["compression_rank"] = DEFAULT_RANK
+    if config.strategy in SYNC_EVERY and config.sync_every is None:
+        found["sync_every"] = SYNC_EVERY[config.strategy]
+    if config.strategy == "diloco":
+        for key, default in (("outer_lr", OUTER_LR), ("outer_momentum", OUTER_MOMENTUM)):
+            found[key] = default if getattr(config, key) is None else getattr(config, key)
+    if has_stages(vars(config)):
+        found["micro_batches"] = micro_batches(config)
+    if config.strategy == "ps" and config.rule.startswith("dcasgd"):
+        found["dc_strength"] = plan(config).strength_of()
+    return replace(config, **found)
 
 
 def micro_batches(config: TrainConfig) -> int:
@@ -174,8 +205,8 @@ def mesh_of(config: TrainConfig, ranks: int) -> Mesh:
     }
     in_stages = {"--zero-stage 2": config.zero_stage == 2, "--sync-batch-norm": config.sync_batch_norm}
     for what, options, is_so in (
-        ("that is split (--tensor, --pipeline)", refused, found.pp * found.tp > 1),
-        ("in stages (--pipeline)", in_stages, found.pp > 1),
+        ("that is split (--tensor, --pipeline, --mesh)", refused, found.pp * found.tp > 1),
+        ("in stages (--pipeline, --mesh)", in_stages, found.pp > 1),
     ):
         for name, is_set in options.items():
             if is_so and is_set:

@@ -9,7 +9,7 @@ import yaml
 
 from hvdvae.cli.values import PATHS, checked, expected, path_of, shown
 from hvdvae.cli.yaml_text import Part, YamlError, in_words, parsed_yaml
-from hvdvae.config import TrainConfig, flag
+from hvdvae.config import TrainConfig, flag, meaningful_values
 from hvdvae.errors import ConfigError
 from hvdvae.regular_file import open_to_read
 from hvdvae.whole_file import write_whole
@@ -100,13 +100,14 @@ class _Dumper(yaml.SafeDumper):
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
-    """Save the resolved configuration, whole, as YAML that --config accepts. Raises ConfigError naming the file.
+    """Save a configuration, whole, as YAML that --config accepts. Raises ConfigError naming the file.
 
-    A path of data is saved absolute, so that the run can be opened from anywhere.
+    What is not there has no meaning in this run, or is off. A path of data is saved absolute, so that the run can be
+    opened from anywhere.
     """
     from hvdvae.data.named import NAMES  # Here: it loads torch, and --help reads no data.
 
-    values = {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__}
+    values = meaningful_values(config)
     if config.data not in NAMES and Path(config.data).exists():
         values["data"] = os.path.abspath(config.data)  # Not resolved: a link is where data may move to.
     # How this launch was asked to treat its folder is no property of the run.

@@ -140,12 +140,12 @@ def _gradients(config: TrainConfig, mesh: Mesh, count: int, largest: int) -> int
 
 
 def _vectors_in_shared_memory(config: TrainConfig) -> int:
-    return 2 if _splits_the_step(config) and config.engine != "horovod" and config.zero_stage == 1 else 0
+    return 2 if _splits_the_step(config) and config.engine in ("mpi", "auto") and config.zero_stage == 1 else 0
 
 
 def _splits_the_step(config: TrainConfig) -> bool:
     """Whether a rank steps its slice alone, as ranks of one host do; who saves an allreduce's state sees all of it."""
-    shares = config.strategy == "allreduce" and config.engine != "horovod" and config.compression == "none"
+    shares = config.strategy == "allreduce" and config.engine in ("mpi", "auto") and config.compression == "none"
     return shares or config.strategy == "sharded"
 
 

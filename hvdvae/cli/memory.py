@@ -5,7 +5,6 @@ import sys
 from hvdvae.cli import assemble
 from hvdvae.cli.footprint import Footprint, footprints
 from hvdvae.cli.options import MemoryOptions
-from hvdvae.config import TrainConfig
 from hvdvae.data import open_dataset
 from hvdvae.errors import ConfigError
 from hvdvae.parallel.mesh import Mesh
@@ -29,7 +28,7 @@ def memory(options: MemoryOptions) -> int:
     from hvdvae.cli.parser import parse
 
     _, asked = parse(["train", *options.train])
-    config = TrainConfig(**asked.values)
+    config = assemble.resolved(asked.config())
     if options.ranks < 1:
         raise ConfigError(f"--ranks is {options.ranks}, expected at least 1")
     shape = tuple(options.shape) if options.shape else open_dataset(config.data, validation=config.validation).shape

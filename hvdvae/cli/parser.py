@@ -79,7 +79,7 @@ def parse(argv: list[str]) -> tuple[Command, Any]:
         raise ConfigError(reworded(str(error), name, hints, list(known))) from error
     from hvdvae.cli.train import train
 
-    return train, Asked(given, values)
+    return train, Asked(given, values, frozenset({*asked, *_flags_of(argv)}))
 
 
 def _parser(argv: list[str], values: Mapping[str, Any]) -> ArgumentParser:
@@ -117,6 +117,12 @@ def _files_of(argv: list[str]) -> tuple[list[str], list[str]]:
         else:
             rest.append(word)
     return files, rest
+
+
+def _flags_of(argv: list[str]) -> set[str]:
+    """Keys of train whose flags stand in words that parse, be it with their default values."""
+    flags = {flag(name): name for name in TrainConfig.__dataclass_fields__}
+    return {flags[word] for word in (word.partition("=")[0] for word in argv) if word in flags}
 
 
 def _plain(values: Namespace) -> dict[str, Any]:

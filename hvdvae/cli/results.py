@@ -90,7 +90,7 @@ def _is_a_run(folder: Path) -> bool:
         keys = set(read_mapping(read_text(folder / CONFIG_FILE, CONFIG_FILE), CONFIG_FILE))
     except ConfigError:
         keys = set()
-    if {"likelihood", "strategy", "nll_samples"} <= keys:
+    if {"likelihood", "strategy", "pictures_every"} <= keys:
         return True
     if {"strategy", "world_size", "skipped_steps"} <= _json(folder / "summary.json").keys():
         return True

@@ -40,10 +40,16 @@ def changes(config: TrainConfig, record: Mapping[str, Any]) -> list[str]:
     """What a run that goes on does otherwise than before, as `lr 0.01 (was 0.001)`. Pure."""
     before = record.get("config", {})
     return [
-        f"{key} {_shown(now)} (was {_shown(before[key])})"
+        f"{key} {_shown(now)} (was {_shown(then)})"
         for key in CHANGEABLE
-        if key in before and (now := getattr(config, key)) != before[key]
+        if key in before and _named(key, now := getattr(config, key)) != _named(key, then := before[key])
+        if not (key == "engine" and then == "auto")
     ]
+
+
+def _named(key: str, value: Any) -> Any:
+    """With the engine's default by its name: config.yaml has what it was."""
+    return "horovod" if key == "engine" and value is None else value
 
 
 def saved_function(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def _trained(options: SlurmOptions) -> TrainConfig:
             "slurm: found --overwrite among the options of train, and the script resumes: drop it, and choose another "
             "--out or delete what is there before the first stretch"
         )
-    config = TrainConfig(**asked.values)
+    config: TrainConfig = asked.config()
     if options.servers and config.strategy != "ps":
         raise ConfigError(
             f"--servers {options.servers} is for --strategy ps, found --strategy {config.strategy} behind `--`: drop "

@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -70,7 +70,7 @@ def _train(asked: Asked) -> int:
         without_ports(os.environ)
     world = World.create(device=asked.values["device"], deadline=asked.values["deadline"], servers=servers)
     world.starting = not world.joins
-    config = agreed_config(asked, world)
+    config = assemble.resolved(agreed_config(asked, world))
     if not config.compile:
         spare_the_compiler()
     world.watchdog.seconds = config.deadline
@@ -119,11 +119,10 @@ def _train(asked: Asked) -> int:
         write_config(config, folder / CONFIG_FILE)
     trainer, pictures = _trainer(config, model, trained, optimizer, pipeline, dataset, folder, resumed)
     if world.is_first:
-        if resumed is not None:
-            # Only now it is known that the checkpoint fits this configuration.
-            write_config(config, folder / CONFIG_FILE)
-            if changed := changes(config, resumed.record):
-                say(f"hvdvae: goes on with {', '.join(changed)}")
+        # Only now it is known what carries the mean, and that a checkpoint fits this configuration.
+        write_config(_with_engine(config, optimizer), folder / CONFIG_FILE)
+        if resumed is not None and (changed := changes(config, resumed.record)):
+            say(f"hvdvae: goes on with {', '.join(changed)}")
         say(opening(config, trainer, dataset, folder))
     try:
         outcome = trainer.fit(config.epochs)
@@ -154,6 +153,14 @@ def _train(asked: Asked) -> int:
             ) from None
         world.close()
     return 0
+
+
+def _with_engine(config: TrainConfig, optimizer: Strategy) -> TrainConfig:
+    """The engine that was chosen, where there is one: not in one process, nor where a codec's messages are carried."""
+    if config.strategy not in ("allreduce", "sharded") or config.compression != "none":
+        return config
+    engine: Any = optimizer.engine
+    return replace(config, engine=engine) if engine in ("horovod", "mpi") else config
 
 
 def _distribute(

@@ -30,7 +30,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     *,
     world: World | None = None,
     strategy: str = "allreduce",
-    engine: str = "horovod",
+    engine: str | None = None,
     backward_passes_per_step: int = 1,
     clip_norm: float | None = None,
     compression: str = "none",
@@ -58,7 +58,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     world: this process's World (default: one for the launcher that started it).
     strategy: local, allreduce (synchronous SGD), sharded (the same, its optimizer split over the ranks), local-sgd and
         diloco (averages now and then), or ps (parameter servers).
-    engine: what carries the allreduce: horovod, mpi, or auto.
+    engine: what carries the mean (allreduce, sharded): horovod (default), mpi, or auto.
     backward_passes_per_step: how many gradients are accumulated before a step; they are averaged, not summed.
     clip_norm: global norm at which the mean gradient is clipped.
     compression: of gradients on the wire: none, or a codec of hvdvae.compression; its share, rank and momentum
@@ -80,6 +80,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     """
     check_options(
         strategy,
+        engine=engine,
         compression=compression,
         compression_share=compression_share,
         compression_rank=compression_rank,
@@ -231,4 +232,4 @@ def _wrap(
     return HorovodAllreduce(optimizer, model, world, compression=compression, process_set=process_set, **options)
 
 
-__all__ = ["STRATEGIES", "DistributedOptimizer", "Plan", "Strategy"]
+__all__ = ["OUTER_LR", "OUTER_MOMENTUM", "STRATEGIES", "SYNC_EVERY", "DistributedOptimizer", "Plan", "Strategy"]

@@ -17,18 +17,18 @@ class Engine(NamedTuple):
 
 
 def choose_engine(
-    engine: str,
+    engine: str | None,
     world: World,
     *,
     compression: str = "none",
     reduce_op: str = "average",
     process_set: Any = None,
 ) -> Engine:
-    """Resolve `auto`, and refuse what an engine cannot do. Local and pure but for the world's facts.
+    """Resolve `auto` and None (the default), and refuse what an engine cannot do. Pure but for the World's facts.
 
     Raises ConfigError or WorldError, naming the flag to change.
     """
-    if engine not in ENGINES:
+    if engine not in (None, *ENGINES):
         raise ConfigError(f"engine (--engine) is {engine!r}, expected one of {', '.join(ENGINES)}")
     if compression not in ("none", *CODECS):
         raise ConfigError(
@@ -44,6 +44,11 @@ def choose_engine(
         raise ConfigError("process_set does not go with reduce_op (--reduce-op) adasum, which is over all ranks")
     if compression not in ("none", "fp16") and process_set is not None:
         raise ConfigError(f"process_set does not go with --compression {compression}: only fp16 does")
+    if engine == "horovod" and compression not in ("none", "fp16"):
+        raise ConfigError(
+            f"--engine horovod carries --compression fp16 alone, found {compression}, which MPI carries: drop "
+            "one of them"
+        )
     alone = world.launcher == "none" and process_set is None
     if compression not in ("none", "fp16") or (compression == "fp16" and (engine == "mpi" or alone)):
         carrier = "Horovod's Gloo" if world.launcher == "horovodrun-gloo" else "MPI"
@@ -64,7 +69,7 @@ def choose_engine(
         return Engine("mpi", "as asked (--engine mpi)")
     if world.launcher == "none":
         return Engine("none", "one process without a launcher exchanges nothing")
-    return Engine("horovod", "as asked (--engine horovod, the default)")
+    return Engine("horovod", "the default" if engine is None else "as asked (--engine horovod)")
 
 
 def _choose(world: World, only_horovod: bool) -> Engine:

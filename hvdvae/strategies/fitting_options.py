@@ -5,7 +5,11 @@ from typing import Any
 from hvdvae.config_check import BELONGS
 from hvdvae.errors import ConfigError
 
-_OF_THE_COMMAND = {option: choices for option, other, choices in BELONGS if other == "strategy"}
+_OF_THE_COMMAND = {
+    option: tuple(choice for choice in choices if choice is not None)
+    for option, other, choices in BELONGS
+    if other == "strategy"
+}
 _STRATEGIES: dict[str, tuple[str, ...]] = {
     **_OF_THE_COMMAND,
     "compression_share": _OF_THE_COMMAND["compression"],
@@ -13,6 +17,11 @@ _STRATEGIES: dict[str, tuple[str, ...]] = {
     "process_set": ("allreduce",),
     "servers": ("ps",),
     "plan": ("ps",),
+}
+_CODECS = {
+    option: tuple(choice for choice in choices if choice is not None)
+    for option, other, choices in BELONGS
+    if other == "compression"
 }
 _DEFAULTS = {
     "compression": "none",
@@ -34,6 +43,14 @@ def check_options(strategy: str, **options: Any) -> None:
                 f"{name} (--{name.replace('_', '-')}) is for strategy {' or '.join(_STRATEGIES[name])} (--strategy), "
                 f"found {strategy!r}: drop one"
             )
+    for name in ("compression_share", "compression_rank", "compression_momentum"):
+        if options[name] != _DEFAULTS.get(name) and options["compression"] not in _CODECS[name]:
+            raise ConfigError(
+                f"{name} (--{name.replace('_', '-')}) is for compression {' or '.join(_CODECS[name])} (--compression), "
+                f"found {options['compression']!r}: drop one"
+            )
+    if options["adaptive_sync"] and options["sync_every"] == 1:
+        raise ConfigError("adaptive_sync averages more often as the loss falls, and sync_every=1 is at every step")
     stage, weights = options["zero_stage"], options["weights"]
     if (stage, weights) not in ((1, "fp32"), (2, "fp32"), (2, "bf16")):
         raise ConfigError(

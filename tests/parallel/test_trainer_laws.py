@@ -141,7 +141,7 @@ def latents_of_a_run(world: World, seed: int) -> list[list[float]]:
     model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().flatten().tolist()))
     rows = torch.from_numpy(IMAGES[:1]).float().div(255).repeat(12, 1, 1, 1)
     plain = torch.optim.SGD(model.parameters(), 0.0)
-    strategy, engine = ("local", "mpi") if world.launcher == "none" else ("allreduce", "mpi")
+    strategy, engine = ("local", None) if world.launcher == "none" else ("allreduce", "mpi")
     engine = "horovod" if world.launcher == "horovodrun-gloo" else engine
     optimizer = DistributedOptimizer(plain, model, world=world, strategy=strategy, engine=engine)
     Trainer(model, optimizer, Elbo(), Rows(rows, 1, world), seed=seed).fit(1)

@@ -16,7 +16,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hvdvae.checkpoint import Folder, load
-from hvdvae.config import TrainConfig
+from hvdvae.cli.parser import parse
+from hvdvae.config import TrainConfig, meaningful_values
 from tests.system.conftest import Command, Launch, Start, clean_environment, launcher_command
 
 EPOCHS, RANK_BATCH = 12, 20
@@ -103,8 +104,14 @@ def test_the_last_checkpoints_and_the_best_are_whole(run: Run) -> None:
 
 def test_the_saved_configuration_is_the_whole_one(run: Run) -> None:
     saved = yaml.safe_load((run.folder / "config.yaml").read_text())
-    assert set(saved) == set(TrainConfig.__dataclass_fields__) - {"resume", "overwrite"}
     assert (saved["epochs"], saved["hidden"], saved["lr"]) == (EPOCHS, [20], 0.01)
+    assert (saved["optimizer"], saved["activation"], saved["binarization"]) == ("adam", "tanh", "dynamic")
+    assert saved.get("engine") == (None if run.ranks == 1 else run.summary["engine"])
+    assert None not in saved.values()
+    # What has no meaning in this run is not there, and what is there is all that a run needs.
+    assert not {"resume", "overwrite", "momentum", "gamma", "servers", "cuts", "sigma"} & set(saved)
+    again = parse(["train", "--config", str(run.folder / "config.yaml")])[1].config()
+    assert meaningful_values(again) == meaningful_values(TrainConfig(**saved))
 
 
 def test_the_pictures_show_something(run: Run) -> None:

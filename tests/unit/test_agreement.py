@@ -76,7 +76,7 @@ def test_ranks_that_do_not_see_the_saved_configuration_take_that_of_rank_0(tmp_p
         found = parse(["train", *words])[1]
         found.check(Launch(launcher="mpirun", rank=rank, size=3))
         # The path is the same on all hosts, what lies behind it is not.
-        asked.append(Asked(*({**values, "out": "run"} for values in found)))
+        asked.append(Asked(*({**values, "out": "run"} for values in found[:2])))
     world = Together(3)
     first, *others = on_all(lambda rank: agreed_config(asked[rank], world.rank(rank)), 3)
     assert (first.lr, first.hidden, first.momentum, first.deadline) == (0.125, [9], 0.25, 7.0)

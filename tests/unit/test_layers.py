@@ -16,9 +16,9 @@ PACKAGE = ROOT / "hvdvae"
 # Layer of each part: a file of the package's top folder, or a folder.
 LAYERS = {
     "core": (
-        "abort allocator batch checkpoint config config_check config_kinds cores deadline disturbance dtypes ema "
-        "errors first_order flat launcher outcome quick_start regular_file schedule seeding signals supervisor version"
-        " whole_file world",
+        "abort allocator batch checkpoint config config_check config_kinds config_named cores deadline "
+        "disturbance dtypes ema errors first_order flat launcher outcome quick_start regular_file schedule "
+        "seeding signals supervisor version whole_file world",
         0,
     ),
     "domain": ("data vae", 1),

@@ -63,12 +63,15 @@ def test_what_is_no_mesh_is_refused(text: str) -> None:
         ({"tensor": 3}, "--tensor 3: a model takes 3 ranks then, and 2 are no multiple"),
         ({"mesh": "dp=2,tp=2"}, "--mesh dp=2,tp=2 is of 4 ranks, but 2 train"),
         ({"mesh": "rows=2"}, "--mesh is 'rows=2'"),
-        ({"tensor": 2, "compile": True}, "--compile does not go with a model that is split (--tensor, --pipeline)"),
+        (
+            {"tensor": 2, "compile": True},
+            "--compile does not go with a model that is split (--tensor, --pipeline, --mesh)",
+        ),
         ({"pipeline": 2, "precision": "fp16"}, "--precision fp16 does not go with a model that is split"),
         ({"tensor": 2, "compression": "int8"}, "--compression does not go with a model that is split"),
         (
             {"pipeline": 2, "strategy": "sharded", "zero_stage": 2},
-            "--zero-stage 2 does not go with a model in stages (--pipeline)",
+            "--zero-stage 2 does not go with a model in stages (--pipeline, --mesh)",
         ),
         ({"micro_batches": 4}, "--micro-batches is for models in stages"),
         (
