@@ -1,59 +1,111 @@
 """What a run says on the terminal: at its start, and at its end."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hvdvae.config import TrainConfig
-from hvdvae.data import Dataset
+from hvdvae.data import Dataset, describe_values
 from hvdvae.parallel.mesh import Mesh
 from hvdvae.trainer import Trainer
 
+Processor = Mapping[str, Any]
 MOST_NAMED = 8
 """Ranks in a line."""
 
 
-def opening(config: TrainConfig, trainer: Trainer, dataset: Dataset, folder: Path) -> str:
-    """What is trained, how, and where results go. Local."""
+def opening(
+    config: TrainConfig, trainer: Trainer, dataset: Dataset, folder: Path, named: Collection[str], processor: Processor
+) -> str:
+    """What is trained on what, how, and where results go. Local.
+
+    `named`: keys that somebody gave a value; the others are marked as defaults where a run begins. `processor`:
+    torch.cpu.get_capabilities(), where this torch has it.
+    """
     world, optimizer = trainer.world, trainer.optimizer
-    ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
+    resumed = f", resumed at step {trainer.position.step}" if trainer.position.step else ""
+
+    def mark(key: str) -> str:
+        return "" if key in named or resumed else " (default)"
+
+    rate = float(optimizer.param_groups[0]["lr"])
     parts = optimizer.parts
     mesh = Mesh(world.size) if parts is None else parts.groups.mesh
+    ranks = "1 rank" if world.size == 1 else f"{world.size} ranks (mesh {mesh})"
+    servers = f" and {_plural(world.servers, 'server')} ({config.consistency})" if config.strategy == "ps" else ""
+    threads, launcher = torch.get_num_threads(), "one process" if world.launcher == "none" else world.launcher
+    values = describe_values(dataset.train, likelihood=config.likelihood, binarization=str(config.binarization))
+    drawn = mark("binarization") if config.binarization != "none" else ""
+    sizes = f"hidden {_joined(config.hidden)}, latent {_joined(config.latent)}, {config.activation}"
     count = f"{optimizer.flat.parameters.numel():,} parameters{' on rank 0' if parts is not None else ''}"
-    if world.size > 1:
-        ranks += f" (mesh {mesh})"
+    width = "" if config.sigma is None else f", sigma {config.sigma:g}"
     held = "; ".join(f"{part}: {several(ranks)}" for part, ranks in mesh.holders().items())
-    placed = f"hvdvae: ranks of {held}\n" if parts is not None else ""
-    resumed = f", resumed at step {trainer.position.step}" if trainer.position.step else ""
-    return (
-        f"hvdvae: {dataset.name} {dataset.shape}, {len(dataset.train)} train, {len(dataset.validation)} validation, "
-        f"{len(dataset.test)} test\n"
-        f"hvdvae: {config.model}, {count}, {config.strategy} with engine "
-        f"{optimizer.engine} ({optimizer.engine_reason}), {ranks} x {torch.get_num_threads()} threads on "
-        f"{world.device.type} by {'one process' if world.launcher == 'none' else world.launcher}\n"
-        f"{placed}hvdvae: results go to {folder}{resumed}"
-        f"{in_software(config.precision, world.device.type, getattr(torch.cpu, 'get_capabilities', dict)())}"
-    )
+    lines = [
+        f"{dataset.name}{mark('data')}: {len(dataset.train)} train, {len(dataset.validation)} validation, "
+        f"{len(dataset.test)} test examples of shape {dataset.shape}",
+        f"values: {values}{drawn}",
+        f"{config.model}{mark('model')}, {sizes}: {count}; likelihood {config.likelihood}{mark('likelihood')}{width}",
+        f"{config.strategy}{mark('strategy')} with engine {optimizer.engine} ({optimizer.engine_reason}), {ranks}"
+        f"{servers} x {_plural(threads, 'thread')} on {world.device} by {launcher}",
+        f"{optimizer.wrapped_class}{mark('optimizer')}, lr {rate:g}{mark('lr')}, {_batch(config, trainer)}",
+        *([f"ranks of {held}"] if parts is not None else []),
+        f"results go to {folder}{resumed}",
+        *_cut_short(config, trainer),
+        *in_software(config.precision, world.device.type, processor),
+    ]
+    return "\n".join(f"hvdvae: {line}" for line in lines)
 
 
-def in_software(precision: str, device: str, processor: Mapping[str, Any]) -> str:
-    """A warning, on a line of its own, where a processor knows the arithmetic of --precision from software alone. Pure.
+def _batch(config: TrainConfig, trainer: Trainer) -> str:
+    copies, mine = trainer.optimizer.world.size, batch_of(trainer)
+    passes = f" in {config.accumulate} passes" if config.accumulate > 1 else ""
+    together = config.strategy in ("allreduce", "sharded") and copies > 1
+    step = f", {mine * copies} a step" if together else ""
+    return f"{_plural(mine, 'example')} a rank{passes}{step}"
+
+
+def batch_of(trainer: Trainer) -> int:
+    """Examples that a rank takes in a step: less than asked for where the data has no more."""
+    return int(getattr(trainer.batches, "batch", 0))
+
+
+def _cut_short(config: TrainConfig, trainer: Trainer) -> list[str]:
+    wanted, mine = config.batch_size * config.accumulate, batch_of(trainer)
+    if mine >= wanted:
+        return []
+    passes = f" x --accumulate {config.accumulate}" if config.accumulate > 1 else ""
+    return [
+        f"warning: --batch-size {config.batch_size}{passes} is more than the {trainer.batches.examples} training "
+        f"examples over {_plural(trainer.optimizer.world.size, 'rank')}: a rank takes {mine} a step"
+    ]
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _joined(sizes: Sequence[int] | None) -> str:
+    return " ".join(map(str, sizes or ()))
+
+
+def in_software(precision: str, device: str, processor: Processor) -> list[str]:
+    """A warning, as a line, where a processor knows the arithmetic of --precision from software alone. Pure.
 
     `processor`: torch.cpu.get_capabilities(), where this torch has it. Measured with AVX2 alone: bf16 takes 8 (MLP) and
     19 times (convolutions) as long as fp32.
     """
     needed = {"bf16": ("avx512_bf16", "amx_bf16"), "fp16": ("avx512_fp16", "amx_fp16")}.get(precision)
     if device != "cpu" or needed is None or processor.get("architecture") != "x86_64":
-        return ""
+        return []
     if any(processor.get(name) for name in needed):
-        return ""
-    return (
-        f"\nhvdvae: warning: --precision {precision}: this processor has no instructions for it "
+        return []
+    return [
+        f"warning: --precision {precision}: this processor has no instructions for it "
         f"({' or '.join(needed)}), and is slower than with fp32, maybe many times"
-    )
+    ]
 
 
 def closing(summary: dict[str, Any], folder: Path, pictures: list[Path], *, finished: bool, legend: str = "") -> str:

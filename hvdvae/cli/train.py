@@ -123,7 +123,8 @@ def _train(asked: Asked) -> int:
         write_config(_with_engine(config, optimizer), folder / CONFIG_FILE)
         if resumed is not None and (changed := changes(config, resumed.record)):
             say(f"hvdvae: goes on with {', '.join(changed)}")
-        say(opening(config, trainer, dataset, folder))
+        processor: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        say(opening(config, trainer, dataset, folder, asked.named, processor))
     try:
         outcome = trainer.fit(config.epochs)
     except NonFiniteError as error:

@@ -85,7 +85,10 @@ def trainer_of(
     plain = torch.optim.Adam(model.parameters(), 0.02)
     strategy = "local" if world.launcher == "none" else "allreduce"
     engine = "horovod" if world.launcher == "horovodrun-gloo" else engine
-    chosen = {"strategy": strategy, "engine": engine, "clip_norm": 20.0, **(exchange or {})}
+    chosen = {"strategy": strategy, "clip_norm": 20.0, **(exchange or {})}
+    by_gloo = engine == "horovod" and chosen.get("compression", "none") not in ("none", "fp16")
+    if chosen["strategy"] in ("allreduce", "sharded") and not by_gloo:
+        chosen.setdefault("engine", engine)
     optimizer = DistributedOptimizer(plain, model, world=world, **chosen)
     return Trainer(model, optimizer, loss, batches, **options)
 

@@ -308,8 +308,8 @@ def test_options_of_two_ranks(start: Start, tmp_path: Path, images: Path) -> Non
     ]
     job = start(2, case, json.dumps(runs)).finish(120)
     assert job.status == 0, job.output
-    assert "allreduce with engine mpi (on CPU ranks one MPI allreduce leaves the core to the computation" in job.output
-    assert "allreduce with engine horovod (fp16 compression, Adasum and process sets are Horovod's)" in job.output
+    assert "with engine mpi (on CPU ranks one MPI allreduce leaves the core to the computation" in job.output
+    assert "with engine horovod (fp16 compression, Adasum and process sets are Horovod's)" in job.output
     for name in options:
         first, *_, last = _epochs(tmp_path / name)
         assert last["validation_elbo"] > first["validation_elbo"], name
