@@ -28,15 +28,16 @@ def evaluate(options: EvaluateOptions) -> int:
     fair = threads_of_rank(world)
     torch.set_num_threads(options.threads or fair)
     run = open_run(options.folder, options.checkpoint, world, data=options.data)
+    split, source = run.scored(options.split)
     started = time.perf_counter()
     found = assess(
         run.model,
-        run.split(options.split),
+        source,
         world,
         binarization=assemble.binarization(run.config, run.dataset.train),
         samples=options.samples,
         seed=options.seed,
-        title=f"{options.split} NLL, k={options.samples}",
+        title=f"{split} NLL, k={options.samples}",
     )
     layers = [
         {"active_units": active, "kl_per_dimension": kl.tolist(), "variance_of_means": variance.tolist()}
@@ -48,7 +49,7 @@ def evaluate(options: EvaluateOptions) -> int:
         record = {
             "checkpoint": run.checkpoint,
             "data": run.dataset.name,
-            "split": options.split,
+            "split": split,
             "examples": len(found.nll_per_example),
             "nll": found.nll,
             "nll_standard_error": found.nll_error,
@@ -61,7 +62,7 @@ def evaluate(options: EvaluateOptions) -> int:
             "seconds": time.perf_counter() - started,
             "versions": versions(),
         }
-        print(f"{options.split} of {run.dataset.name}, {record['examples']} examples, {run.checkpoint}")
+        print(f"{split} of {run.dataset.name}, {record['examples']} examples, {run.checkpoint}")
         print(
             f"  NLL         {found.nll:9.3f} +- {found.nll_error:.3f} nats (importance-weighted, k={options.samples})"
         )
@@ -77,7 +78,7 @@ def evaluate(options: EvaluateOptions) -> int:
         # Last: numbers that took hours are not to be lost to a folder that cannot be written to.
         write_json(Path(options.folder) / "evaluation.json", record)
         print(f"  {Path(options.folder) / 'evaluation.json'}")
-    bad = complaint(run.config, run.split(options.split), found.nll, what=f"the model of {run.checkpoint}")
+    bad = complaint(run.config, source, found.nll, what=f"the model of {run.checkpoint}")
     if bad:
         raise NonFiniteError(bad)
     world.close()

@@ -42,8 +42,8 @@ class EvaluateOptions(Checked):
     """--out of a training run."""
     checkpoint: str = "best"
     """best, last, or a file."""
-    split: Literal["test", "validation", "train"] = "test"
-    """Which examples."""
+    split: Literal["test", "validation", "train", "all"] | None = None
+    """Which examples [test; all of --data, where that is other data and brings no test split]."""
     samples: int = 5000
     """Importance samples an example (k of the IWAE bound)."""
     data: str | None = None
@@ -60,38 +60,46 @@ class EvaluateOptions(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(Checked):
-    """A grid of images drawn from a trained model's prior."""
+    """A grid of images drawn from a trained model's prior, or an array of such examples.
+
+    As the model takes them: bytes of images divided by 255, other numbers as they are.
+    """
 
     folder: str
     """--out of a training run."""
     checkpoint: str = "best"
     """best, last, or a file."""
     count: int = 64
-    """Images."""
+    """Examples."""
+    values: Literal["means", "draws"] = "means"
+    """Means of p(x|z), or draws of x from it, with the noise that it has."""
     seed: int = 0
     """Seed of the draws."""
     output: str | None = None
-    """PNG file [DIR/samples.png]."""
+    """A file: .png, a picture, or .npy, an array (count, *shape) of float32 [DIR/samples.png]."""
     deadline: float = DEADLINE
     """Seconds that a rank waits for others before it says for whom, and ends the job."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructOptions(Checked):
-    """A grid of test images, each beside its reconstruction."""
+    """A grid of images, each row of them above the row of their reconstructions, or an array of reconstructions.
+
+    As the model gives them, means of p(x|z): bytes of images divided by 255, other numbers as they are.
+    """
 
     folder: str
     """--out of a training run."""
     checkpoint: str = "best"
     """best, last, or a file."""
     count: int = 32
-    """Images."""
-    split: Literal["test", "validation", "train"] = "test"
-    """Which examples."""
+    """Examples, the first ones."""
+    split: Literal["test", "validation", "train", "all"] | None = None
+    """Which examples [test; all of --data, where that is other data and brings no test split]."""
     data: str | None = None
     """Other data than it was trained on."""
     output: str | None = None
-    """PNG file [DIR/reconstructions.png]."""
+    """A file: .png, a picture, or .npy, an array (count, *shape) of float32 [DIR/reconstructions.png]."""
     deadline: float = DEADLINE
     """Seconds that a rank waits for others before it says for whom, and ends the job."""
 
@@ -167,8 +175,8 @@ class MemoryOptions(Checked):
 
 SUBCOMMANDS: dict[str, tuple[type, str]] = {
     "evaluate": (EvaluateOptions, "test NLL, rate, distortion, active units of a trained model"),
-    "sample": (SampleOptions, "images from the prior"),
-    "reconstruct": (ReconstructOptions, "test images beside their reconstructions"),
+    "sample": (SampleOptions, "images or arrays from the prior"),
+    "reconstruct": (ReconstructOptions, "test images above their reconstructions"),
     "supervise": (SuperviseOptions, "start a job again where it fails"),
     "slurm": (SlurmOptions, "print a batch script for Slurm"),
     "memory": (MemoryOptions, "predict what a run needs on each rank"),

@@ -1,5 +1,6 @@
 """A finished or interrupted run, opened again: its configuration, data and trained model."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,10 +40,14 @@ class SavedRun(NamedTuple):
     checkpoint: str
     """The file that the weights came from."""
 
-    def split(self, name: str) -> Source:
-        """A split by name."""
-        source: Source = getattr(self.dataset, name)
-        return source
+    is_other_data: bool
+    """Whether --data names other data than the run was trained on."""
+
+    def scored(self, split: str | None) -> tuple[str, Source]:
+        """A split and its name. None: test; of other data that brings no test split, all of it."""
+        name = split or ("all" if self.is_other_data and "test" not in self.dataset.brought else "test")
+        source: Source = self.dataset.whole if name == "all" else getattr(self.dataset, name)
+        return name, source
 
 
 def open_model(folder: str, choice: str, world: World) -> SavedModel:
@@ -73,7 +78,9 @@ def open_run(folder: str, choice: str, world: World, *, data: str | None = None)
     Raises DataError, too.
     """
     config, model, file, saved, _ = open_model(folder, choice, world)
-    dataset = assemble.data(data or config.data, world, validation=None if data else config.validation)
+    # A path is saved absolute.
+    is_own = data is None or config.data in (data, os.path.abspath(data))
+    dataset = assemble.data(data or config.data, world, validation=config.validation if is_own else None)
     if dataset.shape != model.shape:
         raise DataError(
             f"{f'--data {data}' if data else config.data}: found examples of shape {dataset.shape}, expected "
@@ -81,12 +88,13 @@ def open_run(folder: str, choice: str, world: World, *, data: str | None = None)
         )
     for split in (dataset.train, dataset.validation, dataset.test):
         check_support(split, config.likelihood, assemble.binarization(config, split))
-    if data is None and saved not in (None, digest(dataset.train)):
+    is_trained_on = saved == digest(dataset.train)
+    if data is None and saved is not None and not is_trained_on:
         raise DataError(
             f"{config.data}: found other examples than {folder} was trained on (their digest is not {saved}): name the "
             "data of the run by --data, or other data of its shape"
         )
-    return SavedRun(config, dataset, model, file)
+    return SavedRun(config, dataset, model, file, not (is_own or is_trained_on))
 
 
 def _look(path: Path, choice: str) -> tuple[dict[str, Any], str]:

@@ -52,7 +52,7 @@ def _finished(name: str, splits: dict[str, Source], validation: int | None) -> D
             source.limits = brightest  # one scale for all splits, should one of them happen to hold only 0 and 1
             check_scale(source)
     train, held, test = complete_splits(splits, validation)
-    return Dataset(name=name, train=train, validation=held, test=test)
+    return Dataset(name=name, train=train, validation=held, test=test, brought=tuple(splits))
 
 
 def _existing(name_or_path: str) -> Path:

@@ -155,6 +155,11 @@ class ArraySource(Source):
         return np.ascontiguousarray(batch).reshape(-1, *self.shape)
 
 
+def base_of(source: Source) -> Source:
+    """The source that a subset is of; of any other source, itself."""
+    return source.base if isinstance(source, Subset) else source
+
+
 class Subset(Source):
     """Some examples of another source, which it shares: `rows` (M,) are their indices there.
 
@@ -164,7 +169,8 @@ class Subset(Source):
     def __init__(self, base: Source, rows: Indices) -> None:
         if len(rows) == 0:
             raise DataError(f"{base.path}: found no example left for a split; expected at least one: add examples")
-        self._base, self._base_rows = base, np.asarray(rows, dtype=np.int64)
+        self.base = base
+        self._base_rows = np.asarray(rows, dtype=np.int64)
         self.path, self.shape, self.dtype, self.in_memory = base.path, base.shape, base.dtype, base.in_memory
         self.stored, self.white_is_255, self.notes = base.stored, base.white_is_255, base.notes
 
@@ -172,14 +178,14 @@ class Subset(Source):
         return len(self._base_rows)
 
     def gather(self, indices: Indices) -> Values:
-        return self._base.gather(self._base_rows[indices])
+        return self.base.gather(self._base_rows[indices])
 
     @cached_property
     def limits(self) -> tuple[float, float]:
         """Those of the whole source, so that a file is scanned once however it is split."""
-        return self._base.limits
+        return self.base.limits
 
     @cached_property
     def peak(self) -> int:
         """That of the whole source."""
-        return self._base.peak
+        return self.base.peak

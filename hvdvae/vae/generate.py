@@ -16,6 +16,12 @@ def sample_images(model: VAE, count: int, generator: torch.Generator | None = No
         return model.likelihood.mean(model.decode(model.draw_prior(count, generator)))
 
 
+def draw_images(model: VAE, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """As `sample_images`, but x drawn from p(x|z): its noise, too, as the data has it."""
+    with evaluating(model):
+        return model.likelihood.sample(model.decode(model.draw_prior(count, generator)), generator)
+
+
 def reconstruct(model: VAE, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Means of p(x|z) for one z drawn from q(z|x), (B, *shape) float32 on the scale of x; x: (B, *shape)."""
     with evaluating(model):
