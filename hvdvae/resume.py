@@ -18,6 +18,7 @@ from hvdvae.config_kinds import FUNCTION
 from hvdvae.errors import CheckpointError
 from hvdvae.parallel.whole_checkpoint import PartOfCheckpoint, merge
 from hvdvae.strategies.checkpointed import pieces_of_all
+from hvdvae.strategies.group_options import as_text, from_text, set_anew, without_tensors
 from hvdvae.strategies.optimizer_state import pack
 
 if TYPE_CHECKING:
@@ -74,8 +75,12 @@ def snapshot(trainer: "Trainer", rows: Tensor, config: Mapping[str, Any]) -> Dra
         "names": optimizer.flat.names,
         "optimizer": optimizer.wrapped_class,
         "examples": trainer.batches.examples,
-        "optimizer_groups": pack(optimizer.param_groups),
-        "optimizer_scalars": scalars,
+        "optimizer_groups": without_tensors(pack(optimizer.param_groups)),
+        "optimizer_counts": sorted(optimizer.counted.names),
+        "optimizer_scalars": {
+            number: {key: as_text(value, f"state {key!r}") for key, value in found.items()}
+            for number, found in scalars.items()
+        },
         "skipped_steps": optimizer.skipped_steps,
         "moved": optimizer.moved.counts(),
         "overflows": trainer.stepper.overflows,
@@ -114,9 +119,11 @@ def restore(trainer: "Trainer", checkpoint: Source) -> None:
             memory[name].copy_(saved)
     options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_entries(record["optimizer_groups"], _entries(source))
-    for group, mine in zip(optimizer.param_groups, options, strict=True):
+    counted = {*record.get("optimizer_counts", ()), *optimizer.counted.names}
+    optimizer.counted.names = counted
+    for group, mine, saved in zip(optimizer.param_groups, options, record["optimizer_groups"], strict=True):
         # The options of this run rule: whoever resumes with another rate or decay wants it.
-        group.update(mine)
+        group.update(set_anew(optimizer.wrapped, mine, saved, counted))
     if trainer.ema is not None:
         averages = optimizer.flat.views(trainer.ema.average)
         trainer.ema.average.copy_(optimizer.flat.parameters)  # Where the run kept none.
@@ -150,7 +157,7 @@ def judged_by(config: Mapping[str, Any]) -> tuple[Any, Any]:
 def _entries(source: Source) -> Iterator[tuple[int, str, Any]]:
     for number, entries in source.record["optimizer_scalars"].items():
         for key, value in entries.items():
-            yield int(number), key, value
+            yield int(number), key, from_text(value)
     for name, tensor in source.each("optimizer"):
         number, _, key = name.partition("/")
         yield int(number), key, tensor

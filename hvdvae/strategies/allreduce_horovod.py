@@ -138,7 +138,7 @@ class HorovodAdasum(Strategy):
     def update(self) -> None:
         """Take this rank's step from the common weights, then replace it by the Adasum of all ranks' steps."""
         start = self.flat.parameters.clone()
-        self.inner.step()
+        super().update()
         self.flat.parameters.sub_(start)
         with self.world.waiting("horovod adasum of the update"):
             # In one dimension: Horovod takes no tensor whose channels come last.

@@ -12,6 +12,7 @@ import io
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from hvdvae.checkpoint import Piece
 from hvdvae.checkpoint.pieces import kind_of
 from hvdvae.dtypes import DTYPES
 from hvdvae.errors import CheckpointError, ConfigError
-from hvdvae.strategies.optimizer_state import Groups, Scalars, pack
+from hvdvae.strategies.optimizer_state import LOOSE, Groups, Scalars, pack
 
 if TYPE_CHECKING:
     from hvdvae.strategies.strategy import Strategy
@@ -80,7 +81,10 @@ def checkpoint(strategy: "Strategy", own: Mapping[str, Any]) -> State | None:
     if not is_first:
         return None
     found: State = {"format": FORMAT, "model": {}, "optimizer": {}, "buffers": taken.pop("buffers"), "strategy": {}}
-    entries: dict[int, dict[str, Any]] = {int(number): dict(values) for number, values in scalars.items()}
+    entries: dict[int, dict[str, Any]] = {
+        int(number): {key: plain(value, f"state {key!r}") for key, value in values.items()}
+        for number, values in scalars.items()
+    }
     for name, tensor in taken.items():
         kind, _, rest = name.partition("/")
         if kind == "optimizer":
@@ -88,7 +92,8 @@ def checkpoint(strategy: "Strategy", own: Mapping[str, Any]) -> State | None:
             entries.setdefault(int(number), {})[key] = tensor
         else:
             found[kind][rest] = tensor
-    state = {number: entries[number] for number in sorted(entries)}
+    state: dict[Any, Any] = entries.pop(LOOSE, {})
+    state |= {number: entries[number] for number in sorted(entries)}
     found["optimizer"] = {
         "state": state,
         "param_groups": plain(pack(strategy.param_groups), "an option of the optimizer"),
@@ -195,7 +200,9 @@ def plain(value: Any, name: str) -> Any:
         return value.detach().to("cpu", copy=True)
     if isinstance(value, np.generic):
         return value.item()
-    if value is None or isinstance(value, bool | int | float | complex | str):
+    if isinstance(value, Enum):
+        return plain(value.value, name)
+    if value is None or isinstance(value, bool | int | float | complex | str | torch.dtype):
         return value
     if isinstance(value, Counter):  # Milestones of a schedule; torch.load knows it.
         return Counter(value)
@@ -233,6 +240,9 @@ def _flattened(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], Scalars]:
     tensors |= {f"strategy/{name}": tensor for name, tensor in state["strategy"].items()}
     scalars: Scalars = {}
     for number, entries in state["optimizer"]["state"].items():
+        if not isinstance(number, int):
+            scalars.setdefault(str(LOOSE), {})[number] = entries
+            continue
         for key, value in entries.items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{number}/{key}"] = value
@@ -285,7 +295,7 @@ def _load_memory(strategy: "Strategy", source: _Sent, record: Mapping[str, Any])
 def _entries(strategy: "Strategy", source: _Sent, record: Mapping[str, Any]) -> Iterator[tuple[int, str, Any]]:
     """The optimizer's state by the numbers that its parameters have here."""
     here = {name: number for number, name in strategy.numbered.items()}
-    numbers = {number: here[name] for number, name in record["trained"] if name in here}
+    numbers = {number: here[name] for number, name in record["trained"] if name in here} | {LOOSE: LOOSE}
     for number, entries in record["scalars"].items():
         if int(number) in numbers:
             for key, value in entries.items():

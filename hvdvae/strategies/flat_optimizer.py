@@ -116,7 +116,7 @@ def load_per_tensor(inner: Optimizer, flat: FlatModel, entries: Iterator[tuple[i
         vector = group["params"][0]
         state = inner.state[vector]
         if not isinstance(value, Tensor) or key in COUNTERS:
-            state.setdefault(key, counter(value, vector, bool(group.get("fused"))))
+            state.setdefault(key, counter(key, value, vector, bool(group.get("fused"))))
             continue
         if key not in state:
             state[key] = torch.zeros_like(vector, requires_grad=False)
@@ -171,8 +171,11 @@ def _is_aligned(value: Any, vector: Tensor) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape == vector.shape
 
 
-def counter(value: Any, vector: Tensor, fused: bool) -> Any:
-    """A number that a parameter has in the state, a copy."""
+def counter(key: str, value: Any, vector: Tensor, fused: bool) -> Any:
+    """A number that a parameter has in the state, a copy; plain ones, as torch had them before 1.12, become tensors."""
+    if key in COUNTERS and isinstance(value, int | float):
+        wide = torch.get_default_dtype() == torch.float64
+        value = torch.tensor(float(value), dtype=torch.float64 if wide else torch.float32)
     # A fused kernel reads its count of steps where the parameters are, as float32.
     if fused and isinstance(value, Tensor):
         return value.detach().clone().to(vector.device, torch.float32)

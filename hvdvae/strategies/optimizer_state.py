@@ -14,11 +14,14 @@ from hvdvae.checkpoint import Piece
 from hvdvae.errors import CheckpointError
 from hvdvae.flat import FlatModel
 from hvdvae.strategies.flat_optimizer import is_elementwise, load_per_tensor, per_tensor_state
+from hvdvae.strategies.group_options import take_options
 
 Groups = list[dict[str, Any]]
 Entries = Iterator[tuple[int, str, Any]]
 """Of a state: number of a parameter, name, value."""
 Scalars = dict[str, dict[str, Any]]
+LOOSE = -1
+"""Stands for the number of a parameter where an optimizer keeps something that belongs to none, by its name."""
 
 
 def save_state(wrapped: Optimizer, inner: Optimizer, flat: FlatModel, numbers: Sequence[int]) -> dict[str, Any]:
@@ -40,14 +43,25 @@ def load_state(
 
     Raises CheckpointError where groups or shapes do not fit this model.
     """
-    take_groups(wrapped, groups)
     if is_elementwise(wrapped):
+        take_groups(wrapped, groups)
         load_per_tensor(inner, flat, of_trained(numbers, entries))
         return
-    state: dict[int, dict[str, Any]] = {}
+    state: dict[Any, Any] = {}
     for number, key, value in entries:
-        state.setdefault(number, {})[key] = value
-    inner.load_state_dict({"state": state, "param_groups": groups})
+        (state if number == LOOSE else state.setdefault(number, {}))[key] = value
+    load_whole(inner, {"state": state, "param_groups": groups})
+
+
+def load_whole(inner: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Load a state_dict into an optimizer that is stepped as it is; its groups stay the same objects. Local."""
+    mine = inner.param_groups
+    take_groups(inner, state_dict["param_groups"])
+    inner.load_state_dict({**state_dict, "param_groups": pack(mine)})
+    # torch puts new groups in their place, and whoever holds the old ones would write old counts back.
+    for group, loaded in zip(mine, inner.param_groups, strict=True):
+        group.update(loaded)
+    inner.param_groups = mine
 
 
 def take_groups(wrapped: Optimizer, saved: Groups) -> None:
@@ -59,7 +73,7 @@ def take_groups(wrapped: Optimizer, saved: Groups) -> None:
             "model"
         )
     for group, values in zip(wrapped.param_groups, saved, strict=True):
-        group.update({key: value for key, value in values.items() if key not in ("params", "fused")})
+        take_options(group, values)
 
 
 def of_trained(numbers: Sequence[int], entries: Entries) -> Entries:
@@ -81,7 +95,9 @@ def pieces_of(state: dict[int, dict[str, Any]]) -> tuple[dict[str, Piece], Scala
     """What a checkpoint keeps of a state: tensors, as NUMBER/ENTRY, and scalars, by number and entry. Local."""
     pieces: dict[str, Piece] = {}
     scalars: Scalars = {}
-    for number, key, value in entries_of(state):
+    if loose := {str(key): value for key, value in state.items() if not isinstance(key, int)}:
+        scalars[str(LOOSE)] = loose
+    for number, key, value in entries_of({key: found for key, found in state.items() if isinstance(key, int)}):
         if isinstance(value, Tensor):
             pieces[f"{number}/{key}"] = Piece.of(value)
         else:

@@ -13,7 +13,17 @@ from torch.optim import Optimizer
 
 from hvdvae.checkpoint import Piece
 from hvdvae.flat import FlatModel
-from hvdvae.strategies.optimizer_state import Entries, Groups, Scalars, entries_of, load_state, pieces_of, save_state
+from hvdvae.strategies.flat_optimizer import is_elementwise
+from hvdvae.strategies.optimizer_state import (
+    Entries,
+    Groups,
+    Scalars,
+    entries_of,
+    load_state,
+    load_whole,
+    pieces_of,
+    save_state,
+)
 from hvdvae.strategies.quiet_optimizer import QuietOptimizer
 
 
@@ -34,6 +44,11 @@ class SavedOptimizer(QuietOptimizer):
         """Inside, the model holds what is to be evaluated or saved; with `state`, `state_dict` may be asked for."""
 
     @property
+    def wrapped(self) -> Optimizer:
+        """The torch optimizer that was wrapped; its groups are this one's."""
+        return self._wrapped
+
+    @property
     def numbered(self) -> dict[int, str]:
         """Names of the trained parameters, by their number in the optimizer."""
         return dict(zip(self.numbers, self.flat.names, strict=True))
@@ -47,7 +62,10 @@ class SavedOptimizer(QuietOptimizer):
 
         Raises CheckpointError where groups or shapes do not fit this model.
         """
-        self.load_entries(state_dict["param_groups"], entries_of(state_dict["state"]))
+        if is_elementwise(self._wrapped):
+            self.load_entries(state_dict["param_groups"], entries_of(state_dict["state"]))
+        else:
+            load_whole(self.inner, state_dict)
 
     def saving(self) -> AbstractContextManager[Tensor]:
         """As `fetched(state=True)`; inside, `pieces` may be asked for."""

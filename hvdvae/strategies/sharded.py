@@ -86,7 +86,7 @@ class Sharded(SlicedStep):
             mine = inner["params"][0]
             state = self.inner.state[mine]
             if not isinstance(value, Tensor) or key in COUNTERS:
-                state.setdefault(key, counter(value, mine, bool(inner.get("fused"))))
+                state.setdefault(key, counter(key, value, mine, bool(inner.get("fused"))))
                 continue
             check_shape(value, self.flat.tensors[number].shape)
             if key not in state:

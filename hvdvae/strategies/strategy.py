@@ -22,6 +22,7 @@ from hvdvae.strategies.checkpointed import checkpoint, restore
 from hvdvae.strategies.equal_options import EqualOptions
 from hvdvae.strategies.flat_optimizer import check_supported, flat_optimizer, is_elementwise
 from hvdvae.strategies.gradient_hooks import release
+from hvdvae.strategies.group_options import CountedOptions
 from hvdvae.strategies.optimizer_state import entries_of, follow, load_state
 from hvdvae.strategies.run_member import RunMember
 from hvdvae.strategies.same_model import check_device, check_same_model, check_same_optimizer, summary
@@ -89,6 +90,8 @@ class Strategy(RunMember):
         self.wrapped_class = type(optimizer).__name__
         self.inner = flat_optimizer(optimizer, self.flat)
         self._is_flat = is_elementwise(optimizer)
+        self.counted = CountedOptions()
+        """Those that steps of a class of others change: they are state, and not the user's."""
         if self._is_flat:  # Else the optimizer itself calls them.
             self._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
             self._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
@@ -223,7 +226,10 @@ class Strategy(RunMember):
 
     def update(self) -> None:
         """Step the inner optimizer on the vectors. Local."""
-        self.inner.step()
+        if self._is_flat:
+            self.inner.step()
+        else:
+            self.counted.step(self.inner)
 
     def skip(self) -> None:
         """In place of `update`, where the gradient is not finite."""

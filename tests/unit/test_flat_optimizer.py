@@ -255,3 +255,24 @@ def test_weights_of_half_precision_are_stepped_whole(dtype: torch.dtype) -> None
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     assert bool((model.weight != before).all())
+
+
+@pytest.mark.parametrize("strategy", ["local", "sharded", "allreduce"])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.NAdam, torch.optim.ASGD, torch.optim.RAdam])
+def test_counts_that_are_plain_numbers_load(kind: type[Optimizer], strategy: str) -> None:
+    """As torch saved them before 1.12, or as somebody makes them by hand."""
+    plain, model = Scaled(), Scaled()
+    optimizer = kind(plain.parameters(), lr=0.01)  # type: ignore[call-arg]
+    train(plain, optimizer, 2)
+    old = copy.deepcopy(optimizer.state_dict())
+    for entries in old["state"].values():
+        for key in ("step", "mu_product", "eta", "mu"):
+            if key in entries:
+                entries[key] = entries[key].item()
+    model.load_state_dict(plain.state_dict())
+    own = kind(model.parameters(), lr=0.01)  # type: ignore[call-arg]
+    ours = DistributedOptimizer(own, model, world=World.alone(), strategy=strategy)
+    ours.load_state_dict(old)
+    train(plain, optimizer, 2, first=2)
+    train(model, ours, 2, first=2)
+    assert_same(model, plain)

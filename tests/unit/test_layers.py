@@ -177,6 +177,7 @@ def test_strategies_do_not_import_each_other() -> None:
         "equal_options",
         "gradient_hooks",
         "left_alone",
+        "group_options",
         "mean",
         "messages",
         "optimizer_state",
