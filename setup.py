@@ -45,6 +45,11 @@ setup(
         "torch>=2.6",
         "tqdm>=4.66",
     ],
-    extras_require={"mpi": ["mpi4py>=4.0,<5"], "horovod": ["horovod>=0.28.1"], "test": TEST},
+    extras_require={
+        "mpi": ["mpi4py>=4.0,<5"],
+        "horovod": ["horovod>=0.28.1"],
+        "hdf5-filters": ["hdf5plugin>=5"],
+        "test": TEST,
+    },
     entry_points={"console_scripts": ["hvdvae=hvdvae.cli:run"]},
 )

@@ -26,6 +26,8 @@ class DataOptions:
     """digits (embedded), mnist, fashion-mnist, or a path: IDX (gz or not), .npy, .npz, .h5, a folder of images."""
     validation: int | None = None
     """Examples held out of the training set for validation, where the data brings none [10%, at most 5000]."""
+    external_storage: bool = False
+    """Follow an HDF5 file whose numbers lie in other files (external storage): it may name any file of this machine."""
     binarization: Binarization | None = None
     """dynamic draws pixels anew for every minibatch (the IWAE protocol), static once, none takes values as they are
     [dynamic for 8-bit images with --likelihood bernoulli; none for floats, and with the other likelihoods]."""

@@ -7,7 +7,7 @@ FUNCTION = ("model", "hidden", "latent", "activation", "batch_norm", "likelihood
 """What the trained numbers compute. With another value they may fit all the same, and be another function."""
 FIXED = ("seed", "optimizer")
 """Data order and noise follow from the one, and what the saved state means from the other."""
-BY_DATA = ("data", "validation")
+BY_DATA = ("data", "validation", "external_storage")
 """Compared by the digest of the training examples: a file may move."""
 CHANGEABLE = (
     *("objective", "samples", "beta", "beta_warmup", "free_bits"),

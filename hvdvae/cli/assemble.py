@@ -87,16 +87,16 @@ def validation_samples(config: TrainConfig) -> int:
     return config.samples if config.objective == "iwae" else 1
 
 
-def data(name_or_path: str, world: World, *, validation: int | None = None) -> Dataset:
+def data(name_or_path: str, world: World, *, validation: int | None = None, external_storage: bool = False) -> Dataset:
     """Open a data set on every rank. Blocks; every rank must call it: rank 0 first, since it may download.
 
     Raises DataError where ranks find different data.
     """
     if world.is_first:
-        dataset = open_dataset(name_or_path, validation=validation)
+        dataset = open_dataset(name_or_path, validation=validation, external_storage=external_storage)
     world.barrier("rank 0 opens the data", patient=True)
     if not world.is_first:
-        dataset = open_dataset(name_or_path, validation=validation)
+        dataset = open_dataset(name_or_path, validation=validation, external_storage=external_storage)
     check_same_data(dataset, world)
     return dataset
 

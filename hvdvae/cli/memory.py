@@ -31,7 +31,11 @@ def memory(options: MemoryOptions) -> int:
     config = assemble.resolved(asked.config())
     if options.ranks < 1:
         raise ConfigError(f"--ranks is {options.ranks}, expected at least 1")
-    shape = tuple(options.shape) if options.shape else open_dataset(config.data, validation=config.validation).shape
+    shape = (
+        tuple(options.shape)
+        if options.shape
+        else open_dataset(config.data, validation=config.validation, external_storage=config.external_storage).shape
+    )
     mesh = assemble.mesh_of(config, options.ranks)
     sys.stdout.write(table(footprints(config, shape, mesh), mesh))
     return 0

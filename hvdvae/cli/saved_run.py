@@ -80,7 +80,12 @@ def open_run(folder: str, choice: str, world: World, *, data: str | None = None)
     config, model, file, saved, _ = open_model(folder, choice, world)
     # A path is saved absolute.
     is_own = data is None or config.data in (data, os.path.abspath(data))
-    dataset = assemble.data(data or config.data, world, validation=config.validation if is_own else None)
+    dataset = assemble.data(
+        data or config.data,
+        world,
+        validation=config.validation if is_own else None,
+        external_storage=config.external_storage and is_own,
+    )
     if dataset.shape != model.shape:
         raise DataError(
             f"{f'--data {data}' if data else config.data}: found examples of shape {dataset.shape}, expected "

@@ -95,7 +95,7 @@ def _train(asked: Asked) -> int:
     torch.set_num_threads(threads)
     groups = assemble.mesh(config, world)
     replicas = world if groups is None else groups.replicas
-    dataset = assemble.data(config.data, world, validation=config.validation)
+    dataset = assemble.data(config.data, world, validation=config.validation, external_storage=config.external_storage)
     binarization = assemble.binarization(config, dataset.train)
     config = replace(config, binarization=binarization)  # What stays as it is where a later launch has other data.
     check_dataset(

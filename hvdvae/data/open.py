@@ -15,27 +15,31 @@ from hvdvae.data.npy import open_npy, open_npz
 from hvdvae.data.source import Source
 from hvdvae.data.split import complete_splits, pick_splits, split_called
 from hvdvae.data.values import check_exact, check_scale
-from hvdvae.errors import DataError
+from hvdvae.errors import ConfigError, DataError
 
+HDF5_SUFFIXES = (".h5", ".hdf5")
 _IDX_SPLIT = re.compile(r"(?:^|[_.-])(train|val|valid|validation|test|t10k)[_.-]images", re.IGNORECASE)
 _IDX_FILE = re.compile(r"(\.idx|[.-]idx\d?-?ubyte|-ubyte)(\.gz)?$", re.IGNORECASE)
 
 
-def open_dataset(name_or_path: str, *, validation: int | None = None) -> Dataset:
+def open_dataset(name_or_path: str, *, validation: int | None = None, external_storage: bool = False) -> Dataset:
     """The data set of a name (digits, mnist, fashion-mnist) or path, split the same on every rank.
 
     A path is an IDX file, .npy, .npz, .h5 or .hdf5, or a folder of IDX files, of .npy files, or of images
     (also in subfolders train, validation, test); one that does not exist is looked for in $HVDVAE_DATA.
-    `validation` is the count of examples to hold out of train where the data has no validation split. Every
-    rank calls it. Blocks while files are read or downloaded, and floats are searched for NaN in bounded
-    memory. Raises DataError naming the file.
+    `validation` is the count of examples to hold out of train where the data has no validation split.
+    `external_storage`: numbers of an HDF5 file may lie in other files, any that it names (ConfigError where there is no
+    HDF5 file). Every rank calls it. Blocks while files are read or downloaded, and floats are searched for NaN in
+    bounded memory. Raises DataError naming the file.
     """
+    if external_storage and not name_or_path.lower().endswith(HDF5_SUFFIXES):
+        raise ConfigError(f"--external-storage is for HDF5 files, found --data {name_or_path}: drop one")
     if name_or_path == "digits":
         return _finished("digits", {"train": named.digits()}, validation)
     path = named.fetch(name_or_path) if name_or_path in named.NAMES else _existing(name_or_path)
     name = name_or_path if name_or_path in named.NAMES else path.name
     try:
-        splits = _open_folder(path) if path.is_dir() else _open_file(path)
+        splits = _open_folder(path) if path.is_dir() else _open_file(path, external_storage)
     except OSError as error:
         raise DataError(f"{path}: {error}; expected a file or folder that this user may read") from error
     return _finished(name, splits, validation)
@@ -67,7 +71,7 @@ def _existing(name_or_path: str) -> Path:
     )
 
 
-def _open_file(path: Path) -> dict[str, Source]:
+def _open_file(path: Path, external_storage: bool) -> dict[str, Source]:
     suffix = path.suffix.lower()
     if not path.is_file():
         raise DataError(
@@ -77,10 +81,10 @@ def _open_file(path: Path) -> dict[str, Source]:
         raise DataError(f"{path}: found an empty file; expected data")
     if suffix == ".npz":
         return open_npz(path)
-    if suffix in (".h5", ".hdf5"):
+    if suffix in HDF5_SUFFIXES:
         from hvdvae.data.hdf5 import open_hdf5  # here: h5py costs memory and time that others need not pay
 
-        return open_hdf5(path)
+        return open_hdf5(path, external_storage=external_storage)
     if suffix == ".npy":
         return {"train": open_npy(path)}
     if _IDX_FILE.search(path.name) or _IDX_SPLIT.search(path.name):

@@ -108,7 +108,7 @@ def test_data_that_cannot_be_trained_on_is_refused():
 
 @pytest.mark.parametrize("kind", ["npy", "npz", "contiguous.h5", "chunked.h5"])
 def test_data_on_disk_gives_the_same_batches_as_in_memory(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr("hvdvae.data.hdf5.open_hdf5.__kwdefaults__", {"in_memory_bytes": 0})
+    monkeypatch.setattr("hvdvae.data.hdf5.open_hdf5.__kwdefaults__", {"in_memory_bytes": 0, "external_storage": False})
     monkeypatch.setattr("hvdvae.data.array_file.IN_MEMORY_BYTES", 0)
     file = tmp_path / f"a.{kind}"
     splits = {"train": GREY, "validation": GREY[:5], "test": GREY[5:10]}
