@@ -44,6 +44,8 @@ class FlatModel:
         """Of `parameters`, one a parameter: where it is, unless somebody has replaced its storage."""
         self.parameters = torch.empty(sum(p.numel() for p in self.tensors), dtype=first.dtype, device=first.device)
         self._gradient: Tensor | None = None
+        self.frozen: list[int] = []
+        """Parameters, by number, that have neither requires_grad nor a gradient, as of the last gathering."""
         self._gradient_views: list[Tensor] = []
         self.group_slices: list[slice] = []
         start = 0
@@ -144,24 +146,31 @@ class FlatModel:
         for parameter, view in zip(self.tensors, self._views, strict=True):
             parameter.data = view
 
+    @torch.no_grad()
     def gather_gradient(self) -> Tensor:
         """Move all gradients into the vector `gradient` (P,) and make each `.grad` a view of it. Idempotent.
 
-        A parameter without a gradient contributes zeros, so that ranks agree on the length.
+        A parameter without a gradient contributes zeros, so that ranks agree on the length. A graph that backward was
+        asked for (create_graph) is let go.
         """
         whole = self.gradient
         targets: list[Tensor] = []
         sources: list[Tensor] = []
-        for parameter, view in zip(self.tensors, self._gradient_views, strict=True):
+        frozen: list[int] = []
+        for number, (parameter, view) in enumerate(zip(self.tensors, self._gradient_views, strict=True)):
             gradient = parameter.grad
             if gradient is None:
                 view.zero_()
+                if not parameter.requires_grad:
+                    frozen.append(number)
+                    continue
             elif gradient is not view:
                 targets.append(view)
                 sources.append(gradient if gradient.layout == torch.strided else gradient.to_dense())
             parameter.grad = view
         if targets:
             torch._foreach_copy_(targets, sources)
+        self.frozen = frozen
         return whole
 
     def keep_buffers(self) -> None:

@@ -107,7 +107,7 @@ class Trainer:
             check_state(model)
         keep_freed_memory()
         self.model, self.optimizer, self.batches = model, optimizer, batches
-        optimizer.is_told_the_step = True
+        optimizer.is_told_the_step = optimizer.is_told_the_passes = True
         self.world = optimizer.whole
         self.position = Position()
         ema = MovingAverage(optimizer.flat.parameters, ema_decay) if ema_decay else None

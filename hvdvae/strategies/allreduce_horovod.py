@@ -122,6 +122,7 @@ class HorovodAdasum(Strategy):
 
     name = "allreduce"
     engine = "horovod"
+    averages_gradients = False
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, world: World, **options: Any) -> None:
         """Start Horovod. Blocks; every rank must call it. `world.size` must be a power of two."""
@@ -138,7 +139,7 @@ class HorovodAdasum(Strategy):
     def update(self) -> None:
         """Take this rank's step from the common weights, then replace it by the Adasum of all ranks' steps."""
         start = self.flat.parameters.clone()
-        super().update()
+        self.step_inner()
         self.flat.parameters.sub_(start)
         with self.world.waiting("horovod adasum of the update"):
             # In one dimension: Horovod takes no tensor whose channels come last.

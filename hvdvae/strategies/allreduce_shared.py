@@ -47,7 +47,7 @@ class SharedAllreduce(SlicedStep):
 
     def update(self) -> None:
         """As SlicedStep's."""
-        self.inner.step()
+        self.step_inner()
         known = sum(map(len, self.inner.state.values())) == len(self._seen)
         if not known or any(entries[key] is not value for entries, key, value in self._seen):
             self._share_state()

@@ -49,13 +49,21 @@ class EqualOptions:
         return self._steps % EVERY == 0 or (self._steps < EVERY and self._steps & (self._steps - 1) == 0)
 
     def compare(
-        self, groups: Groups, world: World, sum_: Callable[[Tensor], Tensor], *, ranks: list[int], steps: int = 0
+        self,
+        groups: Groups,
+        world: World,
+        sum_: Callable[[Tensor], Tensor],
+        *,
+        ranks: list[int],
+        steps: int = 0,
+        frozen: Sequence[int] = (),
     ) -> None:
         """Blocks; each of `ranks`, those of `world` that step together, must call it. `sum_`: over them, in place.
 
-        `steps`: that this rank has taken so far. Raises ConfigError on all of them where options, or steps, differ.
+        `steps`: that this rank has taken so far. `frozen`: numbers of parameters that a step leaves alone.
+        Raises ConfigError on all of them where any of these differ.
         """
-        values = tuple(_plain(group.get(name)) for group in groups for name in self._names)
+        values = (*(_plain(group.get(name)) for group in groups for name in self._names), tuple(frozen))
         if values != self._values:
             self._values, self._digest = values, zlib.crc32(repr([*map(_rounded, values)]).encode())
         found = _table([self._digest, steps], world, sum_)
@@ -78,7 +86,8 @@ class EqualOptions:
                 f"after {column[0]:.0f}: give all ranks as many batches"
             )
         group, name = divmod(place - 1, len(self._names))
-        what = f"{self._names[name]} of group {group}"
+        is_option = place < len(columns) - 1
+        what = f"{self._names[name]} of group {group}" if is_option else "what is frozen (requires_grad)"
         if _is_number(self._values[place - 1]):
             differ = f"{what} is {column[0]:.10g} on rank {ranks[0]} and {column[other]:.10g} on rank {ranks[other]}"
         else:

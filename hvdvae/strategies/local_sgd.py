@@ -35,6 +35,7 @@ class LocalSgd(Strategy):
     name = "local-sgd"
     engine = "mpi"
     engine_reason = "averages are the World's own"
+    averages_gradients = False
 
     def __init__(
         self,
@@ -132,8 +133,12 @@ class LocalSgd(Strategy):
         self._mean.keep()
         step = difference
         if self._outer_momentum:
+            frozen = [place for number, place in enumerate(self.flat.places().values()) if number in self.flat.frozen]
+            plain = [(place, difference[place] / self._outer_lr, self._velocity[place].clone()) for place in frozen]
             self._velocity.mul_(self._outer_momentum).add_(difference)
             step = difference.add_(self._velocity, alpha=self._outer_momentum)
+            for place, mean, velocity in plain:  # What is frozen takes the mean, and is carried no further.
+                step[place], self._velocity[place] = mean, velocity
         self.flat.parameters.copy_(self._anchor.sub_(step, alpha=self._outer_lr))
         self._since.zero_()
         self._is_mean = True
@@ -227,7 +232,8 @@ class LocalSgd(Strategy):
     def _compare(self, what: str) -> None:
         # Checkpoints have the options of one rank, and an average of unequal numbers of steps is nobody's.
         sum_ = partial(self.world.sum_, what=what)
-        self.equal_options.compare(self.param_groups, self.world, sum_, ranks=self.peers, steps=self.moved.steps)
+        mine: dict[str, Any] = {"steps": self.moved.steps, "frozen": self.flat.frozen}
+        self.equal_options.compare(self.param_groups, self.world, sum_, ranks=self.peers, **mine)
 
     def _check_finite(self, vector: Tensor) -> None:
         if not bool(torch.isfinite(torch.dot(vector, vector))):

@@ -43,6 +43,7 @@ class ParameterServer(Strategy):
     engine = "mpi"
     engine_reason = "parameter servers are mpi4py's"
     synchronous = False
+    averages_gradients = False
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, world: World, *, plan: Plan, **options: Any) -> None:
         """Meet the servers. Blocks; every rank, servers too, must build it (`serve`).
@@ -142,7 +143,13 @@ class ParameterServer(Strategy):
         return living.index(self._worker), len(living)
 
     def exchange(self, gradient: Tensor) -> None:
-        """Gradients stay each worker's own until they are pushed."""
+        """Gradients stay each worker's own until they are pushed. Raises ConfigError where something was frozen."""
+        if self.flat.frozen:
+            raise ConfigError(
+                f"parameter {self.flat.names[self.flat.frozen[0]]!r} was frozen (requires_grad) after the optimizer "
+                "was wrapped, and parameter servers would go on moving it: freeze it before DistributedOptimizer, or "
+                "use another --strategy"
+            )
 
     def update(self) -> None:
         """Push, and pull. Blocks until the policy lets this worker go on."""

@@ -28,6 +28,8 @@ class RunMember(CommonModel):
     """The only one that it computes in, as in --precision."""
     is_told_the_step = False
     """Whether somebody else, as the Trainer, tells the watchdog which step this is."""
+    is_told_the_passes = False
+    """Whether somebody else, as the Trainer, weighs losses so that a step is of `backward_passes_per_step` passes."""
     parts: "Parts | None" = None
     """Where several ranks hold a model together: this rank's part."""
     recovers = False

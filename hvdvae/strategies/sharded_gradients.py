@@ -107,6 +107,8 @@ class ShardedGradients(Sharded):
         if self._exchanged:
             return
         self._take_what_was_set()
+        frozen = (number for number, tensor in enumerate(self.flat.tensors) if not tensor.requires_grad)
+        self.flat.frozen = [number for number in frozen if not self._has_come(number)]
         if self._buckets.holds:
             self._end_dropped()
         for bucket in self._buckets.missing(self._agree(_STEPS, self._buckets.wanted())):
@@ -114,7 +116,7 @@ class ShardedGradients(Sharded):
         self._receive_all()
         if not self._is_new:
             self.flat.gradient.zero_()
-        self.flat.gradient.div_(self.world.size * self.backward_passes_per_step)
+        self.flat.gradient.div_(self.world.size * self.mean_passes())
         self._begin_anew()
         self.moved.steps += 1
         self._exchanged = True
@@ -235,6 +237,10 @@ class ShardedGradients(Sharded):
         self._receive_all()
         self._is_new = False
         self._buckets.begin_round()
+
+    def _has_come(self, number: int) -> bool:
+        """Whether this parameter has had a gradient since the last step."""
+        return number in self._markers or number in self._buckets.of(number).arrived
 
     def _is_gone(self, number: int) -> bool:
         """Whether the user has taken a gradient away that was sent."""

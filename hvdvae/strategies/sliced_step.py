@@ -65,6 +65,11 @@ class SlicedStep(Strategy):
         super().update()
         self._spread()
 
+    @property
+    def inner_places(self) -> list[slice]:
+        """As Strategy's."""
+        return self._places
+
     def traffic(self) -> dict[str, float]:
         """As Strategy's."""
         return self.moved.metrics()

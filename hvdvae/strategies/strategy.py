@@ -23,7 +23,9 @@ from hvdvae.strategies.equal_options import EqualOptions
 from hvdvae.strategies.flat_optimizer import check_supported, flat_optimizer, is_elementwise
 from hvdvae.strategies.gradient_hooks import release
 from hvdvae.strategies.group_options import CountedOptions
+from hvdvae.strategies.left_alone import left_alone
 from hvdvae.strategies.optimizer_state import entries_of, follow, load_state
+from hvdvae.strategies.passes import Passes
 from hvdvae.strategies.run_member import RunMember
 from hvdvae.strategies.same_model import check_device, check_same_model, check_same_optimizer, summary
 from hvdvae.strategies.traffic import Traffic
@@ -38,6 +40,8 @@ class Strategy(RunMember):
     """What this rank steps of the parameter vector."""
     steps_whole = True
     """Whether a rank's optimizer is over all of the vectors."""
+    averages_gradients = True
+    """Whether the gradient of a step is the mean over all ranks."""
 
     def __init__(
         self,
@@ -70,6 +74,7 @@ class Strategy(RunMember):
         self.own = [slice(0, self.flat.parameters.numel())]
         """Of the vectors, what this rank answers for in the global norm."""
         self.backward_passes_per_step = backward_passes_per_step
+        self._passes = Passes(backward_passes_per_step, self.flat.tensors)
         self.clip_norm = clip_norm
         self.moved = Traffic()
         """Counted so far, also before a resume."""
@@ -149,9 +154,23 @@ class Strategy(RunMember):
             gradient[:1].add_(self._poison)
             self._poison = None
         if self.backward_passes_per_step > 1:
-            gradient.div_(self.backward_passes_per_step)
+            gradient.div_(self.mean_passes())
         self.exchange(gradient)
         self._exchanged = True
+
+    def mean_passes(self) -> float:
+        """Backward passes that the gradient of the coming step is of, on the mean over the ranks that average it.
+
+        What is divided by it counts each pass alike, also where ranks have made different numbers of them. Blocks
+        where passes are accumulated; every rank must call it.
+        """
+        if self.backward_passes_per_step == 1 or self.is_told_the_passes:
+            return self.backward_passes_per_step
+        made = float(self._passes.made)
+        if self.averages_gradients and self.world.size > 1:
+            made = float(self._sum(torch.tensor([made], dtype=torch.float64), "passes of a step")) / len(self.peers)
+        # Of gradients that were set by hand nobody knows.
+        return made or self.backward_passes_per_step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -178,6 +197,7 @@ class Strategy(RunMember):
         else:
             self._exchange_once()
         self._exchanged = False
+        self._passes.clear()
         gradient = self.flat.gradient
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
@@ -211,9 +231,13 @@ class Strategy(RunMember):
     def compare_options(self) -> None:
         """Now and then: raises ConfigError on all ranks where options of ranks that step together differ. May block."""
         if self.synchronous and self.world.size > 1 and self.equal_options.due():
-            whole = len(self.peers) == self.world.size
-            sum_ = partial(self.world.sum_, what="comparison of options") if whole else self.sum_
-            self.equal_options.compare(self.param_groups, self.world, sum_, ranks=self.peers)
+            sum_ = partial(self._sum, what="comparison of options")
+            frozen = self.flat.frozen
+            self.equal_options.compare(self.param_groups, self.world, sum_, ranks=self.peers, frozen=frozen)
+
+    def _sum(self, numbers: Tensor, what: str) -> Tensor:
+        """Replace a few numbers by their sum over the ranks that train together. Blocks; every rank must call it."""
+        return self.world.sum_(numbers, what) if len(self.peers) == self.world.size else self.sum_(numbers)
 
     def _count_step(self) -> None:
         if not self.is_told_the_step:
@@ -226,10 +250,23 @@ class Strategy(RunMember):
 
     def update(self) -> None:
         """Step the inner optimizer on the vectors. Local."""
-        if self._is_flat:
+        self.step_inner()
+
+    def step_inner(self) -> None:
+        """Step the inner optimizer; a parameter that was frozen after wrapping, and has no gradient, stays. Local."""
+        if not self._is_flat:  # It sees for itself what is frozen.
+            self.counted.step(self.inner)
+        elif not self.flat.frozen:
             self.inner.step()
         else:
-            self.counted.step(self.inner)
+            places = [*self.flat.places().values()]
+            with left_alone(self.inner, self.inner_places, [places[number] for number in self.flat.frozen]):
+                self.inner.step()
+
+    @property
+    def inner_places(self) -> list[slice]:
+        """What the inner optimizer has of the parameter vector, one vector a group."""
+        return self.flat.group_slices
 
     def skip(self) -> None:
         """In place of `update`, where the gradient is not finite."""
@@ -237,6 +274,7 @@ class Strategy(RunMember):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; forgets an exchange that was not stepped."""
         self._exchanged = False
+        self._passes.clear()
         self._poison = None
         self.flat.keep_buffers()
         self._kept_buffers = True
