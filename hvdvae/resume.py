@@ -17,6 +17,7 @@ from hvdvae.checkpoint import Draft, Piece, Source
 from hvdvae.config_kinds import FUNCTION
 from hvdvae.errors import CheckpointError
 from hvdvae.parallel.whole_checkpoint import PartOfCheckpoint, merge
+from hvdvae.run_record import check_run, fitting
 from hvdvae.strategies.checkpointed import pieces_of_all
 from hvdvae.strategies.group_options import as_text, from_text, set_anew, without_tensors
 from hvdvae.strategies.optimizer_state import pack
@@ -96,6 +97,7 @@ def restore(trainer: "Trainer", checkpoint: Source) -> None:
 
     Raises CheckpointError where names or shapes do not fit.
     """
+    check_run(checkpoint)
     source = part_of(trainer, checkpoint)
     record, file = source.record, source.name
     optimizer, world = trainer.optimizer, trainer.optimizer.world
@@ -118,7 +120,8 @@ def restore(trainer: "Trainer", checkpoint: Source) -> None:
         if name in memory and saved.shape == memory[name].shape:
             memory[name].copy_(saved)
     options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_entries(record["optimizer_groups"], _entries(source))
+    with fitting(file, "state of the optimizer"):
+        optimizer.load_entries(record["optimizer_groups"], _entries(source))
     counted = {*record.get("optimizer_counts", ()), *optimizer.counted.names}
     optimizer.counted.names = counted
     for group, mine, saved in zip(optimizer.param_groups, options, record["optimizer_groups"], strict=True):
@@ -128,9 +131,11 @@ def restore(trainer: "Trainer", checkpoint: Source) -> None:
         averages = optimizer.flat.views(trainer.ema.average)
         trainer.ema.average.copy_(optimizer.flat.parameters)  # Where the run kept none.
         for name, average in source.each("ema"):
-            averages[name].copy_(average)
+            with fitting(file, "moving average"):
+                averages[name].copy_(average)
     if trainer.stepper.scaler is not None and record["scaler"] is not None:
-        trainer.stepper.scaler.load_state_dict(record["scaler"])
+        with fitting(file, "state of the loss scaling"):
+            trainer.stepper.scaler.load_state_dict(record["scaler"])
     optimizer.skipped_steps, trainer.stepper.overflows = record["skipped_steps"], record["overflows"]
     optimizer.moved.count_on(record.get("moved", {}))
     trainer.position = Position(**record["position"])

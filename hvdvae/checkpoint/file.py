@@ -95,6 +95,9 @@ class File:
         metadata = entries.pop("__metadata__", {})
         self.format, self.digest = metadata.get("format"), metadata.get("digest")
         self.text: str = metadata.get("record", "")
+        self._record = json.loads(self.text) if self.format == FORMAT else {}
+        if not isinstance(self._record, dict):
+            raise ValueError(f"its record is a {type(self._record).__name__}, expected a mapping")
         self.dtypes = {name: _DTYPES[entries[name]["dtype"]] for name in sorted(entries)}
         self.shapes = {name: tuple(entries[name]["shape"]) for name in sorted(entries)}
         """Of all tensors, in the order of names."""
@@ -104,8 +107,7 @@ class File:
     @property
     def record(self) -> dict[str, Any]:
         """Everything but the tensors."""
-        found: dict[str, Any] = json.loads(self.text)
-        return found
+        return self._record
 
     def read(self, name: str) -> Tensor:
         """One tensor, a copy. Local."""
@@ -152,7 +154,7 @@ def _read_header(path: Path, stream: BinaryIO) -> File:
     try:
         with safetensors.safe_open(path, framework="np"):  # Whether names, shapes and lengths go together.
             return File(stream)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _Torn(str(error)) from error
 
 

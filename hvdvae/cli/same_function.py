@@ -10,11 +10,12 @@ from hvdvae.cli.assemble import function_of
 from hvdvae.config import TrainConfig, flag
 from hvdvae.config_kinds import CHANGEABLE, FUNCTION
 from hvdvae.errors import CheckpointError
+from hvdvae.run_record import fitting
 
 
 def check_folder(config: TrainConfig, record: Mapping[str, Any], checkpoint: str, file: str) -> None:
     """Raises CheckpointError where `file`, the configuration of a run, describes another function than was trained."""
-    saved = saved_function(record)
+    saved = saved_function(record, checkpoint)
     differing = _differing(function_of(config, saved.get("shape", ())), saved)
     if differing:
         there = ", ".join(f"{key} {_shown(theirs)} (not {_shown(mine)})" for key, mine, theirs in differing)
@@ -26,7 +27,7 @@ def check_folder(config: TrainConfig, record: Mapping[str, Any], checkpoint: str
 
 def check_resumed(function: Mapping[str, Any], record: Mapping[str, Any], checkpoint: str) -> None:
     """Raises CheckpointError where a run that goes on would train another function."""
-    differing = _differing(function, saved_function(record))
+    differing = _differing(function, saved_function(record, checkpoint))
     if differing:
         there = ", ".join(f"{key} {_shown(theirs)} (here {_shown(mine)})" for key, mine, theirs in differing)
         flags = " ".join(f"{flag(key)} {_shown(theirs)}" for key, _, theirs in differing if key in FUNCTION)
@@ -38,7 +39,7 @@ def check_resumed(function: Mapping[str, Any], record: Mapping[str, Any], checkp
 
 def changes(config: TrainConfig, record: Mapping[str, Any]) -> list[str]:
     """What a run that goes on does otherwise than before, as `lr 0.01 (was 0.001)`. Pure."""
-    before = record.get("config", {})
+    before = record["config"]
     return [
         f"{key} {_shown(now)} (was {_shown(then)})"
         for key in CHANGEABLE
@@ -52,15 +53,17 @@ def _named(key: str, value: Any) -> Any:
     return "horovod" if key == "engine" and value is None else value
 
 
-def saved_function(record: Mapping[str, Any]) -> dict[str, Any]:
+def saved_function(record: Mapping[str, Any], checkpoint: str) -> dict[str, Any]:
     """What a checkpoint's weights compute, as far as it says so: those of before this was asked hold options alone."""
     saved = record.get("config", {})
+    if not isinstance(saved, dict) or not isinstance(saved.get("function", {}), dict):
+        raise CheckpointError(f"{checkpoint}: config in its record is none of hvdvae train")
     if "function" in saved:
         return dict(saved["function"])
     if not set(FUNCTION) <= saved.keys():
         return {}
-    options = TrainConfig(**{key: saved[key] for key in FUNCTION})
-    return function_of(options, saved.get("shape", ()))
+    with fitting(checkpoint, "configuration"):
+        return function_of(TrainConfig(**{key: saved[key] for key in FUNCTION}), saved.get("shape", ()))
 
 
 def _differing(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -71,4 +74,9 @@ def _shown(value: Any) -> str:
     """As a flag has it."""
     if isinstance(value, list | tuple):
         return " ".join(map(str, value))
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return "none" if value is None else _short(str(value).lower() if isinstance(value, bool) else str(value))
+
+
+def _short(text: str) -> str:
+    line = text if text.isprintable() else repr(text)
+    return line if len(line) <= 60 else f"{line[:40]}... ({len(line)} characters)"

@@ -12,8 +12,9 @@ from hvdvae.cli.config_file import CONFIG_FILE, read_config
 from hvdvae.cli.same_function import check_folder
 from hvdvae.config import TrainConfig
 from hvdvae.data import Dataset, Source, check_support
-from hvdvae.errors import CheckpointError, ConfigError, DataError
+from hvdvae.errors import ConfigError, DataError
 from hvdvae.resume import load_weights
+from hvdvae.run_record import check_model
 from hvdvae.vae import VAE
 from hvdvae.world import World
 
@@ -62,9 +63,8 @@ def open_model(folder: str, choice: str, world: World) -> SavedModel:
     config = TrainConfig(**values)
     found = checkpoints.spread(Path(file) if world.is_first else None, world)
     assert found is not None
-    saved = found.record.get("config", {})
-    if "shape" not in saved:
-        raise CheckpointError(f"{file} does not say the shape of an example: expected a checkpoint of hvdvae train")
+    check_model(found)
+    saved = found.record["config"]
     check_folder(config, found.record, file, str(path / CONFIG_FILE))
     model = assemble.model(config, tuple(saved["shape"]), world.device)
     load_weights(model, found, ema=True)

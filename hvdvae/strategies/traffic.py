@@ -51,5 +51,5 @@ class Traffic:
 
     def count_on(self, counts: Mapping[str, float]) -> None:
         """From what `counts` told."""
-        for name, count in counts.items():
-            setattr(self, name, count)
+        for name in self.counts().keys() & counts.keys():
+            setattr(self, name, counts[name])

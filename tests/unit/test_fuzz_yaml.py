@@ -21,7 +21,7 @@ from hvdvae.errors import ConfigError
 from tests.unit.test_study_file import GOOD
 
 KEYS = [field.name for field in fields(TrainConfig)]
-bounded = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+bounded = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 
 characters = st.sampled_from(
     string.ascii_letters + string.digits + "\n\n  :-[]{},&*!|>'\"%@`#?~.=_+\t\0\r\u2028é٣\ufeff"
