@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from hvdvae.checkpoint import Draft, Piece, Source
+from hvdvae.checkpoint import Draft, Folder, Piece, Source, spread
 from hvdvae.config_kinds import FUNCTION
-from hvdvae.errors import CheckpointError
+from hvdvae.errors import CheckpointError, ConfigError
 from hvdvae.parallel.whole_checkpoint import PartOfCheckpoint, merge
 from hvdvae.run_record import check_run, fitting
 from hvdvae.strategies.checkpointed import pieces_of_all
@@ -24,6 +24,7 @@ from hvdvae.strategies.optimizer_state import pack
 
 if TYPE_CHECKING:
     from hvdvae.trainer import Trainer
+    from hvdvae.world import World
 
 
 @dataclass
@@ -90,6 +91,19 @@ def snapshot(trainer: "Trainer", rows: Tensor, config: Mapping[str, Any]) -> Dra
     }
     draft = Draft(pieces, record)
     return draft if optimizer.parts is None else merge(optimizer.parts, draft, optimizer.numbered, trainer.model)
+
+
+def newest_of(folder: Folder | None, world: "World") -> Source | None:
+    """The newest good checkpoint of a run's folder, which rank 0 alone needs to see; None where there is none yet.
+
+    Blocks; every rank must call it. Raises ConfigError without a folder, and CheckpointError where none is whole.
+    """
+    if folder is None:
+        raise ConfigError("resume() has no folder to look in: give the trainer folder=..., or resume a checkpoint")
+    found = folder.newest_good() if world.is_first else None
+    if world.is_first and found is None and folder.steps():
+        raise CheckpointError(f"no checkpoint in {folder.folder} is whole: delete them to begin anew")
+    return spread(found, world)
 
 
 def restore(trainer: "Trainer", checkpoint: Source) -> None:

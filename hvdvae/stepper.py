@@ -97,7 +97,7 @@ class Stepper:
         for micro in micros:
             with self._autocast:
                 result = self._loss(self._model, micro, epoch)
-            values = _values_of(result)
+            values = values_of(result)
             micro_examples = examples if passes == 1 else examples_of(micro)
             # The strategy averages over passes; unequal micro-batches count by their examples.
             scaled = values["loss"] * (micro_examples / examples * passes) if passes > 1 else values["loss"]
@@ -134,7 +134,7 @@ class Stepper:
             group["lr"] = base * factor
 
 
-def _values_of(result: Any) -> Mapping[str, Tensor]:
+def values_of(result: Any) -> Mapping[str, Tensor]:
     """What a loss function returned, by name. Raises ConfigError where it is no loss."""
     values = result if isinstance(result, Mapping) else {"loss": result}
     for name in values.keys() & set(TERMS):

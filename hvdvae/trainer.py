@@ -3,38 +3,48 @@
     trainer = Trainer(model, optimizer, loss, batches)
     trainer.fit(epochs=20)
 
+`batches` is a torch DataLoader, which is cut over the ranks (dataloader.py), or what batch.Batches describes. With
+`folder="runs/mine"` the run is kept there, and `trainer.resume()` goes on with it.
+
 `loss(model, batch, epoch)` returns a scalar, or a mapping with `loss` and, for VAEs, `rate` and `distortion`; means
 over the batch. `batch` is whatever `batches` yields: a tensor, or a tuple or mapping of tensors. `epoch` is the
 fractional count of epochs done.
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from hvdvae.allocator import keep_freed_memory
 from hvdvae.batch import Batch, Batches, examples_of
 from hvdvae.checkpoint import Folder, Source
+from hvdvae.dataloader import DataLoaderBatches, check_alike
 from hvdvae.ema import MovingAverage
 from hvdvae.epoch_metrics import EpochSums
 from hvdvae.errors import ConfigError, HostsChanged, RankLost
 from hvdvae.heartbeat import pulse_of
+from hvdvae.mean_loss import MeanLoss
 from hvdvae.monitor import Monitor
 from hvdvae.outcome import Outcome
 from hvdvae.pulse import Beat
 from hvdvae.recovery import enter, recover
-from hvdvae.resume import Position, restore, snapshot
+from hvdvae.resume import Position, newest_of, restore, snapshot
+from hvdvae.run_folder import RunFolder
 from hvdvae.schedule import Schedule, world_scale
 from hvdvae.signals import caught
 from hvdvae.stepper import Loss, Stepper
 from hvdvae.strategies import Strategy
 from hvdvae.strategies.checkpointed import check_state
+from hvdvae.world import World
 
 if TYPE_CHECKING:
     from hvdvae.parallel.pipeline import Pipeline
@@ -67,8 +77,9 @@ class Trainer:
         model: nn.Module,
         optimizer: Strategy,
         loss: Loss | None,
-        batches: Batches,
+        batches: "Batches | DataLoader[Any]",
         *,
+        folder: str | Path | None = None,
         seed: int = 0,
         schedule: Schedule | None = None,
         precision: str = "fp32",
@@ -78,18 +89,21 @@ class Trainer:
         monitors: Sequence[Monitor] | Callable[[], Sequence[Monitor]] = (),
         checkpoints: Folder | None = None,
         checkpoint_every: int = 1,
-        validate: Callable[[], dict[str, float]] | None = None,
+        validate: "Callable[[], dict[str, float]] | DataLoader[Any] | None" = None,
         validate_every: int = 1,
         config: Mapping[str, Any] | None = None,
         pipeline: "Pipeline | None" = None,
     ) -> None:
         """Build only. Every rank builds the same.
 
+        `folder`: where the run is kept (run_folder.py): checkpoints, metrics.jsonl, TensorBoard, and progress on the
+        terminal; in place of `monitors` and `checkpoints`. Rank 0 alone needs to see it.
         `monitors` act on rank 0 only; a function that makes them is called there when training starts, and by whoever
         is rank 0 once that has died. `lr_scaling`: what the learning rates were multiplied by (schedule.world_scale);
         where ranks die they are scaled anew.
         `validate`: called by every rank after an epoch, returns numbers that are equal on all, `loss` (lower is better)
-        among them. `config`: saved in checkpoints. Periods are in epochs. `pipeline`: this rank's stage, where the
+        among them; or a DataLoader, over all of whose examples the mean of `loss` is taken.
+        `config`: saved in checkpoints. Periods are in epochs. `pipeline`: this rank's stage, where the
         model is split into stages; its chain has the loss then, and `loss` may be None.
         """
         if optimizer.precision not in (None, precision) or (optimizer.precision and ema_decay):
@@ -97,12 +111,21 @@ class Trainer:
                 f"weights {optimizer.precision!r} (--weights) go with precision {optimizer.precision!r} (--precision) "
                 f"and without ema_decay (--ema), found {precision!r} and {ema_decay}"
             )
+        replicas = optimizer.world
+        if isinstance(batches, DataLoader):
+            place: dict[str, Any] = {"rank": replicas.rank, "size": replicas.size, "device": replicas.device}
+            batches = DataLoaderBatches(batches, seed=seed, **place)
         missing = [name for name in ("examples", "steps", "epoch") if not hasattr(batches, name)]
         if missing:
             raise ConfigError(
-                f"batches is a {type(batches).__name__} without {', '.join(missing)}, expected what "
-                "hvdvae.batch.Batches describes, as data.Loader is: it says which examples are this rank's in an epoch"
+                f"batches is a {type(batches).__name__} without {', '.join(missing)}, expected a torch DataLoader, or "
+                "what hvdvae.batch.Batches describes, as data.Loader is: it says which examples are this rank's"
             )
+        self._folder = RunFolder(Path(folder)) if folder is not None else None
+        if self._folder is not None:
+            if checkpoints is not None or callable(monitors) or len(monitors):
+                raise ConfigError("folder stands for checkpoints and monitors: give it, or these")
+            checkpoints = self._folder.checkpoints
         if checkpoints is not None:
             check_state(model)
         keep_freed_memory()
@@ -126,8 +149,13 @@ class Trainer:
         self.died: list[str] = []
         """Ranks that were lost while the others went on, by their ranks and hosts at the start."""
         self._checkpoints, self._checkpoint_every = checkpoints, checkpoint_every
+        if isinstance(validate, DataLoader):
+            # Where ranks do not step together, rank 0 evaluates while the others train on.
+            judges = replicas if optimizer.synchronous else World.alone(device=str(replicas.device))
+            mean_loss = MeanLoss(model, loss, validate, judges, seed=seed)
+            validate = lambda: mean_loss(self.epochs_done)  # noqa: E731
         self._validate, self._validate_every = validate, validate_every
-        self._told = 0
+        self._told = self._until = 0
         """Epochs that monitors know of."""
         self.configuration = dict(config or {})
         """Saved with checkpoints, and compared when one is resumed."""
@@ -140,6 +168,8 @@ class Trainer:
     def _monitors_here(self) -> list[Monitor]:
         if not self.world.is_first:
             return []
+        if self._folder is not None:
+            return self._folder.monitors(epochs=self._until, done=self.epochs_done, step=self.position.step)
         return list(self._make_monitors() if callable(self._make_monitors) else self._make_monitors)
 
     def fit(self, epochs: int) -> Outcome:
@@ -150,11 +180,13 @@ class Trainer:
         died and the others cannot go on, SystemExit(0) on a rank that they have no work for (parallel/survival.py).
         """
         self._examples, self._seconds, self._sums = 0, 0.0, EpochSums()
-        self._monitors = []
+        self._monitors, self._until = [], epochs
         going_on: Literal["train", "leave"] = "train" if self.position.epoch < epochs else "leave"
         self.stage = Stage(doing="conclude" if self.owed is not None else going_on)
         if self.world.joins and self.optimizer.synchronous:
             enter(self)
+        elif self.optimizer.synchronous:
+            check_alike(self.batches, self.optimizer.world, self.position.examples)
         self.optimizer.start()
         self.optimizer.tell_progress(self.epochs_done)
         self.world.starting = False
@@ -178,12 +210,22 @@ class Trainer:
             skipped_steps=self.optimizer.skipped_steps,
         )
 
-    def resume(self, checkpoint: Source) -> None:
-        """Continue from a checkpoint, in memory or spread from rank 0. Every rank must call it; blocks if it is spread.
+    def resume(self, checkpoint: Source | None = None) -> bool:
+        """Continue from a checkpoint, in memory or spread from rank 0; None: the newest good one in `folder`.
 
-        Raises CheckpointError if it does not fit.
+        Returns whether there is one. Every rank must call it; blocks if it is spread. Raises CheckpointError if it does
+        not fit, or if of those in the folder none is whole.
         """
+        if checkpoint is None:
+            checkpoint = newest_of(self._checkpoints, self.world)
+            if checkpoint is None:
+                return False
+            restore(self, checkpoint)
+            if self.world.is_first:
+                sys.stderr.write(f"hvdvae: resumed at step {self.position.step} of {checkpoint.name}\n")
+            return True
         restore(self, checkpoint)
+        return True
 
     def evaluation_weights(self) -> AbstractContextManager[None]:
         """Inside, the model holds what is to be evaluated: the moving average, if there is one."""

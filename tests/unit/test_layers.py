@@ -24,7 +24,11 @@ LAYERS = {
     "domain": ("data vae", 1),
     "server and compression": ("compression ps", 2),
     "strategies": ("parallel strategies", 3),
-    "run": ("epoch_metrics heartbeat monitor pulse pulse_served recovery resume run_record stepper trainer", 4),
+    "run": (
+        "dataloader epoch_metrics heartbeat mean_loss monitor pulse pulse_served recovery resume run_folder run_record "
+        "stepper trainer",
+        4,
+    ),
     "command": ("__main__ cli", 5),
 }
 LAYER = {part: layer for parts, layer in LAYERS.values() for part in parts.split()}
