@@ -6,15 +6,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from hvdvae.flat import FlatModel
+
 
 class MovingAverage:
     """The average of a parameter vector (P,) over steps: average <- decay * average + (1 - decay) * parameters."""
 
-    def __init__(self, parameters: Tensor, decay: float) -> None:
-        """Start at the present values; `decay` in (0, 1)."""
+    def __init__(self, parameters: Tensor, decay: float, *, holder: FlatModel | None = None) -> None:
+        """Start at the present values; `decay` in (0, 1). `holder`: whose parameters lie in that vector, if a model's.
+
+        Its modules may then give them other storages in forward.
+        """
         self.decay = decay
         self.average = parameters.detach().clone()
-        self._parameters = parameters
+        self._parameters, self._holder = parameters, holder
 
     @torch.no_grad()
     def update(self) -> None:
@@ -24,9 +29,16 @@ class MovingAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model holds the average inside, its own weights again after. Copies (P,) once."""
+        if self._holder is not None:
+            self._holder.take_back()
         own = self._parameters.clone()
-        self._parameters.copy_(self.average)
+        self._write(self.average)
         try:
             yield
         finally:
-            self._parameters.copy_(own)
+            self._write(own)
+
+    def _write(self, values: Tensor) -> None:
+        self._parameters.copy_(values)
+        if self._holder is not None:
+            self._holder.publish()

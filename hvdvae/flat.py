@@ -1,23 +1,32 @@
 """All parameters as views of one vector, all gradients of another, float buffers of a third.
 
-Shapes: P parameters in all, F elements of float buffers in all.
+Shapes: P elements of the vector of parameters, with the gaps between them; F elements of float buffers in all.
 Strategies move these vectors, never lists of tensors: one message, one fused optimizer kernel, slices for shards.
 """
 
 import hashlib
+import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.autograd.graph import increment_version
 
 from hvdvae.errors import ConfigError
+from hvdvae.flat_buffers import flat_buffers
+from hvdvae.flat_check import check_apart, check_same_kind, names_of
+from hvdvae.flat_homes import Homes
+from hvdvae.flat_layout import Layout
+from hvdvae.flat_views import apart, part_of, shaped
 
 
 class FlatModel:
-    """A model whose trained parameters are views of `parameters` (P,), ordered by the optimizer's groups.
+    """A model whose trained parameters are parts of `parameters` (P,), ordered by the optimizer's groups.
 
     `rest`: what else it holds (frozen parameters, counters), each where it was.
+
+    Each parameter begins at a multiple of 64 bytes and has a storage of its own over the vector's memory, so that it
+    computes, and is saved, as any other. What lies between two is zero (`layout`).
 
     Gradients stay where autograd puts them until `gather_gradient` moves them into `gradient` (P,): that is one pass of
     reading and writing (1% of a step of a 784-400-20 MLP), asks nothing of the user's loop (zero_grad may set None),
@@ -31,51 +40,38 @@ class FlatModel:
         dtypes or devices differ, where the model has none, or where two tensors share memory.
         """
         self.groups = [list(group) for group in groups]
-        self.names = _names(model, groups)
+        self.names = names_of(model, groups)
         self.tensors: list[nn.Parameter] = [parameter for group in groups for parameter in group]
-        first = _same_kind(self.names, self.tensors)
+        first = check_same_kind(self.names, self.tensors)
         self.shapes = [tuple(parameter.shape) for parameter in self.tensors]
         # Statistics are float32 beside weights of less.
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         named = dict(model.named_buffers())
         moved = {name for name, buffer in named.items() if buffer.dtype == dtype}
-        _check_apart({**dict(model.named_parameters()), **named}, {*self.names, *moved})
-        self._views: list[Tensor] = []
-        """Of `parameters`, one a parameter: where it is, unless somebody has replaced its storage."""
-        self.parameters = torch.empty(sum(p.numel() for p in self.tensors), dtype=first.dtype, device=first.device)
+        check_apart({**dict(model.named_parameters()), **named}, {*self.names, *moved})
+        self.layout = Layout([[p.numel() for p in group] for group in groups], first.element_size())
+        self.group_slices = self.layout.groups
+        self.parameters = torch.zeros(self.layout.length, dtype=first.dtype, device=first.device)
         self._gradient: Tensor | None = None
         self.frozen: list[int] = []
         """Parameters, by number, that have neither requires_grad nor a gradient, as of the last gathering."""
         self._gradient_views: list[Tensor] = []
-        self.group_slices: list[slice] = []
-        start = 0
+        self._views: list[Tensor] = []
+        """Of `parameters`, one a parameter: where it is, unless somebody has replaced its storage."""
         with torch.no_grad():
-            for group in groups:
-                group_start = start
-                for parameter in group:
-                    view = _view_as(self.parameters, start, parameter)
-                    view.copy_(parameter)
-                    parameter.data = view
-                    self._views.append(view)
-                    start += parameter.numel()
-                self.group_slices.append(slice(group_start, start))
-        self._places = [
-            (module, name, buffer)
-            for module in model.modules()
-            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
-        ]
-        self._buffers, self._buffer_views = _flatten([named[name] for name in named if name in moved], dtype)
-        for name, buffer in named.items():
-            if name not in moved and _is_expanded(buffer):
-                # To be written to, as by a broadcast.
-                buffer.data = buffer.clone(memory_format=torch.contiguous_format)
-        self._kept: list[Tensor] = []
+            for parameter, place in zip(self.tensors, self.layout.places, strict=True):
+                self._views.append(part_of(self.parameters, place.start, parameter))
+                self._views[-1].copy_(parameter)
+        self._attach()
+        self._homes = Homes(model, dict(zip(self.names, self.tensors, strict=True)))
+        self._buffers = flat_buffers(model, dtype)
         state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
         state |= {name: buffer for name, buffer in named.items() if name not in state}  # Those that are not saved.
         in_vectors = moved.union(self.names)
         self.rest = [tensor for name, tensor in state.items() if name not in in_vectors]
-        self.layout = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in state.items()]
+        self.contents = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in state.items()]
         """Name, shape and dtype of all that it holds."""
+        _ALL.add(self)
 
     @property
     def gradient(self) -> Tensor:
@@ -89,49 +85,96 @@ class FlatModel:
     def buffers(self) -> Tensor:
         """(F,); what a module has put in the place of a buffer (`self.mean = ...`) is copied into it first.
 
-        So is what another vector has taken, of an optimizer for other parameters of the model. Raises ConfigError where
-        a buffer has another shape.
+        Raises ConfigError where a buffer has another shape, or a dtype whose numbers it cannot hold.
         """
-        for module, name, buffer in self._places:
-            found = module._buffers.get(name)
-            if found is None:
-                continue
-            view = self._buffer_views.get(buffer)
-            if view is not None and buffer.data_ptr() != view.data_ptr():
-                view.copy_(buffer)
-                buffer.data = view
-            if found is buffer:
-                continue
-            if found.shape != buffer.shape:
-                raise ConfigError(
-                    f"buffer {name!r} of {type(module).__name__} had shape {tuple(buffer.shape)} when the model was "
-                    f"wrapped, and has {tuple(found.shape)} now: keep its shape"
-                )
-            buffer.copy_(found.detach())
-            module._buffers[name] = buffer
-        return self._buffers
+        return self._buffers.vector
+
+    @property
+    def shares_buffers(self) -> bool:
+        """Whether another optimizer has a say in what is kept of them."""
+        return self._buffers.is_shared
 
     def take_back(self) -> None:
-        """Copy in what has replaced the storage of parameters since (`p.data = ...`), and let them be views again.
+        """Copy in what has replaced parameters or their storage since, and let the model have those of the vector.
 
-        Raises ConfigError naming a parameter that was moved to another device, or has another dtype or shape.
+        (`p.data = ...`, `module.weight = nn.Parameter(...)`, `load_state_dict(assign=True)`.) Local.
+        Raises ConfigError naming a parameter that has another device, dtype or shape, or is not in the model any more.
         """
-        for name, parameter, view in zip(self.names, self.tensors, self._views, strict=True):
-            if parameter.data_ptr() == view.data_ptr():
+        self.follow_model()
+        if self._is_in_place():
+            return
+        first, behind = self.parameters.data_ptr(), self.parameters.data_ptr() + self.parameters.nbytes
+        for number, (name, parameter) in enumerate(zip(self.names, self.tensors, strict=True)):
+            address, shape, stride = self._forms[number]
+            if (parameter.data_ptr(), parameter.shape, parameter.stride()) == (address, shape, stride):
                 continue
+            view = part_of(self.parameters, self.layout.places[number].start, self._views[number])
             found, expected = ((t.dtype, t.device, tuple(t.shape)) for t in (parameter, view))
             if found != expected:
                 raise ConfigError(
                     f"parameter {name!r} was {expected[0]} {expected[2]} on {expected[1]} when the optimizer was "
                     f"wrapped, and is {found[0]} {found[2]} on {found[1]} now: change the model first, then wrap"
                 )
-            view.copy_(parameter.data)
+            if first <= parameter.data_ptr() < behind and parameter.data_ptr() != address:
+                raise ConfigError(
+                    f"parameter {name!r} was given the memory of another (`.data = other.data`), and both are trained: "
+                    "copy its values (`.data.copy_(other)`), or let both be one Parameter before the optimizer is built"
+                )
+            self._views[number] = view
+            view.copy_(parameter.data.clone())  # It may lie there in another order.
+        self._attach()
+
+    def follow_model(self) -> None:
+        """Of `take_back`, what concerns modules whose parameters were replaced as a whole. Microseconds. Local."""
+        if self._homes.changed():
+            others = [tensor for flat in list(_ALL) if flat is not self for tensor in flat.tensors]
+            before = [parameter.grad for parameter in self.tensors]
+            self._homes.follow(others)
+            if self._gradient is not None and not self._gradient_views:
+                self._check_gradients(before)
+
+    def publish(self) -> None:
+        """Let the model show what was written into `parameters`, and autograd know of it. Local.
+
+        Whatever has replaced a parameter's storage since is let go. A graph that was computed before raises in its
+        backward pass, as after any change in place.
+        """
+        if not self._is_in_place():
+            self._attach()
+        self.count_change()
+
+    def count_change(self) -> None:
+        """Of `publish`, what concerns autograd: versions of parameters that are where they belong. Microseconds."""
+        increment_version(self.tensors)
+
+    def _attach(self) -> None:
+        for parameter, view in zip(self.tensors, self._views, strict=True):
             parameter.data = view
+        self._forms = [(p.data_ptr(), p.shape, p.stride()) for p in self.tensors]
+        self._addresses, self._strides = [f[0] for f in self._forms], [f[2] for f in self._forms]
+        self._shapes = [f[1] for f in self._forms]
+
+    def _is_in_place(self) -> bool:
+        tensors = self.tensors
+        return (
+            [parameter.data_ptr() for parameter in tensors] == self._addresses
+            and [parameter.shape for parameter in tensors] == self._shapes
+            and [parameter.stride() for parameter in tensors] == self._strides
+        )
+
+    def _check_gradients(self, before: Sequence[Tensor | None]) -> None:
+        """Raises ConfigError where a gradient came to a parameter's replacement that was to be taken as it came."""
+        for name, parameter, gradient in zip(self.names, self.tensors, before, strict=True):
+            if parameter.grad is not gradient:
+                raise ConfigError(
+                    f"parameter {name!r} was replaced (as by load_state_dict(assign=True)) after zero_grad(), and its "
+                    "gradient went past --zero-stage 2: replace it before zero_grad(), or copy its values"
+                )
 
     def move_gradient(self, vector: Tensor) -> None:
         """Let `vector` (P,), zeroed, be the gradient from now on. Call it before the first backward()."""
         self._gradient = vector
-        self._gradient_views = list(self.views(vector).values())
+        self._gradient_views = list(map(apart, self.views(vector).values()))
 
     def keep_gradient(self, vector: Tensor) -> None:
         """Let `vector`, of any length, be all that is kept of gradients: they are gathered by somebody else. Local."""
@@ -140,11 +183,10 @@ class FlatModel:
 
     def move_parameters(self, vector: Tensor) -> None:
         """Let `vector` (P,) hold the parameters from now on. Copies them; optimizers over `parameters` must follow."""
-        self._views = list(self.views(vector).values())
+        self._views = list(map(apart, self.views(vector).values()))
         vector.copy_(self.parameters)
         self.parameters = vector
-        for parameter, view in zip(self.tensors, self._views, strict=True):
-            parameter.data = view
+        self._attach()
 
     @torch.no_grad()
     def gather_gradient(self) -> Tensor:
@@ -174,143 +216,41 @@ class FlatModel:
         return whole
 
     def keep_buffers(self) -> None:
-        """Remember all buffers as they are, unless a number in one is not finite. Local; awaits no GPU."""
-        buffers = (self.buffers, *self._others())
-        if not self._places:
-            return
-        if not self._kept:
-            self._kept = [buffer.clone() for buffer in buffers]
-        is_good = self._buffers.isfinite().all()
-        for other in buffers[1:]:
-            if other.is_floating_point() or other.is_complex():
-                is_good = is_good & other.isfinite().all()
-        for kept, buffer in zip(self._kept, buffers, strict=True):
-            torch.where(is_good, buffer, kept, out=kept)
+        """Remember all buffers as they are, but for modules where one is not finite. Local; awaits no GPU."""
+        self._buffers.keep()
 
     def restore_buffers(self) -> None:
         """Let all buffers be as they were when they were kept last. Local."""
-        for buffer, kept in zip((self.buffers, *self._others()), self._kept, strict=False):
-            buffer.copy_(kept)
-
-    def _others(self) -> list[Tensor]:
-        """Buffers that are not in the vector: counters, say."""
-        return [buffer for _, _, buffer in self._places if buffer.dtype != self._buffers.dtype]
+        self._buffers.restore()
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of a vector (P,), by parameter name and in the parameters' shapes."""
-        found, start = {}, 0
-        for name, like in zip(self.names, self._views, strict=True):
-            found[name] = _view_as(vector, start, like)
-            start += like.numel()
-        return found
+        places = self.layout.places
+        return {
+            name: shaped(vector, place.start, like)
+            for name, place, like in zip(self.names, places, self._views, strict=True)
+        }
 
     def places(self) -> dict[str, slice]:
         """Where in the vectors each parameter stands, by name."""
-        found, start = {}, 0
-        for name, parameter in zip(self.names, self.tensors, strict=True):
-            found[name] = slice(start, start + parameter.numel())
-            start += parameter.numel()
-        return found
+        return dict(zip(self.names, self.layout.places, strict=True))
 
     def view(self, piece: Tensor, number: int) -> Tensor:
         """A piece of a vector, that of parameter `number`, in its shape."""
-        return _view_as(piece, 0, self._views[number])
+        return shaped(piece, 0, self._views[number])
 
     def split(self, vector: Tensor, group: int) -> list[Tensor]:
         """Views of a vector that is aligned with one group's slice, one a parameter, in the parameters' shapes."""
-        found, start = [], 0
-        for parameter in self.groups[group]:
-            found.append(_view_as(vector, start, parameter))
-            start += parameter.numel()
-        return found
+        first = sum(map(len, self.groups[:group]))
+        start = self.group_slices[group].start
+        return [
+            shaped(vector, self.layout.places[number].start - start, self._views[number])
+            for number in range(first, first + len(self.groups[group]))
+        ]
 
     def digest(self) -> str:
         """SHA-256 of names, shapes and dtypes: equal on all ranks that hold the same model and train the same of it."""
-        return hashlib.sha256(repr([self.names, self.layout]).encode()).hexdigest()
+        return hashlib.sha256(repr([self.names, self.contents]).encode()).hexdigest()
 
 
-def _view_as(vector: Tensor, start: int, like: Tensor) -> Tensor:
-    part = vector[start : start + like.numel()]
-    if like.is_contiguous():
-        return part.view(like.shape)
-    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
-        return part.as_strided(like.shape, like.stride())
-    return part.view(like.shape)
-
-
-def _names(model: nn.Module, groups: Sequence[Sequence[nn.Parameter]]) -> list[str]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    found = []
-    for group in groups:
-        for parameter in group:
-            if parameter not in names:
-                raise ConfigError(
-                    f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the model: "
-                    "build the optimizer from model.parameters(), and wrap both together"
-                )
-            found.append(names[parameter])
-    return found
-
-
-def _same_kind(names: Sequence[str], tensors: Sequence[Tensor]) -> Tensor:
-    if not tensors:
-        raise ConfigError("the optimizer holds no parameters, expected at least one")
-    first = tensors[0]
-    for name, tensor in zip(names, tensors, strict=True):
-        if is_lazy(tensor):
-            raise ConfigError(f"parameter {name!r} has no shape yet: run the model once, on any batch, then wrap")
-    if first.is_complex():
-        raise ConfigError(
-            f"parameter {names[0]!r} is {first.dtype}, expected a real one: keep torch.view_as_real of it"
-        )
-    for name, tensor in zip(names, tensors, strict=True):
-        if (tensor.dtype, tensor.device) != (first.dtype, first.device):
-            raise ConfigError(
-                f"parameter {name!r} is {tensor.dtype} on {tensor.device}, but {names[0]!r} is {first.dtype} on "
-                f"{first.device}: move the whole model to one device and dtype (mixed precision: autocast)"
-            )
-    return first
-
-
-def _check_apart(tensors: dict[str, Tensor], moved: set[str]) -> None:
-    """Raises ConfigError where one that is moved shares memory with another: each would go its own way."""
-    spans = sorted(
-        (tensor.untyped_storage().data_ptr(), tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name)
-        for name, tensor in tensors.items()
-        if not (is_lazy(tensor) or tensor.is_meta) and tensor.numel() and tensor.layout == torch.strided
-    )
-    end, last = 0, ""
-    for _, first, behind, name in spans:
-        if first < end and {name, last} & moved:
-            raise ConfigError(
-                f"{last!r} and {name!r} of the model share memory, and would not once they are moved into vectors: let "
-                "both be one Parameter (or buffer), or compute one from the other in forward"
-            )
-        if behind > end:
-            end, last = behind, name
-
-
-def _extent(tensor: Tensor) -> int:
-    """Bytes from its first element to behind its last."""
-    strides = zip(tensor.shape, tensor.stride(), strict=True)
-    return (1 + sum((size - 1) * stride for size, stride in strides)) * tensor.element_size()
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _flatten(buffers: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, dict[Tensor, Tensor]]:
-    """One vector, of which these are views from now on, and which each is."""
-    views: dict[Tensor, Tensor] = {}
-    if not buffers:
-        return torch.empty(0, dtype=dtype), views
-    vector = torch.empty(sum(buffer.numel() for buffer in buffers), dtype=dtype, device=buffers[0].device)
-    start = 0
-    for buffer in buffers:
-        view = vector[start : start + buffer.numel()].view(buffer.shape)
-        view.copy_(buffer)
-        buffer.data = view
-        views[buffer] = view
-        start += buffer.numel()
-    return vector, views
+_ALL: "weakref.WeakSet[FlatModel]" = weakref.WeakSet()

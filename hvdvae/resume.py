@@ -123,6 +123,7 @@ def restore(trainer: "Trainer", checkpoint: Source) -> None:
         )
     _check_same_run(trainer, source)
     load_weights(trainer.model, source)
+    optimizer.flat.take_back()
     optimizer.load_master_weights(source.each("model"))
     for _, rows in source.each("buffers"):
         if rows.shape[1] == optimizer.flat.buffers.numel():

@@ -133,7 +133,8 @@ class Trainer:
         optimizer.is_told_the_step = optimizer.is_told_the_passes = True
         self.world = optimizer.whole
         self.position = Position()
-        ema = MovingAverage(optimizer.flat.parameters, ema_decay) if ema_decay else None
+        flat = optimizer.flat
+        ema = MovingAverage(flat.parameters, ema_decay, holder=flat) if ema_decay else None
         self.ema = ema
         self.best: float | None = None
         self.owed: dict[str, float] | None = None

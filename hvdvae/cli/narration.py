@@ -40,7 +40,7 @@ def opening(
     values = describe_values(dataset.train, likelihood=config.likelihood, binarization=str(config.binarization))
     drawn = mark("binarization") if config.binarization != "none" else ""
     sizes = f"hidden {_joined(config.hidden)}, latent {_joined(config.latent)}, {config.activation}"
-    count = f"{optimizer.flat.parameters.numel():,} parameters{' on rank 0' if parts is not None else ''}"
+    count = f"{optimizer.flat.layout.runs.count:,} parameters{' on rank 0' if parts is not None else ''}"
     width = "" if config.sigma is None else f", sigma {config.sigma:g}"
     held = "; ".join(f"{part}: {several(ranks)}" for part, ranks in mesh.holders().items())
     lines = [

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hvdvae.flat_layout import Runs
 from hvdvae.ps.asking import Servers
 from hvdvae.ps.channel import Channel
 from hvdvae.ps.plan import Plan
@@ -54,11 +55,12 @@ class Client:
         buffers: int,
         holders: list[list[int]],
         plan: Plan,
+        runs: Runs,
     ) -> None:
         """`channel.vectors[rank]` are this worker's vectors from now on.
 
         `shards`, `groups`: slices of the whole vector; `holders`: of each shard, the ranks of server and backup;
-        `plan`: says which codec, if any, messages have.
+        `plan`: says which codec, if any, messages have; `runs`: what such messages say of the whole vector.
         """
         self._channel, self._shards = channel, shards
         self._servers = Servers(channel, holders)
@@ -70,11 +72,14 @@ class Client:
         """Of each shard, with a codec."""
         make = codec_for(plan)
         if make is not None:
-            lengths = [shard.stop - shard.start for shard in shards]
+            said = [runs.within(shard) for shard in shards]
             tails = [0] * (len(shards) - 1) + [buffers]
             momentum = plan.compression_momentum
-            self._pushes = [PushMessage(make(n), n, tail, momentum) for n, tail in zip(lengths, tails, strict=True)]
-            self._pulls = [PullMessage(make(n), n) for n in lengths]
+            self._pushes = [
+                PushMessage(make(part.count), part.length, tail, momentum, part)
+                for part, tail in zip(said, tails, strict=True)
+            ]
+            self._pulls = [PullMessage(make(part.count), part.length, part) for part in said]
         self._versions = np.zeros(len(shards))
         """Updates that the pulled weights have had, a server."""
         self._sequence = 0

@@ -59,6 +59,7 @@ class Exchange:
         """Let the model have the weights that were pulled last."""
         if self.flat.parameters.data_ptr() != self.client.incoming.data_ptr():
             self.flat.parameters.copy_(self.client.incoming)
+        self.flat.publish()
 
     def close(self) -> None:
         """Give back what this way needed."""

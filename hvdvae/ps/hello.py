@@ -44,6 +44,7 @@ def worker_hello(
         "parameters": flat.parameters.numel(),
         "buffers": flat.buffers.numel(),
         "dtype": str(flat.parameters.dtype).removeprefix("torch."),
+        "runs": flat.layout.runs.ends,
         "groups": [[part.start, part.stop] for part in flat.group_slices],
         "optimizer": type(optimizer).__name__,
         "options": options,

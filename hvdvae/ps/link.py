@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvdvae.errors import RankLost
+from hvdvae.flat_layout import Runs
 from hvdvae.ps.channel import Channel
 from hvdvae.ps.plan import Plan
 from hvdvae.ps.protocol import STATE, TEXT, Answer, Header
@@ -20,9 +21,19 @@ class Link:
     """A server's, while it has no backup. `hear` and the three that take what follows a header block."""
 
     def __init__(
-        self, channel: Channel, shard: slice, *, is_last: bool, buffers: int, plan: Plan | None = None
+        self,
+        channel: Channel,
+        shard: slice,
+        *,
+        is_last: bool,
+        buffers: int,
+        plan: Plan | None = None,
+        runs: Runs | None = None,
     ) -> None:
-        """Lay out memory. `buffers`: F; `plan`: says which codec, if any, messages have."""
+        """Lay out memory. `buffers`: F; `plan`: says which codec, if any, messages have.
+
+        `runs`: what such messages say of the whole vector (default: all of it).
+        """
         self.channel = channel
         self._start, self.length = shard.start, shard.stop - shard.start
         self._received: list[Tensor] = []
@@ -31,7 +42,7 @@ class Link:
         """Where each worker finds the weights, if it shares memory."""
         for worker in range(channel.workers):
             views = _vectors_of(channel, worker, shard, is_last=is_last)
-            self._received.append(views[0] if views else torch.empty(self.length + buffers, dtype=channel.dtype))
+            self._received.append(views[0] if views else torch.zeros(self.length + buffers, dtype=channel.dtype))
             self._pulled.append(views[1] if views else None)
         make = codec_for(plan) if plan is not None else None
         self._pushes: PushMessage | None = None
@@ -40,8 +51,9 @@ class Link:
         self.push_bytes: int = self._received[0].nbytes if self._received else 0
         """Of one push."""
         if make is not None:
-            self._pushes = PushMessage(make(self.length), self.length, buffers, 0.0)
-            self._pulls = [PullMessage(make(self.length), self.length) for _ in range(channel.workers)]
+            said = (runs or Runs([shard], shard.stop)).within(shard)
+            self._pushes = PushMessage(make(said.count), self.length, buffers, 0.0, said)
+            self._pulls = [PullMessage(make(said.count), self.length, said) for _ in range(channel.workers)]
             self.push_bytes = self._pushes.message.nbytes
 
     @property
@@ -76,7 +88,7 @@ class Link:
 
     def admit(self, worker: int) -> None:
         """A new worker takes this one's place, which shares no memory."""
-        self._received[worker] = torch.empty_like(self._received[worker])
+        self._received[worker] = torch.zeros_like(self._received[worker])
         self._pulled[worker] = None
         if self._pulls:
             self._pulls[worker].is_known = False

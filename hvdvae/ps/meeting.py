@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from hvdvae.errors import ConfigError
+from hvdvae.flat_layout import Runs
 from hvdvae.ps.channel import Channel
 from hvdvae.ps.hello import Hello, check_hello
 from hvdvae.ps.opening import open_channel, open_joining_channel
@@ -24,6 +25,11 @@ class Meeting(NamedTuple):
     """Of the parameter vector, one a parameter group."""
     hello: Hello
     """Of worker 0; every worker said the same."""
+
+    @property
+    def runs(self) -> Runs:
+        """Of the parameter vector, what its parameters are, without the gaps between them."""
+        return Runs([slice(start, stop) for start, stop in self.hello["runs"]], self.hello["parameters"])
 
 
 def meet(world: World, hello: Hello, plan: Plan) -> Meeting:

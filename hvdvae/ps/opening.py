@@ -13,6 +13,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from hvdvae.flat_layout import ALIGNED
 from hvdvae.ps import memory
 from hvdvae.ps.channel import Channel
 from hvdvae.ps.doorbell import Doorbell
@@ -42,14 +43,14 @@ def open_channel(
     host.Allgather(np.array([rank], np.int64), ranks)
     neighbours = ranks.tolist()
     seat = take_seat(host, rank, workers=workers)
-    mine = (2 * lengths[0] + lengths[1]) * dtype.itemsize if rank < workers else 0
+    mine = _bytes_of(lengths, dtype) if rank < workers else 0
     largest = np.array([mine], np.int64)
     host.Allreduce(MPI.IN_PLACE, largest, op=MPI.MAX)
     shares = may_share and host.size > 1 and fits(host, int(largest[0]))
     bell = Doorbell(token, rank)
     vectors = {}
     if mine:
-        created = memory.create(f"hvdvae-{token}-{rank}", mine) if shares else bytearray(mine)
+        created = memory.create(f"hvdvae-{token}-{rank}", mine) if shares else _own(mine)
         vectors[rank] = _halves(created, lengths, dtype)
     comm.Barrier()
     bell.connect(neighbours, all_peers_ring=set(peers) <= set(neighbours))
@@ -70,7 +71,7 @@ def open_joining_channel(
     """The end of a worker that joins a running job. `comm`: this process, and the server as its rank 1. Local."""
     bell = Doorbell(secrets.token_hex(8), worker)
     bell.unlink()
-    vectors = {worker: _halves(bytearray((2 * lengths[0] + lengths[1]) * dtype.itemsize), lengths, dtype)}
+    vectors = {worker: _halves(_own(_bytes_of(lengths, dtype)), lengths, dtype)}
     channel = Channel(comm, worker, workers=workers, dtype=dtype, bell=bell, vectors=vectors)
     channel.admit(workers, comm, 1)
     return channel
@@ -83,7 +84,24 @@ def _token(comm: Any) -> str:
     return random.tobytes().hex()
 
 
-def _halves(buffer: Any, lengths: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _bytes_of(lengths: tuple[int, int], dtype: torch.dtype) -> int:
     parameters, buffers = lengths
-    whole = torch.frombuffer(buffer, dtype=dtype, count=2 * parameters + buffers)
-    return whole[: parameters + buffers], whole[parameters + buffers :]
+    return (2 * parameters + _aligned(buffers, dtype)) * dtype.itemsize
+
+
+def _own(size: int) -> Any:
+    """Memory of this process, zeroed, that begins where torch's own does."""
+    return torch.zeros(size, dtype=torch.uint8).numpy()
+
+
+def _halves(buffer: Any, lengths: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both begin at a multiple of 64 bytes, as the parameters in them do; (P) is one already."""
+    parameters, buffers = lengths
+    behind = parameters + _aligned(buffers, dtype)
+    whole = torch.frombuffer(buffer, dtype=dtype, count=behind + parameters)
+    return whole[: parameters + buffers], whole[behind:]
+
+
+def _aligned(count: int, dtype: torch.dtype) -> int:
+    step = ALIGNED // dtype.itemsize
+    return -(-count // step) * step

@@ -4,6 +4,7 @@ import sys
 
 import torch
 
+from hvdvae.flat_layout import Runs
 from hvdvae.ps.channel import Channel
 from hvdvae.ps.hello import server_hello
 from hvdvae.ps.link import Link
@@ -45,7 +46,7 @@ def serve(world: World, plan: Plan) -> None:
     # A signal ends the workers' runs, which hear of it with their next answers, and those end this one.
     with caught() as flag:
         holders = partners(channel.workers, shards, plan)[number]
-        link = _link(channel, shard, is_last, buffers, holders, plan, flag)
+        link = _link(channel, shard, is_last, buffers, holders, plan, flag, meeting.runs)
         Server(link, weights, plan, world.watchdog, flag, recruiter).run()
     if plan.replicas:
         world.shrink()  # A server may have died, and not all that are left need to know.
@@ -54,10 +55,17 @@ def serve(world: World, plan: Plan) -> None:
 
 
 def _link(
-    channel: Channel, shard: slice, is_last: bool, buffers: int, holders: list[int], plan: Plan, flag: Caught
+    channel: Channel,
+    shard: slice,
+    is_last: bool,
+    buffers: int,
+    holders: list[int],
+    plan: Plan,
+    flag: Caught,
+    runs: Runs,
 ) -> Link:
     if len(holders) == 1:
-        return Link(channel, shard, is_last=is_last, buffers=buffers, plan=plan)
+        return Link(channel, shard, is_last=is_last, buffers=buffers, plan=plan, runs=runs)
     primary, backup = holders
     if channel.rank == primary:
         return Primary(channel, shard, is_last=is_last, buffers=buffers, backup=backup, flag=flag)

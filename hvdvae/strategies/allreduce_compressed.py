@@ -38,8 +38,10 @@ class CompressedAllreduce(Strategy):
         """As Strategy; `compression` to `momentum` as CompressedMean has them. Raises ConfigError."""
         super().__init__(optimizer, model, world, **options)
         flat = self.flat
+        # Codecs see no gaps: those would count among the elements of which they send a share, or take the mean size.
+        self._runs = flat.layout.runs
         self._mean = CompressedMean(
-            world, flat.gradient, flat.shapes, compression, share=share, rank=rank, momentum=momentum
+            world, self._runs.dense(flat.gradient), flat.shapes, compression, share=share, rank=rank, momentum=momentum
         )
         self._compression = compression
         self.own_memory = tuple(name for name in ("remembered", "velocity") if name in self._mean.memory())
@@ -47,7 +49,9 @@ class CompressedAllreduce(Strategy):
 
     def exchange(self, gradient: Tensor) -> None:
         """The mean over ranks of what they say, in place."""
-        self._mean.mean_(gradient)
+        dense = self._runs.dense(gradient)
+        self._mean.mean_(dense)
+        self._runs.spread(dense, gradient)
 
     def update(self) -> None:
         """Step; what messages left out is remembered from now on. Raises ConfigError under a GradScaler."""

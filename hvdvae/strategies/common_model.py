@@ -28,6 +28,7 @@ class CommonModel(SavedOptimizer):
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             self.broadcast_bytes(data)
             tensor.detach().copy_(data.view(tensor.dtype).view(tensor.shape))
+        self.flat.publish()
 
     def broadcast_bytes(self, data: Tensor) -> None:
         """Overwrite bytes (n,) uint8, on the host, with the first rank's. Blocks; every rank must call it."""
@@ -44,6 +45,7 @@ class CommonModel(SavedOptimizer):
         Float buffers (BatchNorm statistics) are the mean over ranks; yields each rank's own, (size, F). `state`:
         `state_dict` is wanted too. Blocks; every rank must enter it where `synchronous`, else it is one rank's affair.
         """
+        self.flat.take_back()
         own = self.flat.buffers.clone()
         rows = torch.zeros(self.world.size, own.numel(), dtype=own.dtype)
         rows[self.world.rank] = own

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from hvdvae.errors import CheckpointError, ConfigError
 from hvdvae.flat import FlatModel
+from hvdvae.flat_views import apart
 from hvdvae.quick_start import bare
 
 ELEMENTWISE: tuple[type[Optimizer], ...] = (
@@ -81,17 +82,17 @@ def _fused(optimizer: Optimizer, options: dict[str, Any], dtype: torch.dtype) ->
 def per_tensor_state(inner: Optimizer, flat: FlatModel) -> dict[int, dict[str, Any]]:
     """The state of a flat optimizer as a plain torch optimizer would hold it: parameter number -> name -> tensor.
 
-    Vectors are split into views (no copy); counters are cloned for each parameter.
+    Vectors are split without a copy, each part with a storage of its own (flat_views.py); counters are cloned.
     """
     state: dict[int, dict[str, Any]] = {}
     number = 0
     for index, group in enumerate(inner.param_groups):
         vector = group["params"][0]
         pieces = {
-            key: flat.split(value, index) if _is_aligned(value, vector) else value
+            key: list(map(apart, flat.split(value, index))) if _is_aligned(value, vector) else value
             for key, value in inner.state.get(vector, {}).items()
         }
-        for position in range(len(flat.split(vector, index))):
+        for position in range(len(flat.groups[index])):
             state[number] = {
                 key: value[position] if isinstance(value, list) else _clone(value) for key, value in pieces.items()
             }

@@ -72,15 +72,15 @@ class LocalSgd(Strategy):
         """Ranks that step alike."""
         # Without momentum correction: what is remembered are differences, and the outer optimizer has a momentum.
         self._mean = mean_over_ranks(
-            leaders, flat.parameters, flat.shapes, compression, share=share, rank=rank, momentum=0.0
+            leaders, self._weights(), flat.shapes, compression, share=share, rank=rank, momentum=0.0
         )
         self._compression = compression
         self._sync_every, self._adaptive = sync_every, adaptive
         self._outer_lr, self._outer_momentum = outer_lr, outer_momentum
-        self._anchor = flat.parameters.clone()
-        """Weights at the last average."""
-        self._difference = torch.zeros_like(flat.parameters)
-        self._velocity = torch.zeros_like(flat.parameters) if outer_momentum else torch.zeros(0)
+        self._anchor = self._weights().clone()
+        """Weights at the last average, as they are sent and saved: without the gaps of the vector, (D,)."""
+        self._difference = torch.zeros_like(self._anchor)
+        self._velocity = torch.zeros_like(self._anchor) if outer_momentum else torch.zeros(0)
         self._shrinkage = torch.tensor([1.0, 0.0], dtype=torch.float64)
         """H of now as a part of the largest, and the first mean loss; 0: not known yet."""
         self._since = torch.zeros(1, dtype=torch.int64)
@@ -123,7 +123,7 @@ class LocalSgd(Strategy):
         Raises on all ranks NonFiniteError, or ConfigError where options or numbers of steps differ.
         """
         self._compare("average")
-        difference = torch.sub(self._anchor, self.flat.parameters, out=self._difference)
+        difference = torch.sub(self._anchor, self._weights(), out=self._difference)
         if self._group.rank == 0:
             self._mean.mean_(difference)
         if self._group.size > 1:
@@ -133,13 +133,14 @@ class LocalSgd(Strategy):
         self._mean.keep()
         step = difference
         if self._outer_momentum:
-            frozen = [place for number, place in enumerate(self.flat.places().values()) if number in self.flat.frozen]
+            frozen = [place for number, place in enumerate(self.flat.layout.dense_places) if number in self.flat.frozen]
             plain = [(place, difference[place] / self._outer_lr, self._velocity[place].clone()) for place in frozen]
             self._velocity.mul_(self._outer_momentum).add_(difference)
             step = difference.add_(self._velocity, alpha=self._outer_momentum)
             for place, mean, velocity in plain:  # What is frozen takes the mean, and is carried no further.
                 step[place], self._velocity[place] = mean, velocity
-        self.flat.parameters.copy_(self._anchor.sub_(step, alpha=self._outer_lr))
+        self.flat.layout.runs.spread(self._anchor.sub_(step, alpha=self._outer_lr), self.flat.parameters)
+        self.flat.publish()
         self._since.zero_()
         self._is_mean = True
         self.moved.averages += 1
@@ -158,6 +159,7 @@ class LocalSgd(Strategy):
         With `state` the mean is for good, and of what optimizers and messages remember too: what is saved is what all
         ranks go on with. The period goes on: the outer step comes when H are done. Blocks; every rank must enter it.
         """
+        self.flat.take_back()
         if state:
             self._settle_on_mean()
             self.world.sum_(self._losses, "mean of losses").div_(self.world.size)
@@ -167,12 +169,14 @@ class LocalSgd(Strategy):
         own = None if self._is_mean else self.flat.parameters.clone()
         if own is not None:
             self._average_plainly(self.flat.parameters, "average of weights")
+            self.flat.publish()
         try:
             with super().fetched(state=state) as rows:
                 yield rows
         finally:
             if own is not None:
                 self.flat.parameters.copy_(own)
+                self.flat.publish()
 
     def restored(self) -> None:
         """As Strategy's: all ranks have the same weights."""
@@ -199,10 +203,14 @@ class LocalSgd(Strategy):
             **self.traffic(),
         }
 
+    def _weights(self) -> Tensor:
+        """Without the gaps of the vector, (D,)."""
+        return self.flat.layout.runs.dense(self.flat.parameters)
+
     def _begin(self) -> None:
         if not self._since:
             # Here, since weights may have been loaded meanwhile.
-            self._anchor.copy_(self.flat.parameters)
+            self._anchor.copy_(self._weights())
 
     def _count(self) -> None:
         self.moved.steps += 1
@@ -220,10 +228,12 @@ class LocalSgd(Strategy):
 
         Raises NonFiniteError on all ranks.
         """
+        self.flat.take_back()
         if not self._is_mean:
             self._compare("average of weights")
             self._average_plainly(self.flat.parameters, "average of weights")
-            self._check_finite(self.flat.parameters)
+            self._check_finite(self._weights())
+            self.flat.publish()
             self._is_mean = True
 
     def compare_options(self) -> None:

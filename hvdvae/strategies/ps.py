@@ -81,7 +81,7 @@ class ParameterServer(Strategy):
         )
         self._channel, shards, groups, _ = (meet_running if world.joins else meet)(world, hello, plan)
         holders = partners(self._channel.workers, len(shards), plan)
-        self.client = Client(self._channel, shards, groups, flat.buffers.numel(), holders, plan)
+        self.client = Client(self._channel, shards, groups, flat.buffers.numel(), holders, plan, flat.layout.runs)
         kind = exchange_of(plan)
         if kind.shares_vectors:
             flat.move_gradient(self.client.outgoing[: flat.gradient.numel()])
@@ -161,8 +161,9 @@ class ParameterServer(Strategy):
         self._take_step(finite=True)
 
     def skip(self) -> None:
-        """Count a step of which nothing is pushed."""
+        """Count a step of which nothing is pushed; weights may come all the same."""
         self._take_step(finite=False)
+        self.flat.count_change()
 
     def _take_step(self, *, finite: bool) -> None:
         self.start()
@@ -204,6 +205,7 @@ class ParameterServer(Strategy):
         """
         self.start()
         self._exchange.settle()
+        self.flat.take_back()
         # Without short messages' rounding the weights here would be others than those of workers that do not look.
         keeps = self._exchange.steps_itself or self.plan.compression != "none"
         own_weights = self.flat.parameters.clone() if keeps else None
@@ -222,6 +224,7 @@ class ParameterServer(Strategy):
             self.inner.state.update(own_state)
             if own_weights is not None:
                 self.flat.parameters.copy_(own_weights)
+            self.flat.publish()
 
     def check_loadable(self) -> None:
         """As every strategy's: the first step gives what was loaded to the servers."""

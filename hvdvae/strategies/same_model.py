@@ -40,7 +40,7 @@ def check_same_model(flat: FlatModel, world: World, ranks: Sequence[int]) -> Non
     if odd:
         what = "names, shapes or dtypes of parameters or buffers differ"
         if len(ranks) == world.size:  # Then all come here.
-            lines = [[name, *entry] for name, *entry in flat.layout] + [["trained", name] for name in flat.names]
+            lines = [[name, *entry] for name, *entry in flat.contents] + [["trained", name] for name in flat.names]
             layouts = [
                 json.loads(found) for found in world.gather_bytes(json.dumps(lines).encode(), "comparison of models")
             ]

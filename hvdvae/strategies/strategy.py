@@ -220,9 +220,11 @@ class Strategy(RunMember):
         self.update()
         if self.parts is not None:
             self.parts.level(self.flat)
+        self.flat.count_change()  # Else a graph that was computed before would give a wrong gradient.
         # A scheduler that was built on the wrapped optimizer asks it whether it has stepped.
         self._wrapped._opt_called = True  # type: ignore[attr-defined]
-        if not self._kept_buffers:  # Of a loop that has the model clear its gradients, not the optimizer.
+        # Of a loop that has the model clear its gradients, not the optimizer; or where another optimizer may skip next.
+        if not self._kept_buffers or self.flat.shares_buffers:
             self.flat.keep_buffers()
         self._kept_buffers = False
         self._count_step()
@@ -276,6 +278,7 @@ class Strategy(RunMember):
         self._exchanged = False
         self._passes.clear()
         self._poison = None
+        self.flat.follow_model()
         self.flat.keep_buffers()
         self._kept_buffers = True
         super().zero_grad(set_to_none)

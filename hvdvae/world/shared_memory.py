@@ -17,6 +17,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from hvdvae.flat_layout import ALIGNED
 from hvdvae.world.collectives import slice_of
 
 CHUNK = 65536
@@ -38,7 +39,8 @@ class SharedVectors:
         """
         comm = self._comm = comm.Dup()
         bytes_each = like.numel() * like.element_size()
-        self._window = MPI.Win.Allocate_shared(bytes_each, like.element_size(), comm=comm)
+        room = bytes_each + ALIGNED if bytes_each else 0
+        self._window = MPI.Win.Allocate_shared(room, like.element_size(), comm=comm)
         self._window.Lock_all()
         self.vectors = [self._vector_of(rank, like) for rank in range(comm.size)]
         self.mine.zero_()
@@ -100,7 +102,9 @@ class SharedVectors:
 
     def _vector_of(self, rank: int, like: Tensor) -> Tensor:
         memory, _ = self._window.Shared_query(rank)
-        return torch.frombuffer(memory, dtype=like.dtype, count=like.numel())
+        # Parameters begin at a multiple of 64 bytes; memory is mapped by pages, so that it is one for every rank.
+        start = -memory.address % ALIGNED if like.numel() else 0
+        return torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=start)
 
     def meet(self) -> None:
         """Return once all have come, and see what they wrote. Blocks; every rank must call it."""

@@ -383,7 +383,7 @@ def test_averages_to_look_at_and_to_save_are_counted(world: World) -> None:
     model = network(seed=100)
     optimizer = wrapped(world, model, "local-sgd", sync_every=100, compression="sign")
     take_step(optimizer, model, *(tensor[share(world)] for tensor in examples()))
-    ring = 2 * 4 * len(weights(model)) * (world.size - 1) / world.size
+    ring = 2 * 4 * optimizer.flat.layout.length * (world.size - 1) / world.size
     with optimizer.fetched():
         looked = optimizer.traffic()["bytes_sent"]
     assert looked == pytest.approx(ring, abs=4)

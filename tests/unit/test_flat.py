@@ -17,12 +17,16 @@ def flat_of(model: nn.Module) -> FlatModel:
     return FlatModel(model, [list(model.parameters())])
 
 
+def dense(flat: FlatModel, vector: torch.Tensor) -> torch.Tensor:
+    return flat.layout.runs.dense(vector)
+
+
 def test_parameters_are_views_with_their_values_and_order() -> None:
     model = network()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     flat = flat_of(model)
     assert flat.names == [name for name, _ in model.named_parameters()]
-    assert torch.equal(flat.parameters, torch.cat([before[name].flatten() for name in flat.names]))
+    assert torch.equal(dense(flat, flat.parameters), torch.cat([before[name].flatten() for name in flat.names]))
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     flat.parameters.fill_(7.0)
@@ -36,9 +40,9 @@ def test_groups_are_slices_in_the_optimizers_order() -> None:
     model = network()
     first, *rest = list(model.parameters())
     flat = FlatModel(model, [rest, [first]])
-    assert flat.group_slices == [slice(0, 3 + 6 + 6 + 2), slice(17, 29)]
-    assert torch.equal(flat.parameters[17:].view(3, 4), first)
-    piece = flat.split(flat.parameters[17:], 1)
+    assert flat.group_slices == [slice(0, 5 * 16), slice(80, 96)]
+    assert torch.equal(flat.parameters[80:92].view(3, 4), first)
+    piece = flat.split(flat.parameters[80:], 1)
     assert [tuple(tensor.shape) for tensor in piece] == [(3, 4)]
     assert torch.equal(flat.views(flat.parameters)["0.weight"], first)
 
@@ -53,18 +57,18 @@ def test_gradients_of_any_origin_are_gathered() -> None:
     flat = flat_of(model)
     model(x).square().mean().backward()
     first = flat.gather_gradient()
-    torch.testing.assert_close(first, torch.cat([g.flatten() for g in expected]))
+    torch.testing.assert_close(dense(flat, first), torch.cat([g.flatten() for g in expected]))
     model(x).square().mean().backward()  # Accumulates into the views.
-    torch.testing.assert_close(flat.gather_gradient(), 2 * torch.cat([g.flatten() for g in expected]))
+    torch.testing.assert_close(dense(flat, flat.gather_gradient()), 2 * torch.cat([g.flatten() for g in expected]))
 
     parameters = list(model.parameters())
     parameters[0].grad = None
     parameters[1].grad = torch.full_like(parameters[1], 3.0)
     gathered = flat.gather_gradient()
     assert gathered is flat.gradient
-    assert not gathered[:12].any()
-    assert bool((gathered[12:15] == 3).all())
-    torch.testing.assert_close(gathered[15:], 2 * torch.cat([g.flatten() for g in expected[2:]]))
+    assert not gathered[:16].any()
+    assert bool((gathered[16:19] == 3).all())
+    torch.testing.assert_close(dense(flat, gathered)[15:], 2 * torch.cat([g.flatten() for g in expected[2:]]))
     again = gathered.clone()
     assert torch.equal(flat.gather_gradient(), again), "gathering twice is gathering once"
     gathered.mul_(2)
@@ -121,7 +125,7 @@ def test_a_zero_dimensional_parameter_is_one_element() -> None:
     model.scale = nn.Parameter(torch.tensor(3.0))
     model.rows = nn.Parameter(torch.ones(2))
     flat = flat_of(model)
-    assert flat.parameters.tolist() == [3, 1, 1]
+    assert dense(flat, flat.parameters).tolist() == [3, 1, 1]
     assert flat.views(flat.parameters)["scale"].shape == ()
 
 
@@ -254,13 +258,14 @@ def test_tensors_that_share_memory_are_refused(what: str) -> None:
 def test_tied_parameters_are_one() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
-    assert flat_of(model).parameters.numel() == 9 + 3 + 3
+    assert flat_of(model).layout.runs.count == 9 + 3 + 3
 
 
 def test_what_has_no_shape_or_is_complex_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"'0\.weight' has no shape yet: run the model once"):
         flat_of(nn.Sequential(nn.LazyLinear(3)))
     model = nn.Module()
+    model.scale = nn.Parameter(torch.ones(2))  # Not of what stands before it is it told.
     model.wave = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     with pytest.raises(ConfigError, match=r"'wave' is torch\.complex64"):
         flat_of(model)
@@ -293,3 +298,50 @@ def test_two_optimizers_of_one_model_see_the_same_buffers() -> None:
         assert (flat.buffers[:3] == value).all()
         flat.buffers[:3] = -value
         assert (model[1].running_mean == -value).all()  # type: ignore[index, union-attr]
+
+
+def test_a_step_of_one_optimizer_confirms_what_another_must_not_take_back() -> None:
+    """Statistics are those of all optimizers of a model; a module whose numbers are spoiled waits, the others not."""
+    model = nn.ModuleDict({"one": network(), "other": network()})
+    both = [FlatModel(model, [[*model[name].parameters()]]) for name in ("one", "other")]
+    for flat in both:
+        flat.keep_buffers()
+    statistics = {name: model[name][1].running_mean for name in ("one", "other")}  # type: ignore[index]
+    counts = {name: model[name][1].num_batches_tracked for name in ("one", "other")}  # type: ignore[index]
+    with torch.no_grad():
+        statistics["one"].fill_(1.0)  # Of a good step.
+        counts["one"].fill_(1)
+        statistics["other"].fill_(float("nan"))  # Of one that will be skipped.
+        counts["other"].fill_(1)
+    assert both[0].shares_buffers
+    both[0].keep_buffers()
+    both[1].restore_buffers()
+    assert statistics["one"].tolist() == [1, 1, 1]
+    assert statistics["other"].tolist() == [0, 0, 0]
+    assert {name: int(count) for name, count in counts.items()} == {"one": 1, "other": 0}
+
+
+def test_optimizers_of_a_model_and_of_a_part_of_it_hear_of_each_other() -> None:
+    model = nn.ModuleDict({"one": network(), "other": network()})
+    whole = FlatModel(model, [[*model["other"].parameters()]])
+    part = FlatModel(model["one"], [[*model["one"].parameters()]])
+    whole.keep_buffers()
+    part.keep_buffers()
+    with torch.no_grad():
+        model["one"][1].running_mean.fill_(1.0)  # type: ignore[index]
+    part.keep_buffers()
+    whole.restore_buffers()
+    assert model["one"][1].running_mean.tolist() == [1, 1, 1]  # type: ignore[index]
+    assert part.buffers[:3].tolist() == [1, 1, 1]
+
+
+def test_infinity_in_a_mask_is_no_reason_to_forget_statistics() -> None:
+    model = network()
+    model.register_buffer("mask", torch.full((2, 2), -float("inf")).triu(1))
+    flat = flat_of(model)
+    flat.keep_buffers()
+    with torch.no_grad():
+        model[1].running_mean.fill_(1.0)  # type: ignore[index, union-attr, operator]
+    flat.keep_buffers()
+    flat.restore_buffers()
+    assert model[1].running_mean.tolist() == [1, 1, 1]  # type: ignore[index, union-attr]

@@ -17,8 +17,8 @@ PACKAGE = ROOT / "hvdvae"
 LAYERS = {
     "core": (
         "abort allocator batch checkpoint config config_check config_kinds config_named cores deadline "
-        "disturbance dtypes ema errors first_order flat launcher outcome quick_start regular_file schedule "
-        "seeding signals supervisor version whole_file world",
+        "disturbance dtypes ema errors first_order flat flat_buffers flat_check flat_homes flat_layout flat_views "
+        "launcher outcome quick_start regular_file schedule seeding signals supervisor version whole_file world",
         0,
     ),
     "domain": ("data vae", 1),

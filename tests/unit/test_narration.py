@@ -14,6 +14,7 @@ from hvdvae.cli.narration import in_software, opening
 from hvdvae.config import TrainConfig
 from hvdvae.data import ArraySource, Dataset
 from hvdvae.data.sampler import local_batch
+from hvdvae.flat_layout import Layout
 
 AVX2 = {"architecture": "x86_64", "avx2": True, "avx512_bf16": False}
 
@@ -48,7 +49,7 @@ def said(*named: str, step: int = 0, **options: Any) -> list[str]:
     config = assemble.resolved(TrainConfig(**options))
     config = replace(config, binarization=assemble.binarization(config, DIGITS))
     world = SimpleNamespace(size=2, device=torch.device("cpu"), launcher="mpirun", servers=0)
-    flat = SimpleNamespace(parameters=torch.zeros(1234))
+    flat = SimpleNamespace(layout=Layout([[1200, 34]], 4))
     optimizer = SimpleNamespace(world=world, parts=None, flat=flat, engine="mpi", engine_reason="as asked")
     optimizer.wrapped_class, optimizer.param_groups = "Adam", [{"lr": 0.001}]
     batch = local_batch(480, config.batch_size * config.accumulate, 2)
