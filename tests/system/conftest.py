@@ -34,7 +34,7 @@ class Launch:
     """A running job."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
-        self.start = time.monotonic()
+        self.start, self.folder = time.monotonic(), folder
         self.process = subprocess.Popen(
             command,
             env=environment,

@@ -43,19 +43,25 @@ def never_stopped(tmp_path_factory: pytest.TempPathFactory, images: Path) -> dic
     return {ranks: folder / f"np{ranks}" for ranks in (1, 2)}
 
 
-def stop(job: Launch, folder: Path, number: signal.Signals, *, after: Path | None = None) -> Finished:
-    """Send a signal in the middle of an epoch, to the launcher alone, and wait for the end of the job.
-
-    It is sent soon after the next whole checkpoint: that of the first epoch, or the one that follows `after`.
-    """
-    give_up = time.monotonic() + 60
-    while not (found := Folder(folder / "checkpoints", 3).steps()) or found[0] == after:
-        assert time.monotonic() < give_up, "no checkpoint came"
+def stop(job: Launch, number: signal.Signals) -> Finished:
+    """Send a signal to the launcher alone where a run of `waits_midway` waits for it, and wait for the job's end."""
+    waits = job.folder / "waits"
+    give_up = time.monotonic() + 100
+    while not waits.exists():
+        assert time.monotonic() < give_up, "it did not come so far"
+        assert job.process.poll() is None, job.finish(5).output
         time.sleep(0.01)
-    time.sleep(0.1)
-    assert job.process.poll() is None, "the run is over: there is nothing to stop"
+    waits.unlink()
     job.process.send_signal(number)
     return job.finish(60)
+
+
+def midway(step: int | str) -> tuple[str, str]:
+    """The command, whose rank 0 waits in this step, or at the final test."""
+    return str(Path(__file__).with_name("waits_midway.py")), str(step)
+
+
+MIDDLE = STEPS + 100
 
 
 def newest(folder: Path) -> Path:
@@ -82,15 +88,14 @@ def test_a_signal_saves_and_resume_goes_on_bit_for_bit(
     start: Start, command: Command, tmp_path: Path, images: Path, never_stopped: dict[int, Path], number: signal.Signals
 ) -> None:
     folder = tmp_path / "run"
-    job = stop(start(1, "-m", "hvdvae", *words(images, 1), launcher="none"), folder, number)
+    job = stop(start(1, *midway(MIDDLE), *words(images, 1), launcher="none"), number)
     assert job.status == 128 + number
     assert "Traceback" not in job.output
     said = re.search(rf"{number.name}: saved at step (\d+) in run/checkpoints; continue with --resume", job.output)
     assert said, job.output
     step = int(said[1])
     assert load(newest(folder)).record["step"] == step
-    assert STEPS < step < EPOCHS * STEPS
-    assert step % STEPS, "in the middle of an epoch, not at its end"
+    assert step == MIDDLE + 1, "in the middle of an epoch"
     assert not (folder / "summary.json").exists()
     resumed = command("train", "--resume", "--out", "run")
     assert resumed.status == 0, resumed.output
@@ -112,9 +117,9 @@ def test_interrupted_in_the_final_test_it_says_that_training_is_saved(
     start: Start, command: Command, tmp_path: Path, images: Path, number: signal.Signals
 ) -> None:
     few = ("--epochs", "1", "--hidden", "10", "--batch-size", "48", "--pictures-every", "0", "--out", "run")
-    run = ("-m", "hvdvae", "train", "--data", str(images), *few, "--nll-samples", "1000000")
+    run = (*midway("test"), "train", "--data", str(images), *few, "--nll-samples", "1000000")
     # Alone: what a rank says after mpirun was told to end, mpirun does not pass on.
-    ended = stop(start(1, *run, launcher="none"), tmp_path / "run", number)
+    ended = stop(start(1, *run, launcher="none"), number)
     assert ended.status == 128 + number
     assert "interrupted in the final test; training is saved: --resume --out run makes up for it" in ended.output, (
         ended.output
@@ -129,7 +134,7 @@ def test_sigkill_leaves_whole_checkpoints_to_resume_from(
     start: Start, command: Command, tmp_path: Path, images: Path, never_stopped: dict[int, Path]
 ) -> None:
     folder = tmp_path / "run"
-    job = stop(start(1, "-m", "hvdvae", *words(images, 1), launcher="none"), folder, signal.SIGKILL)
+    job = stop(start(1, *midway(MIDDLE), *words(images, 1), launcher="none"), signal.SIGKILL)
     assert job.status == -signal.SIGKILL
     resumed = command("train", "--resume", "--out", "run")
     assert resumed.status == 0, resumed.output
@@ -141,8 +146,8 @@ def test_sigkill_leaves_whole_checkpoints_to_resume_from(
 def stopped_at_two_ranks(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     """The folder of a run of two ranks whose mpirun got SIGUSR1, which it forwards."""
     folder = tmp_path_factory.mktemp("stopped")
-    command = [*launcher_command("mpirun", 2), sys.executable, "-m", "hvdvae", *words(images, 2)]
-    job = stop(Launch(command, clean_environment(), folder), folder / "run", signal.SIGUSR1)
+    command = [*launcher_command("mpirun", 2), sys.executable, *midway(MIDDLE), *words(images, 2)]
+    job = stop(Launch(command, clean_environment(), folder), signal.SIGUSR1)
     assert job.status != 0
     assert job.output.count("SIGUSR1: saved at step") == 1, job.output
     assert load(newest(folder / "run")).record["step"] % STEPS
@@ -157,15 +162,15 @@ def test_two_ranks_stop_and_go_on_again_and_again(
     It is the same run, bit for bit, and within the rounding of a norm and of a step where another engine takes over.
     """
     folder = Path(shutil.copytree(stopped_at_two_ranks, tmp_path / "run"))
-    again = ("-m", "hvdvae", "train", "--resume", "--out", "run")
-    for launcher, number in (("mpirun", signal.SIGTERM), ("horovodrun-gloo", signal.SIGINT)):
+    again = ("train", "--resume", "--out", "run")
+    for epoch, launcher, number in ((2, "mpirun", signal.SIGTERM), (3, "horovodrun-gloo", signal.SIGINT)):
         engine = ("--engine", "mpi" if launcher == "mpirun" else "horovod")
-        job = stop(start(2, *again, *engine, launcher=launcher), folder, number, after=newest(folder))
+        job = stop(start(2, *midway(epoch * STEPS + 100), *again, *engine, launcher=launcher), number)
         assert job.status != 0
         assert "resumed at step" in job.output
         assert "uncaught exception" not in job.output
         last = shutil.copytree(folder, tmp_path / launcher)
-        resumed = start(2, *again[:-1], launcher, "--engine", "mpi").finish(60)
+        resumed = start(2, "-m", "hvdvae", *again[:-1], launcher, "--engine", "mpi").finish(60)
         assert resumed.status == 0, resumed.output
         assert_same_end(last, never_stopped[2], exactly=launcher == "mpirun")
 

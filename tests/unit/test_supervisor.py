@@ -19,8 +19,6 @@ JOB = """
 import json, os, pathlib, signal, subprocess, sys, time
 log = pathlib.Path("log")
 calls = len(log.read_text().splitlines()) if log.exists() else 0
-with log.open("a") as file:
-    file.write(json.dumps(sys.argv[1:]) + chr(10))
 def leave(number, frame):
     print("SIGUSR1: saved at step 3", flush=True)
     sys.exit(128 + number)
@@ -31,14 +29,27 @@ def finish(status=0):
     sys.exit(status)
 signal.signal(signal.SIGUSR1, leave)
 """
+STARTED = """
+with log.open("a") as file:
+    file.write(json.dumps(sys.argv[1:]) + chr(10))
+"""
+"""Tells the test that signals may come."""
 
 
 class Supervised:
     """`hvdvae supervise` in a process of its own, over a Python script."""
 
-    def __init__(self, folder: Path, body: str, *options: str, command: Sequence[str] = (), **environment: str) -> None:
-        self.folder = folder
-        (folder / "job.py").write_text(JOB + body)
+    def __init__(
+        self,
+        folder: Path,
+        body: str,
+        *options: str,
+        handlers: str = "",
+        command: Sequence[str] = (),
+        **environment: str,
+    ) -> None:
+        self.folder, self._said = folder, ""
+        (folder / "job.py").write_text(JOB + handlers + STARTED + body)
         supervise = [sys.executable, "-m", "hvdvae", "supervise", "--backoff", "0.1", *options, "--"]
         self.process = subprocess.Popen(
             [*supervise, *(command or [sys.executable, "job.py", "train", "--out", "here"])],
@@ -56,6 +67,14 @@ class Supervised:
             assert time.monotonic() < give_up
             time.sleep(0.02)
 
+    def await_words(self, words: str) -> None:
+        """Return once this has been said."""
+        assert self.process.stdout is not None
+        while words not in self._said:
+            line = self.process.stdout.readline()
+            assert line, f"it ended without {words!r}: {self._said}"
+            self._said += line
+
     @property
     def calls(self) -> list[list[str]]:
         """Arguments of each start of the job."""
@@ -65,7 +84,7 @@ class Supervised:
     def finish(self) -> tuple[int, str]:
         """Exit status, and all that was said."""
         said, _ = self.process.communicate(timeout=60)
-        return self.process.returncode, said
+        return self.process.returncode, self._said + said
 
 
 def test_a_job_that_does_its_work_runs_once(tmp_path: Path) -> None:
@@ -117,7 +136,6 @@ def test_what_only_the_user_can_mend_is_not_tried_again(tmp_path: Path) -> None:
 def test_signals_make_the_job_save_and_leave(tmp_path: Path, number: signal.Signals) -> None:
     job = Supervised(tmp_path, "time.sleep(60)")
     job.await_calls(1)
-    time.sleep(0.2)
     job.process.send_signal(number)
     status, said = job.finish()
     assert status == 128 + signal.SIGUSR1
@@ -128,18 +146,16 @@ def test_signals_make_the_job_save_and_leave(tmp_path: Path, number: signal.Sign
 
 def test_a_signal_between_two_attempts_ends_the_wait(tmp_path: Path) -> None:
     job = Supervised(tmp_path, "sys.exit(1)", "--backoff", "50")
-    job.await_calls(1)
-    time.sleep(1.0)
+    job.await_words("restart 1 of 3 in 50 s")
     job.process.send_signal(signal.SIGTERM)
     assert job.finish()[0] == 128 + signal.SIGTERM
     assert len(job.calls) == 1
 
 
 def test_a_job_that_does_not_leave_is_ended(tmp_path: Path) -> None:
-    body = "signal.signal(signal.SIGUSR1, signal.SIG_IGN); time.sleep(60)"
-    job = Supervised(tmp_path, body, "--grace", "0.5")
+    deaf = "signal.signal(signal.SIGUSR1, signal.SIG_IGN)"
+    job = Supervised(tmp_path, "time.sleep(60)", "--grace", "0.5", handlers=deaf)
     job.await_calls(1)
-    time.sleep(0.2)
     job.process.send_signal(signal.SIGTERM)
     status, said = job.finish()
     assert status == 128 + signal.SIGTERM
@@ -147,11 +163,12 @@ def test_a_job_that_does_not_leave_is_ended(tmp_path: Path) -> None:
 
 
 def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
-    job = Supervised(tmp_path, "signal.signal(signal.SIGUSR1, signal.SIG_IGN); time.sleep(60)", "--grace", "50")
+    deaf = "signal.signal(signal.SIGUSR1, signal.SIG_IGN)"
+    job = Supervised(tmp_path, "time.sleep(60)", "--grace", "50", handlers=deaf)
     job.await_calls(1)
-    for _ in range(2):
-        job.process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
+    job.process.send_signal(signal.SIGINT)
+    job.await_words("SIGINT: asking the job to save and leave")
+    job.process.send_signal(signal.SIGINT)
     status, said = job.finish()
     assert status == 128 + signal.SIGTERM
     assert "a second SIGINT; ending it" in said
@@ -162,11 +179,9 @@ def test_a_signal_goes_past_a_script_that_would_die_of_it(tmp_path: Path, launch
     """The script goes on once the launcher in it, or the program, has left."""
     script = tmp_path / "run.sh"
     (tmp_path / launcher).symlink_to(sys.executable)
-    (tmp_path / "job.py").write_text(JOB + "time.sleep(60)")
     script.write_text(f"#!/bin/bash\n{tmp_path / launcher} job.py\nstatus=$?\necho ended with $status\nexit $status\n")
     job = Supervised(tmp_path, "time.sleep(60)", command=["bash", str(script), "--out", "here"])
     job.await_calls(1)
-    time.sleep(0.2)
     job.process.send_signal(signal.SIGTERM)
     status, said = job.finish()
     assert "saved at step 3\nended with 138" in said
@@ -228,7 +243,6 @@ def test_a_job_is_requeued_after_a_signal(tmp_path: Path) -> None:
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     job = Supervised(tmp_path, "time.sleep(60)", "--requeue", SLURM_JOB_ID="7", PATH=path)
     job.await_calls(1)
-    time.sleep(0.2)
     job.process.send_signal(signal.SIGUSR1)
     status, said = job.finish()
     assert status == 0
@@ -256,10 +270,9 @@ def test_what_would_come_no_further_is_not_requeued(tmp_path: Path, body: str, s
     (tmp_path / "here" / "checkpoints").mkdir(parents=True)
     (tmp_path / "here" / "checkpoints" / "step-1.safetensors").write_text("")
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    warned = f"def warned(number, frame):\n    {body}\nsignal.signal(signal.SIGUSR1, warned)\ntime.sleep(60)"
-    job = Supervised(tmp_path, warned, "--requeue", SLURM_JOB_ID="7", PATH=path)
+    warned = f"def warned(number, frame):\n    {body}\nsignal.signal(signal.SIGUSR1, warned)"
+    job = Supervised(tmp_path, "time.sleep(60)", "--requeue", handlers=warned, SLURM_JOB_ID="7", PATH=path)
     job.await_calls(1)
-    time.sleep(0.2)
     job.process.send_signal(signal.SIGUSR1)
     found, said = job.finish()
     assert found == status, said
@@ -268,13 +281,14 @@ def test_what_would_come_no_further_is_not_requeued(tmp_path: Path, body: str, s
 
 
 def test_a_job_that_is_cancelled_while_it_saves_is_not_requeued(tmp_path: Path) -> None:
-    body = "def save(number, frame):\n    time.sleep(1.0)\n    sys.exit(138)\nsignal.signal(signal.SIGUSR1, save)\n"
-    job = Supervised(tmp_path, body + "time.sleep(60)", "--requeue", SLURM_JOB_ID="7")
+    save = "def save(number, frame):\n    while not os.path.exists('cancelled'):\n        time.sleep(0.02)\n"
+    handlers = save + "    sys.exit(138)\nsignal.signal(signal.SIGUSR1, save)"
+    job = Supervised(tmp_path, "time.sleep(60)", "--requeue", handlers=handlers, SLURM_JOB_ID="7")
     job.await_calls(1)
-    time.sleep(0.2)
     job.process.send_signal(signal.SIGUSR1)
-    time.sleep(0.3)
+    job.await_words("SIGUSR1: asking the job to save and leave")
     job.process.send_signal(signal.SIGTERM)
+    (tmp_path / "cancelled").touch()
     status, said = job.finish()
     assert status == 138
     assert "requeueing" not in said
@@ -292,7 +306,6 @@ def test_the_job_does_not_outlive_a_supervisor_that_is_killed(tmp_path: Path) ->
 def test_a_terminal_that_is_closed_makes_the_job_save_and_leave(tmp_path: Path) -> None:
     job = Supervised(tmp_path, "time.sleep(60)")
     job.await_calls(1)
-    time.sleep(0.2)
     job.process.send_signal(signal.SIGHUP)
     status, said = job.finish()
     assert status == 138
@@ -339,7 +352,6 @@ def test_which_commands_leave_results(command: str, has: bool) -> None:
 def test_a_job_that_is_cancelled_is_not_requeued(tmp_path: Path) -> None:
     job = Supervised(tmp_path, "time.sleep(60)", "--requeue", SLURM_JOB_ID="7")
     job.await_calls(1)
-    time.sleep(0.2)
     job.process.send_signal(signal.SIGTERM)
     status, said = job.finish()
     assert status == 128 + signal.SIGUSR1
@@ -381,7 +393,7 @@ def test_a_command_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_what_is_deleted_at_the_start_is_not_deleted_at_a_restart(tmp_path: Path) -> None:
-    (tmp_path / "job.py").write_text(JOB + "finish(75 if calls < 1 else 0)")
+    (tmp_path / "job.py").write_text(JOB + STARTED + "finish(75 if calls < 1 else 0)")
     words = [
         "-m",
         "hvdvae",
