@@ -12,6 +12,7 @@ from hvdvae.errors import DataError
 
 IN_MEMORY_BYTES = 1 << 30
 """Arrays up to this size are read into memory. A constant: ranks, and a run that is resumed, must come to the same."""
+LAID_ANEW = "stored in Fortran order, laid anew in memory"
 BLOCK_BYTES = 64 << 20
 """An array in Fortran order is laid anew in blocks of this size."""
 
@@ -35,7 +36,7 @@ def array_source(
         file.read_into(array.reshape(-1, order="A").view(np.uint8).data, offset)
         source: Source = ArraySource(array, label)
         if fortran:
-            source.notes = ("stored in Fortran order, laid anew in memory",)
+            source.notes = (LAID_ANEW,)
         return source
     if not fortran:
         return RowSource(file, offset, shape, dtype, label)
@@ -57,7 +58,6 @@ class RowSource(Source):
         self.path, self.shape, self.dtype, self.stored = label, layout.shape, checked_dtype(dtype, label), dtype
         self._file, self._offset, self._count = file, offset, shape[0]
         self._row_shape, self._channels_last = shape[1:], layout.channels_last
-        self._read_as = np.dtype(np.uint8) if dtype == np.bool_ else dtype
         self._row_bytes = int(np.prod(self._row_shape)) * dtype.itemsize
 
     def __len__(self) -> int:
@@ -69,7 +69,7 @@ class RowSource(Source):
         wanted = indices.tolist()
         if min(wanted) < 0 or max(wanted) >= self._count:
             raise IndexError(f"{self.path} has {self._count} examples, {min(wanted)} to {max(wanted)} are wanted")
-        rows = np.frombuffer(self._file.rows(self._offset, self._row_bytes, wanted), self._read_as)
+        rows = np.frombuffer(self._file.rows(self._offset, self._row_bytes, wanted), self.stored)
         batch = converted(rows.reshape(-1, *self._row_shape), self.dtype)
         if self._channels_last:
             batch = np.moveaxis(batch, 3, 1)

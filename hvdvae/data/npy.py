@@ -11,7 +11,7 @@ from typing import IO, BinaryIO
 
 import numpy as np
 
-from hvdvae.data.array_file import array_source
+from hvdvae.data import array_file
 from hvdvae.data.held_file import HeldFile
 from hvdvae.data.layout import checked_dtype, checked_layout
 from hvdvae.data.room import MAX_DEFLATE, check_room
@@ -31,7 +31,7 @@ def open_npy(path: Path) -> Source:
     with file.stream() as stream:
         shape, fortran, dtype = _read_header(stream, label)
         offset = stream.tell()
-    return array_source(file, offset, shape, dtype, label, fortran=fortran)
+    return array_file.array_source(file, offset, shape, dtype, label, fortran=fortran)
 
 
 def open_npz(path: Path) -> dict[str, Source]:
@@ -66,18 +66,28 @@ def _member(file: HeldFile, raw: BinaryIO, archive: zipfile.ZipFile, info: zipfi
     with archive.open(info) as stream:
         shape, fortran, dtype = _read_header(stream, label)
         header = stream.tell()
-        if info.compress_type == zipfile.ZIP_DEFLATED:
-            return ArraySource(_decompress(stream, shape, fortran, dtype, info, header, label), label)
+        expected = _check_length(shape, dtype, info.file_size - header, label)
+        if info.compress_type == zipfile.ZIP_DEFLATED or expected <= array_file.IN_MEMORY_BYTES:
+            if expected > MAX_DEFLATE * info.compress_size:
+                raise DataError(
+                    f"{label}: found {info.compress_size} compressed bytes; expected {expected} bytes of data for "
+                    f"shape {shape}: save it again"
+                )
+            check_room(expected, label, "save it with numpy.savez, from which examples are read when they are needed")
+            source = ArraySource(_read_whole(stream, shape, fortran, dtype, label), label)
+            source.notes = (array_file.LAID_ANEW,) if fortran else ()
+            return source
     raw.seek(info.header_offset)
     name, extra = _LOCAL_HEADER.unpack(raw.read(_LOCAL_HEADER.size))
     start = info.header_offset + _LOCAL_HEADER.size + name + extra
-    _check_length(shape, dtype, info.file_size - header, label)
-    return array_source(file, start + header, shape, dtype, label, fortran=fortran)
+    return array_file.array_source(file, start + header, shape, dtype, label, fortran=fortran)
 
 
 def _read_header(stream: IO[bytes], label: str) -> tuple[tuple[int, ...], bool, np.dtype]:
     try:
         version = np.lib.format.read_magic(stream)
+        if version not in ((1, 0), (2, 0), (3, 0)):
+            raise ValueError(f"version {version}")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
         if not all(type(length) is int and length >= 0 for length in shape):
@@ -98,22 +108,8 @@ def _check_length(shape: tuple[int, ...], dtype: np.dtype, found: int, label: st
     return expected
 
 
-def _decompress(
-    stream: IO[bytes],
-    shape: tuple[int, ...],
-    fortran: bool,
-    dtype: np.dtype,
-    info: zipfile.ZipInfo,
-    header: int,
-    label: str,
-) -> np.ndarray:
-    expected = _check_length(shape, dtype, info.file_size - header, label)
-    if expected > MAX_DEFLATE * info.compress_size:
-        raise DataError(
-            f"{label}: found {info.compress_size} compressed bytes; expected {expected} bytes of data for shape "
-            f"{shape}: save it again"
-        )
-    check_room(expected, label, "save it with numpy.savez, from which examples are read when they are needed")
+def _read_whole(stream: IO[bytes], shape: tuple[int, ...], fortran: bool, dtype: np.dtype, label: str) -> np.ndarray:
+    """The array at which a member's stream stands; at its end zipfile compares the checksum."""
     array = np.empty(shape, dtype, order="F" if fortran else "C")
     target = array.reshape(-1, order="A").view(np.uint8).data
     done = 0
@@ -123,5 +119,6 @@ def _decompress(
             raise DataError(f"{label}: found {done} bytes of data; expected {len(target)}: save it again")
         target[done : done + len(piece)] = piece
         done += len(piece)
-    stream.read(1)  # makes zipfile compare its checksum
+    while stream.read(1 << 20):
+        pass
     return array

@@ -128,8 +128,10 @@ class ArraySource(Source):
         self.stored, self.dtype = array.dtype, checked_dtype(array.dtype, path)
         self.path, self.shape = path, layout.shape
         self.in_memory = not isinstance(array, np.memmap)
-        if array.dtype == np.bool_:
+        if array.dtype == np.bool_ and self.in_memory:
             array = array.view(np.uint8)
+            if (array > 1).any():  # A damaged file may hold such, which count as true.
+                array = (array > 0).view(np.uint8)
         if self.in_memory:
             array = np.ascontiguousarray(converted(array, self.dtype))
         # Rows of the flat view are one memcpy each. np.take would copy a whole array that is not contiguous.

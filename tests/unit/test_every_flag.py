@@ -135,7 +135,18 @@ OTHER: dict[str, Any] = {
 """A value other than the default."""
 OF_CONV = {"activation": "tanh"}
 """The same where the default is the model's."""
-OF_THE_LAUNCH = ["data", "validation", "epochs", "device", "threads", "compile", "out", "resume", "overwrite"]
+OF_THE_LAUNCH = [
+    "data",
+    "validation",
+    "external_storage",
+    "epochs",
+    "device",
+    "threads",
+    "compile",
+    "out",
+    "resume",
+    "overwrite",
+]
 OF_THE_LAUNCH += ["nll_samples", "pictures_every"]
 """Which mean something in every run, whatever the others say: how they act is seen in tests/system."""
 RANKS = 4
