@@ -107,7 +107,8 @@ def _is_scalar(value: Any) -> bool:
 
 def _are_scalars(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        number.isdecimal() and isinstance(entries, dict) and all(map(_is_scalar, entries.values()))
+        # -1: entries that belong to no parameter.
+        number.removeprefix("-").isdecimal() and isinstance(entries, dict) and all(map(_is_scalar, entries.values()))
         for number, entries in value.items()
     )
 
