@@ -49,6 +49,7 @@ setup(
         "mpi": ["mpi4py>=4.0,<5"],
         "horovod": ["horovod>=0.28.1"],
         "hdf5-filters": ["hdf5plugin>=5"],
+        "report": ["jinja2>=3.1", "matplotlib>=3.9"],
         "test": TEST,
     },
     entry_points={"console_scripts": ["hvdvae=hvdvae.cli:run"]},

@@ -14,6 +14,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
+
 if (
     __name__ == "__main__"
 ):  # A script's own folder is on the path; the modules beside it are a package of the one above.
@@ -21,12 +23,14 @@ if (
 
 from benchmarks.study.cells import cells
 from benchmarks.study.findings import conditions, sentence
+from benchmarks.study.gallery import NO_PICTURES, has_matplotlib
 from benchmarks.study.located import StudyError
+from benchmarks.study.own_model import model_of
 from benchmarks.study.page import write_page
 from benchmarks.study.run import results_in, run
 from benchmarks.study.study_file import Study, open_study
 from hvdvae.data import open_dataset
-from hvdvae.errors import DataError
+from hvdvae.errors import ConfigError, DataError
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -71,9 +75,13 @@ def main() -> int:
                     f"{folder} has no results of this study: run it without --report-only, or name --output"
                 )
         else:
-            open_dataset(study.data)  # What is not there should be known, or downloaded, before anything is measured.
+            if not has_matplotlib():
+                print(f"compare: {NO_PICTURES}", file=sys.stderr)
+            # What is not there should be known, or downloaded, before anything is measured.
+            shape = open_dataset(study.data).shape
+            model_of(study.build, next(iter(study.contenders.values())).config, shape, torch.device("cpu"))
             found = run(study, folder, retry_failed=asked.retry_failed, launcher=asked.launcher, part=asked.part)
-    except (StudyError, DataError, OSError) as error:
+    except (StudyError, DataError, ConfigError, OSError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -86,7 +94,7 @@ def main() -> int:
     command = shlex.join(["python", "benchmarks/compare.py", *words])
     page = write_page(study, text, found, folder, command)
     print(_summary(study, found, len(cells(study))))
-    print(f"\nreport: {page}")
+    print(f"\nreport: {page}{'' if has_matplotlib() else ' (without pictures: matplotlib is not installed)'}")
     return 0
 
 

@@ -60,4 +60,7 @@ def _panel(axes: Any, model: str, sides: Mapping[str, Any]) -> None:
 
 if __name__ == "__main__":
     result = Path(sys.argv[1])
-    plot(json.loads(result.read_text()), result.with_suffix(".png"))
+    try:
+        plot(json.loads(result.read_text()), result.with_suffix(".png"))
+    except ImportError:
+        sys.exit("plot_throughput: matplotlib is not installed: pip install matplotlib")

@@ -70,6 +70,7 @@ def order(study: Study, cell: Cell) -> dict[str, Any]:
         "snapshot_epochs": study.snapshot_epochs,
         "nll_samples": study.nll_samples,
         "bound": study.target.bound,
+        "build": study.build,
         "size": cell.size,
         "seed": cell.seed,
         "contender": cell.contender.name,
@@ -91,7 +92,12 @@ def same_question(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def _essence(ordered: dict[str, Any]) -> dict[str, Any]:
     default = asdict(TrainConfig())
     plain = json.loads(json.dumps(ordered))
-    config = {key: value for key, value in plain.pop("config").items() if value != default.get(key)}
+    spelled = plain.pop("config")
+    # What these defaults stood for in orders that were kept before they were left out.
+    stands_for = {"optimizer": "adamw" if spelled.get("strategy") == "diloco" else "adam", "engine": "horovod"}
+    config = {
+        key: value for key, value in spelled.items() if value != default.get(key) and value != stands_for.get(key)
+    }
     return {key: value for key, value in {**plain, "config": config}.items() if value not in (None, [], "none", "elbo")}
 
 

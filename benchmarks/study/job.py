@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.study.contender import Contender
 from benchmarks.study.loop import Budget, train
+from benchmarks.study.own_model import model_of
 from hvdvae.allocator import keep_freed_memory
 from hvdvae.cli import assemble
 from hvdvae.config import TrainConfig
@@ -98,12 +99,12 @@ def _prepare(order: dict[str, Any], config: TrainConfig, meeting: Path) -> tuple
 
         servers = config.servers * (1 + config.replicas) if config.strategy == "ps" else 0
         world = World.create(device=config.device, servers=servers)
-        model = initial_model(config, source, world.device)
+        model = initial_model(config, source, world.device, order["build"])
         return Ours(config, model, world), model, source
     launch = detect(os.environ)
     cuda = torch.cuda.is_available() and config.device != "cpu"
     device = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")
-    model = initial_model(config, source, device)
+    model = initial_model(config, source, device, order["build"])
     optimizer = assemble.optimizer(config, model, World.alone(device=str(device)))
     for group in optimizer.param_groups:
         if "fused" in group:
@@ -118,10 +119,10 @@ def _prepare(order: dict[str, Any], config: TrainConfig, meeting: Path) -> tuple
     return ddp, model, source
 
 
-def initial_model(config: TrainConfig, source: Source, device: torch.device) -> VAE:
+def initial_model(config: TrainConfig, source: Source, device: torch.device, build: str | None = None) -> VAE:
     """The same for every contender: it follows from seed and data."""
-    model = assemble.model(config, source.shape, device)
-    if config.likelihood == "bernoulli":
+    model = model_of(build, config, source.shape, device)
+    if config.likelihood == "bernoulli" and build is None:
         set_output_bias(model, mean_example(source))
     return model
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.study.loop import load_state
+from benchmarks.study.own_model import model_of
 from hvdvae.cli import assemble
 from hvdvae.config import TrainConfig
 from hvdvae.data import evaluation_batch, open_dataset
@@ -25,7 +26,7 @@ def main(folder: Path) -> None:
     order = json.loads((folder / "order.json").read_text())
     config = TrainConfig(**order["config"])
     validation = open_dataset(order["data"], validation=config.validation).validation
-    model = assemble.model(config, validation.shape, torch.device("cpu"))
+    model = model_of(order["build"], config, validation.shape, torch.device("cpu"))
     track = np.load(folder / "track.npz")
 
     def gather(start: int, stop: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The report of a study: one HTML file that needs nothing else, pictures as PNG beside it, and a CSV of all cells."""
+"""The report of a study: one HTML file that needs nothing else; pictures and a CSV of all cells beside it."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,11 +8,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.study.cells import cells as all_cells
 from benchmarks.study.findings import LEAST_SEEDS, Cells, Condition, conditions, sentence
+from benchmarks.study.gallery import Gallery, gallery_in
 from benchmarks.study.loop import WARM_UP_PASSES
 from benchmarks.study.numbers import FIRST_STEPS
-from benchmarks.study.pictures import Gallery
 from benchmarks.study.study_file import Scenario, Study
-from benchmarks.study.table import COLUMNS, lines, write_csv
+from benchmarks.study.table import HEADS, lines, parts, write_csv
 from benchmarks.study.words import of_contender, of_scenario
 from hvdvae.whole_file import write_whole
 
@@ -22,7 +22,7 @@ TEMPLATE = "page.html.jinja"
 def write_page(study: Study, text: str, cells: Cells, folder: Path, command: str) -> Path:
     """Write report.html, pictures/ and cells.csv. `text`: the study's file; returns the page's path."""
     found = conditions(study, cells)
-    gallery = Gallery(folder / "pictures", list(study.contenders))
+    gallery, no_pictures = gallery_in(folder / "pictures", list(study.contenders))
     cores = max((cell["machine"]["hardware"]["cores"] for cell in cells), default=0)
     page = _template().render(
         study=study,
@@ -37,7 +37,9 @@ def write_page(study: Study, text: str, cells: Cells, folder: Path, command: str
         warm_up=WARM_UP_PASSES,
         least_seeds=LEAST_SEEDS,
         cores=cores,
-        columns=COLUMNS,
+        no_pictures=no_pictures,
+        heads=HEADS,
+        parts=parts(),
         contenders=[(one.name, of_contender(one)) for one in study.contenders.values()],
         sections=[_section(condition, study.scenarios[condition.scenario], gallery, cores) for condition in found],
         scaling=_scaling(study, found, gallery, cores),

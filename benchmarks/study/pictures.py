@@ -1,4 +1,4 @@
-"""The pictures of a report, by matplotlib: as SVG for the page and as PNG files."""
+"""The pictures of a report, by matplotlib: as SVG for the page, and as PNG, SVG and PDF files for papers."""
 
 import io
 import re
@@ -11,12 +11,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from benchmarks.statistics_of_rounds import spread
-from benchmarks.study.findings import Condition, Row, ranking
+from benchmarks.study.findings import Cells, Condition, Row, ranking
 from benchmarks.study.numbers import SPLIT, height
+from hvdvae.whole_file import write_whole
 
 COLORS = mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 1)), (0, (3, 1, 1, 1)))
+HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "++", "--")
+"""Beside colors, for who sees none, or prints without."""
 SPLIT_COLORS = dict(zip(SPLIT, ("#2b7a4b", "#c9c9c9", "#d9a520", "#3b6fb6", "#c0392b"), strict=True))
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -30,56 +35,68 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "hvdvae",
     # Text stays text: it can be searched and read aloud.
     "svg.fonttype": "none",
+    "pdf.fonttype": 42,
+    "hatch.linewidth": 0.4,
 }
 DOTS_PER_INCH = 110
+FORMATS: dict[str, dict[str, Any]] = {
+    "png": {"dpi": DOTS_PER_INCH},
+    "svg": {"metadata": {"Date": None}},
+    "pdf": {"metadata": {"CreationDate": None}},
+}
 AXES = {"elbo": "ELBO", "nll": "-NLL"}
 
 
-class Gallery:
-    """Draws, keeps the SVG for the page, and writes the PNG."""
+class Pictures:
+    """Draws, keeps the SVG for the page, and writes files."""
 
     def __init__(self, folder: Path, contenders: Sequence[str]) -> None:
         """`contenders`: in the study's order; each has its color in all pictures."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._colors = {name: COLORS[(2 * place) % 20 + (2 * place) // 20] for place, name in enumerate(contenders)}
+        self._dashes = {name: DASHES[place % len(DASHES)] for place, name in enumerate(contenders)}
+        self._hatches = {name: HATCHES[place % len(HATCHES)] for place, name in enumerate(contenders)}
 
     def curves(self, name: str, condition: Condition, key: str) -> str:
-        """The bound over `key` (seconds or examples), one line a seed."""
+        """The bound over `key` (seconds or examples): median over seeds, and a band from the least to the greatest."""
 
         def draw(axes: Axes) -> None:
             floor = _floor(condition)
             for row in condition.rows:
-                for number, cell in enumerate(row.cells):
-                    looks = [
-                        (point[key] / (1 if key == "seconds" else 1000), found)
-                        for point in cell["points"]
-                        if (found := height(point, condition.bound)) is not None
-                    ]
-                    axes.plot(
-                        [place for place, _ in looks],
-                        [found for _, found in looks],
-                        color=self._colors[row.contender],
-                        linewidth=1.2,
-                        alpha=0.85,
-                        label=row.contender if number == 0 else None,
-                    )
+                found = over_seeds(row.cells, key, condition.bound)
+                if found is None:
+                    continue
+                places, low, middle, high = found
+                scale = 1 if key == "seconds" else 1000
+                color = self._colors[row.contender]
+                axes.plot(
+                    places / scale,
+                    middle,
+                    color=color,
+                    linestyle=self._dashes[row.contender],
+                    linewidth=1.4,
+                    label=row.contender,
+                )
+                axes.fill_between(places / scale, low, high, color=color, alpha=0.18, linewidth=0)
             if condition.target is not None:
                 axes.axhline(condition.target, color="black", linewidth=0.8, linestyle="--")
+                # Beside the curves, where none can pass.
                 axes.annotate(
-                    f"target {condition.target:.2f}",
-                    (1, condition.target),
+                    f"target\n{condition.target:.2f}",
+                    (1.01, condition.target),
                     xycoords=("axes fraction", "data"),
-                    ha="right",
-                    va="bottom",
+                    ha="left",
+                    va="center",
+                    annotation_clip=False,
                 )
             if floor is not None:
                 axes.set_ylim(bottom=floor)
             axes.set_xlabel("seconds of training" if key == "seconds" else "examples, thousands, all ranks together")
             axes.set_ylabel(f"validation {AXES[condition.bound]} (nats per example)")
-            axes.legend(loc="lower right", ncols=2)
+            _legend_below(axes)
 
-        return self._draw(name, draw, (6.4, 4.0))
+        return self._draw(name, draw, (6.4, 4.4))
 
     def times(self, name: str, condition: Condition) -> str:
         """Seconds to the target: median, and least and greatest of the seeds; the first one on top."""
@@ -91,7 +108,8 @@ class Gallery:
                 found = spread(row.seconds)
                 if row in order and found is not None:
                     error = [[found.median - found.low], [found.high - found.median]]
-                    axes.barh(place, found.median, color=self._colors[row.contender], xerr=error, capsize=3)
+                    color, hatch = self._colors[row.contender], self._hatches[row.contender]
+                    axes.barh(place, found.median, color=color, hatch=hatch, edgecolor="white", xerr=error, capsize=3)
                 else:
                     why = "failed" if row.failed else "not reached within the budget"
                     axes.text(
@@ -114,9 +132,10 @@ class Gallery:
 
         def draw(axes: Axes) -> None:
             left = np.zeros(len(bars))
-            for part in SPLIT:
+            for part, hatch in zip(SPLIT, HATCHES, strict=False):
                 width = np.array([shares[part] for _, shares in bars])
-                axes.barh(range(len(bars)), width, left=left, color=SPLIT_COLORS[part], label=part, height=0.85)
+                look = {"color": SPLIT_COLORS[part], "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+                axes.barh(range(len(bars)), width, left=left, label=part, height=0.85, **look)
                 left += width
             axes.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=7)
             axes.invert_yaxis()
@@ -145,6 +164,9 @@ class Gallery:
                     shares,
                     width,
                     color=self._colors[row.contender],
+                    hatch=self._hatches[row.contender],
+                    edgecolor="white",
+                    linewidth=0,
                     label=row.contender,
                 )
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -189,6 +211,7 @@ class Gallery:
                         [rate.high - rate.median for _, rate in measured],
                     ],
                     color=self._colors[contender],
+                    linestyle=self._dashes[contender],
                     marker="o",
                     markersize=4,
                     capsize=2,
@@ -203,7 +226,7 @@ class Gallery:
             axes.set_ylim(bottom=0)
             axes.set_xlabel("ranks that train")
             axes.set_ylabel("examples per second")
-            axes.legend(ncols=2, fontsize=7)
+            _legend_below(axes)
 
         return self._draw(name, draw, (6.4, 3.6))
 
@@ -211,10 +234,45 @@ class Gallery:
         with mpl.rc_context(STYLE):
             figure = Figure(figsize=inches)
             draw(figure.add_subplot())
-            figure.savefig(self._folder / f"{name}.png", dpi=DOTS_PER_INCH)
-            text = io.StringIO()
-            figure.savefig(text, format="svg", metadata={"Date": None})
-        return _scoped(text.getvalue(), name)
+            kept = {}
+            for kind, options in FORMATS.items():
+                drawn = io.BytesIO()
+                figure.savefig(drawn, format=kind, **options)
+                kept[kind] = drawn.getvalue()
+                write_whole(self._folder / f"{name}.{kind}", kept[kind])
+        return _scoped(kept["svg"].decode("utf-8"), name)
+
+
+def over_seeds(
+    cells: Cells, key: str, bound: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]] | None:
+    """Places on the axis of `key`, and least, median and greatest height there of the seeds that got so far.
+
+    Between two looks a height is taken to be on a straight line. It ends where the first seed ends: beyond, a median of
+    fewer would jump. None where no seed has two looks. Pure.
+    """
+    curves = []
+    for cell in cells:
+        looks = [(point[key], found) for point in cell["points"] if (found := height(point, bound)) is not None]
+        if len(looks) > 1:
+            curves.append(np.array(sorted(looks), dtype=np.float64).T)
+    if not curves:
+        return None
+    first, last = max(curve[0, 0] for curve in curves), min(curve[0, -1] for curve in curves)
+    places = np.unique(np.concatenate([curve[0] for curve in curves] + [np.array([first, last])]))
+    places = places[(places >= first) & (places <= last)]
+    if len(places) < 2:
+        return None
+    heights = np.stack([np.interp(places, curve[0], curve[1]) for curve in curves])
+    return places, heights.min(0), np.median(heights, 0), heights.max(0)
+
+
+def _legend_below(axes: Axes) -> None:
+    """Outside, where no curve is."""
+    figure = axes.get_figure()
+    assert figure is not None
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=4, handlelength=3.2, fontsize=8)
 
 
 def _scoped(svg: str, name: str) -> str:

@@ -101,10 +101,14 @@ class Study:
     """Whether `batch_size` is that of all ranks together, and each takes its part; else it is each rank's."""
     contenders: dict[str, Contender]
     scenarios: dict[str, Scenario]
+    build: str | None = None
+    """MODULE:FUNCTION that builds the model of all contenders; None: one of ours."""
 
 
 _Value = TypeVar("_Value")
-_KEYS = (*(field.name for field in fields(Study)), "train", "budget")
+_KEYS = (*(field.name for field in fields(Study) if field.name != "build"), "train", "budget")
+OF_OUR_MODELS = ("hidden", "latent", "activation", "batch_norm")
+"""Keys that say nothing to a function of the user's."""
 
 
 def open_study(path: Path) -> tuple[Study, str]:
@@ -121,7 +125,8 @@ def parse(text: str, name: str) -> Study:
     top = read(text, name)
     required = ("title", "world_sizes", "seeds", "target", "budget", "contenders", "scenarios")
     parts = top.mapping([key for key in _KEYS if key not in ("epochs", "seconds")], required)
-    shared = _options(parts["train"], NOT_A_CONTENDERS) if "train" in parts else {}
+    build = _build(parts["train"]) if "train" in parts else None
+    shared = _options(parts["train"], NOT_A_CONTENDERS, ("model",) if build else ()) if "train" in parts else {}
     contenders = {
         key: _contender(key, part, shared, parts.get("train", part))
         for key, part in _named(parts["contenders"]).items()
@@ -142,7 +147,24 @@ def parse(text: str, name: str) -> Study:
         strong_scaling=_flag(parts["strong_scaling"]) if "strong_scaling" in parts else False,
         contenders=contenders,
         scenarios=scenarios,
+        build=build,
     )
+
+
+def _build(train: Located) -> str | None:
+    """What `model: package.module:function` names. Raises StudyError where an option of our models stands beside it."""
+    parts = train.any_mapping()
+    found = parts["model"].value if "model" in parts else None
+    if not isinstance(found, str) or not re.search(r"[.:]", found):
+        return None
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", found):
+        raise parts["model"].error(
+            f"found {shown(found)}, expected mlp, mlp2, conv, or a function of yours as package.module:function"
+        )
+    for key in OF_OUR_MODELS:
+        if key in parts or key.replace("_", "-") in parts:
+            raise parts[key].error(f"is of our models alone, and {found} would not know of it")
+    return found
 
 
 def _path(part: Located) -> str:

@@ -19,6 +19,8 @@ class Column:
     """A number of each cell."""
 
     title: str
+    unit: str
+    """Empty of a count or a ratio."""
     explained: str
     digits: int
     of: Callable[[Mapping[str, Any]], float | None]
@@ -43,36 +45,57 @@ def _payload(cell: Mapping[str, Any]) -> float | None:
 
 
 COLUMNS = (
-    Column("best ELBO", "nats per example, validation", 2, _best),
-    Column("NLL", "nats per example, validation, importance-weighted, at the best ELBO", 2, lambda cell: cell["nll"]),
-    Column("examples/s", "all ranks together", 0, lambda cell: cell["examples_per_second"]),
-    Column("step p50", "ms", 2, lambda cell: 1000 * cell["latency_seconds"]["p50"]),
-    Column("p95", "ms", 2, lambda cell: 1000 * cell["latency_seconds"]["p95"]),
-    Column("p99", "ms", 2, lambda cell: 1000 * cell["latency_seconds"]["p99"]),
+    Column("best ELBO", "nats", "per example, validation", 2, _best),
+    Column(
+        "NLL", "nats", "per example, validation, importance-weighted, at the best ELBO", 2, lambda cell: cell["nll"]
+    ),
+    Column("examples/s", "", "all ranks together", 0, lambda cell: cell["examples_per_second"]),
+    Column("step p50", "ms", "median time of a step", 2, lambda cell: 1000 * cell["latency_seconds"]["p50"]),
+    Column("p95", "ms", "of the time of a step", 2, lambda cell: 1000 * cell["latency_seconds"]["p95"]),
+    Column("p99", "ms", "of the time of a step", 2, lambda cell: 1000 * cell["latency_seconds"]["p99"]),
     Column(
         "throughput / latency",
+        "1000/s²",
         "examples/s over seconds of the median step, in thousands",
         0,
         lambda cell: cell["throughput_over_latency"] / 1000,
     ),
-    Column("staleness", "updates between pull and push, mean", 2, _mean_staleness),
-    Column("dropped", "pushes that came too late, all ranks", 0, lambda cell: cell["dropped_pushes"]),
-    Column(
-        "payload",
-        "MB that a rank's exchange moves in a step: as it counts them, else computed for a ring",
-        2,
-        _payload,
-    ),
+    Column("staleness", "updates", "between pull and push, mean", 2, _mean_staleness),
+    Column("dropped", "pushes", "that came too late, all ranks", 0, lambda cell: cell["dropped_pushes"]),
+    Column("payload", "MB", "that a rank's exchange moves in a step, counted or computed for a ring", 2, _payload),
     Column(
         "network",
-        "MB a rank and step through network interfaces, the loopback too; shared memory is none",
+        "MB",
+        "a rank and step through network interfaces, the loopback too; shared memory is none",
         3,
         lambda cell: cell["sent_bytes_per_step"] / 1e6,
     ),
-    *(Column(part, "% of the ranks' time", 1, _share(part)) for part in SPLIT),
-    Column("CPU", "cores kept busy by all ranks and servers", 2, lambda cell: sum(cell["cpu_cores"])),
-    Column("memory", "MB, peak of the largest process", 0, lambda cell: max(cell["peak_rss_bytes"]) / 1e6),
+    *(Column(part, "%", "of the ranks' time", 1, _share(part)) for part in SPLIT),
+    Column("CPU", "cores", "kept busy by all ranks and servers", 2, lambda cell: sum(cell["cpu_cores"])),
+    Column("memory", "MB", "peak of the largest process", 0, lambda cell: max(cell["peak_rss_bytes"]) / 1e6),
 )
+_TARGET = (
+    ("to target", "s", "seconds of training"),
+    ("to target", "1000 examples", "all ranks together"),
+)
+_EFFICIENCY = ("scaling efficiency", "", "throughput over that of as many processes alone")
+HEADS = (*_TARGET, *((one.title, one.unit, one.explained) for one in COLUMNS), _EFFICIENCY)
+"""Title, unit and explanation of each entry of `lines`."""
+PARTS = {
+    "Likelihood": ("to target", "best ELBO", "NLL"),
+    "Speed": ("examples/s", "scaling efficiency", "step p50", "p95", "p99", "throughput / latency"),
+    "Cost": ("staleness", "dropped", "payload", "network", "CPU", "memory"),
+    "Where time went": tuple(SPLIT),
+}
+"""Tables that fit a page, and the titles of their columns."""
+
+
+def parts() -> list[tuple[str, list[int]]]:
+    """Title of each table of a page, and the places of its columns in HEADS. Pure."""
+    return [
+        (title, [place for name in names for place, head in enumerate(HEADS) if head[0] == name])
+        for title, names in PARTS.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -81,6 +104,8 @@ class Entry:
 
     text: str
     key: float | None
+    between: str = ""
+    """Least and greatest of the seeds, where they differ."""
 
 
 def lines(condition: Condition) -> list[tuple[str, list[Entry]]]:
@@ -123,7 +148,8 @@ def _spread_entry(found: Spread | None, digits: int) -> Entry:
         return Entry("-", None)
     if found.low == found.high:
         return Entry(f"{found.median:,.{digits}f}", found.median)
-    return Entry(f"{found.median:,.{digits}f} [{found.low:,.{digits}f}, {found.high:,.{digits}f}]", found.median)
+    between = f"[{found.low:,.{digits}f}, {found.high:,.{digits}f}]"
+    return Entry(f"{found.median:,.{digits}f}", found.median, between)
 
 
 def write_csv(path: Path, cells: Cells, targets: Mapping[tuple[str, int], float | None], study: Study) -> None:

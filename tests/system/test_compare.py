@@ -130,6 +130,27 @@ def test_the_page_opens_offline_and_nothing_complains(page: Any, tmp_path: Path)
     assert "2 ranks" in opened.locator("#answers").inner_text()
 
 
+def test_the_tables_fit_the_page(page: Any) -> None:
+    opened, _ = page
+    widths = opened.locator(".wide").evaluate_all("all => all.map(one => [one.scrollWidth, one.clientWidth])")
+    assert len(widths) >= 4
+    assert all(needed <= there for needed, there in widths), widths
+
+
+def test_without_matplotlib_the_report_says_what_to_install(measured: Path, tmp_path: Path) -> None:
+    """As after launch/demo.sh, which installs what a run needs alone."""
+    hidden = tmp_path / "hidden" / "matplotlib"
+    hidden.mkdir(parents=True)
+    (hidden / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'matplotlib'\")\n")
+    shutil.copytree(measured, tmp_path / "out")
+    command = [sys.executable, str(ROOT / "benchmarks" / "compare.py"), str(TWO_MINUTES), "--output", "out"]
+    environment = {**clean_environment(), "PYTHONPATH": os.pathsep.join([str(hidden.parent), str(ROOT)])}
+    ended = Launch([*command, "--report-only"], environment, tmp_path).finish(100)
+    assert ended.status == 0, ended.output
+    assert "without pictures: matplotlib is not installed" in ended.output
+    assert "pip install matplotlib" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_the_table_can_be_sorted(page: Any) -> None:
     opened, complaints = page
     table = opened.locator("table.sortable").first
@@ -142,11 +163,12 @@ def test_the_table_can_be_sorted(page: Any) -> None:
     assert names() == ["allreduce", "asp"]
     head.click()
     assert names() == ["asp", "allreduce"]
+    table = opened.locator("table.sortable").nth(1)
     head = table.get_by_role("button", name="examples/s")
     head.click()
     rates = [
         float(key)
-        for key in table.locator("tbody tr").evaluate_all("rows => rows.map(row => row.cells[5].dataset.key)")
+        for key in table.locator("tbody tr").evaluate_all("rows => rows.map(row => row.cells[1].dataset.key)")
     ]
     assert rates == sorted(rates)
     assert complaints == []
@@ -342,3 +364,21 @@ def test_scaling_refuses_what_is_no_size(tmp_path: Path) -> None:
     assert ended.status == 2
     assert "world_sizes" in ended.output
     assert "Traceback" not in ended.output
+
+
+def test_a_model_of_ones_own_takes_part(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from hvdvae.vae import build_model\n"
+        "def build(shape): return build_model('mlp', shape, hidden=[7], latent=[2], activation='relu')\n"
+    )
+    text = study("  allreduce: {strategy: allreduce, engine: mpi}\n  ddp: {peer: ddp}", epochs=2)
+    status, output = compare(tmp_path, text.replace("model: mlp", "model: mine:build"))
+    assert status == 0, output
+    found = cells_in(tmp_path)
+    assert len(found) == 2
+    for cell in found.values():
+        assert cell["failed"] is None, cell["log"]
+        assert cell["points"][-1]["elbo"] > cell["points"][0]["elbo"] + 1
+    status, output = compare(tmp_path, text.replace("model: mlp", "model: mine:nothing"))
+    assert status == 2
+    assert "compare: model mine:nothing" in output

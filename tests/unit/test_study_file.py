@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.study.cells import cells, order, same_question
 from benchmarks.study.located import StudyError
+from benchmarks.study.own_model import model_of
 from benchmarks.study.study_file import Study, open_study, parse
+from hvdvae.config import TrainConfig
 from hvdvae.disturbance import Slow
 
 STUDIES = Path(__file__).parents[2] / "benchmarks" / "studies"
@@ -171,3 +174,49 @@ def test_a_kept_result_answers_its_question_after_an_option_was_added() -> None:
         del kept["config"]["prefetch"], kept["hook" if kept["hook"] == "none" else "shares"]
         assert same_question(kept, asked)
         assert not same_question({**kept, "seed": 99}, asked)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("mypkg.TextVAE", "expected mlp, mlp2, conv, or a function of yours as package.module:function"),
+        ("mypkg:TextVAE, hidden: [3]", "is of our models alone"),
+        ("mlp3", "expected one of mlp, mlp2, conv"),
+        ("my-pkg:build", "as package.module:function"),
+    ],
+)
+def test_a_model_of_ones_own_is_a_function_of_a_module(model: str, words: str) -> None:
+    with pytest.raises(StudyError, match=r"s\.yaml, line 3: train\.") as error:
+        study(GOOD.replace("model: mlp", f"model: {model}"))
+    assert words in str(error.value)
+    mine = study(GOOD.replace("model: mlp", "model: my.package:build"))
+    assert mine.build == "my.package:build"
+    assert study().build is None
+    asked = order(mine, cells(mine)[0])
+    assert asked["build"] == "my.package:build"
+    assert not same_question(asked, order(study(), cells(study())[0]))
+    kept = {key: value for key, value in order(study(), cells(study())[0]).items() if key != "build"}
+    assert same_question(kept, order(study(), cells(study())[0])), "what was measured before there was such a key"
+
+
+def test_what_a_function_builds_is_a_vae_of_the_datas_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "made_here.py").write_text(
+        "import torch\n"
+        "from hvdvae.vae import build_model\n"
+        "def vae(shape): return build_model('mlp', shape, hidden=[4], latent=[2])\n"
+        "def other(shape): return build_model('mlp', (3,), hidden=[4], latent=[2])\n"
+        "def network(shape): return torch.nn.Linear(3, 3)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config, cpu = TrainConfig(seed=3), torch.device("cpu")
+    one, again = (model_of("made_here:vae", config, (1, 8, 8), cpu) for _ in range(2))
+    for a, b in zip(one.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), "the seed alone says how it begins"
+    for build, words in (
+        ("made_here:other", r"of shape \(3,\), the data's examples are \(1, 8, 8\)"),
+        ("made_here:network", "found a Linear, expected a hvdvae.vae.VAE"),
+        ("made_here:none", "has no attribute 'none'"),
+        ("not_made_here:vae", "No module named 'not_made_here'"),
+    ):
+        with pytest.raises(StudyError, match=words):
+            model_of(build, config, (1, 8, 8), cpu)
