@@ -215,6 +215,16 @@ class FlatModel:
         self.frozen = frozen
         return whole
 
+    def has_new_gradients(self, *, was_cleared: bool) -> bool:
+        """Whether one has come since they were gathered. `was_cleared`: whether all were cleared since. Local."""
+        pairs = zip(self.tensors, self._gradient_views, strict=True)
+        return any(tensor.grad is not None and (was_cleared or tensor.grad is not view) for tensor, view in pairs)
+
+    def has_lost_gradients(self) -> bool:
+        """Whether one was cleared or replaced since they were gathered. Local."""
+        pairs = enumerate(zip(self.tensors, self._gradient_views, strict=True))
+        return any(tensor.grad is not view for number, (tensor, view) in pairs if number not in self.frozen)
+
     def keep_buffers(self) -> None:
         """Remember all buffers as they are, but for modules where one is not finite. Local; awaits no GPU."""
         self._buffers.keep()

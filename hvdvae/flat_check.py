@@ -30,6 +30,11 @@ def check_same_kind(names: Sequence[str], tensors: Sequence[Tensor]) -> Tensor:
         raise ConfigError("the optimizer holds no parameters, expected at least one")
     first = tensors[0]
     for name, tensor in zip(names, tensors, strict=True):
+        if not is_lazy(tensor) and tensor.layout != torch.strided:
+            raise ConfigError(
+                f"parameter {name!r} is sparse ({tensor.layout}), expected a dense one: keep tensor.to_dense() of it "
+                "(gradients may be sparse, as those of nn.Embedding(sparse=True))"
+            )
         if is_lazy(tensor):
             raise ConfigError(f"parameter {name!r} has no shape yet: run the model once, on any batch, then wrap")
         if tensor.is_complex():

@@ -10,7 +10,7 @@ from hvdvae.errors import ConfigError
 from hvdvae.ps.plan import Plan
 from hvdvae.strategies.engine import choose_engine
 from hvdvae.strategies.fitting_options import check_options
-from hvdvae.strategies.flat_optimizer import is_elementwise
+from hvdvae.strategies.flat_optimizer import check_elementwise
 from hvdvae.strategies.local import Local
 from hvdvae.strategies.strategy import Strategy
 from hvdvae.world import World
@@ -181,11 +181,7 @@ def _check_parts(
             f"models that are split over ranks train with --strategy allreduce or sharded, without --compression and "
             f"--reduce-op, found --strategy {strategy}, --compression {compression}, --reduce-op {reduce_op}"
         )
-    if not is_elementwise(optimizer):
-        raise ConfigError(
-            f"{type(optimizer).__name__} looks at whole parameters, and this model's are split over ranks: use SGD, "
-            "Adam, AdamW, RMSprop or Adagrad"
-        )
+    check_elementwise(optimizer, "this model's parameters are split over ranks")
 
 
 def _ps(

@@ -22,6 +22,7 @@ class CompressedAllreduce(Strategy):
     name = "allreduce"
     engine = "mpi"
     recovers = True
+    takes_closures = False
 
     def __init__(
         self,

@@ -52,6 +52,18 @@ def is_elementwise(optimizer: Optimizer) -> bool:
     return type(optimizer) in ELEMENTWISE
 
 
+def check_elementwise(optimizer: Optimizer, why: str) -> None:
+    """Raises ConfigError for optimizers that are not; `why` they would have to be."""
+    if is_elementwise(optimizer):
+        return
+    parent = next((kind.__name__ for kind in type(optimizer).__mro__ if kind in ELEMENTWISE), None)
+    what = f"is a class of its own (its parent is {parent}), which may look at whole parameters"
+    raise ConfigError(
+        f"{why}, and {type(optimizer).__name__} {what if parent else 'is not elementwise'}: use SGD, Adam, AdamW, "
+        "RMSprop or Adagrad of torch.optim"
+    )
+
+
 def flat_optimizer(optimizer: Optimizer, flat: FlatModel, places: Sequence[slice] = ()) -> Optimizer:
     """An optimizer of the same class over one vector a group; their `.grad` is whoever's who steps it to set.
 

@@ -33,10 +33,10 @@ class CountedOptions:
         """None is known yet."""
         self.names: set[str] = set()
 
-    def step(self, optimizer: Optimizer) -> None:
-        """Step it, and look which options are others after it. Local; 1 us a group."""
+    def step(self, optimizer: Optimizer, **arguments: Any) -> None:
+        """Step it with these arguments, and look which options are others after it. Local; 1 us a group."""
         before = [dict(group) for group in optimizer.param_groups]
-        optimizer.step()
+        optimizer.step(**arguments)
         for old, new in zip(before, optimizer.param_groups, strict=True):
             for key, value in new.items():
                 if old.get(key, self) is not value and key != "params":

@@ -30,7 +30,7 @@ from hvdvae.ps.plan import Plan
 from hvdvae.ps.protocol import Answer
 from hvdvae.ps.report import Report
 from hvdvae.ps.state import joined, packed, unpacked
-from hvdvae.strategies.flat_optimizer import is_elementwise
+from hvdvae.strategies.flat_optimizer import check_elementwise
 from hvdvae.strategies.optimizer_state import Entries, Groups
 from hvdvae.strategies.strategy import Strategy
 from hvdvae.world import World
@@ -50,11 +50,7 @@ class ParameterServer(Strategy):
 
         Raises ConfigError for optimizers that are not elementwise, WorldError where ranks differ.
         """
-        if not is_elementwise(optimizer):
-            raise ConfigError(
-                f"--strategy ps steps on slices of the parameter vector, and {type(optimizer).__name__} is not "
-                "elementwise: use SGD, Adam, AdamW, RMSprop or Adagrad"
-            )
+        check_elementwise(optimizer, "--strategy ps steps on slices of the parameter vector")
         self.plan = plan
         # Under BSP the servers clip the mean; otherwise every push is a step, and clipped here.
         # One worker's push is the mean already: it clips it itself, as local training does, to the same bits.

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdvae.checkpoint import Piece
-from hvdvae.errors import ConfigError
-from hvdvae.strategies.flat_optimizer import COUNTERS, check_shape, counter, is_elementwise
+from hvdvae.strategies.flat_optimizer import COUNTERS, check_elementwise, check_shape, counter
 from hvdvae.strategies.optimizer_state import Entries, Groups, Scalars, of_trained, take_groups
 from hvdvae.strategies.overlap import overlap, within
 from hvdvae.strategies.sliced_step import SlicedStep, is_vector
@@ -29,11 +28,7 @@ class Sharded(SlicedStep):
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, world: World, *, engine: str, **options: Any) -> None:
         """As SlicedStep. Raises ConfigError for optimizers that are not elementwise."""
-        if not is_elementwise(optimizer):
-            raise ConfigError(
-                f"--strategy sharded steps slices of the parameter vector, and {type(optimizer).__name__} is not "
-                "elementwise: use SGD, Adam, AdamW, RMSprop or Adagrad"
-            )
+        check_elementwise(optimizer, "--strategy sharded steps slices of the parameter vector")
         super().__init__(optimizer, model, world, engine=engine, **options)
 
     @contextmanager

@@ -28,10 +28,11 @@ from hvdvae.world import World
 
 BUCKET_BYTES = 25 * 2**20
 """As PyTorch's DistributedDataParallel has them; one parameter may be larger."""
-UNDER_WAY = 1
-"""Buckets that a rank has under way before it waits for others during backward."""
-PATIENCE = 1.0
-"""Seconds of that wait at most, and half of it after each one in vain: the others may wait for this rank elsewhere."""
+PATIENCE, IMPATIENCE = 1.0, 0.005
+"""Seconds that a rank waits during backward, with more than a bucket under way: at first, and after many waits in vain.
+
+Half as many after each: the others may wait for this rank elsewhere, in a sum of SyncBatchNorm's.
+"""
 _STEPS, _DROPS = 1, 2
 """What a rank agrees on with others: to use gradients, or to drop them."""
 
@@ -50,7 +51,8 @@ class ShardedGradients(Sharded):
         self._buckets = Buckets([*self.flat.places().values()], limit)
         self._filling: dict[Bucket, Tensor] = {}
         """Sums of what has arrived for buckets that are not sent yet."""
-        self._under_way: deque[tuple[Bucket, Sum]] = deque()
+        self._under_way: deque[tuple[Bucket, Sum, int]] = deque()
+        """Sums, and the bytes that this rank holds for them."""
         self._patience = PATIENCE
         self._is_new = False
         """Whether the gradient that this rank keeps has something of the coming step."""
@@ -153,8 +155,15 @@ class ShardedGradients(Sharded):
         for bucket in self._buckets.due():
             self._start(bucket)
         self._receive()
-        if len(self._under_way) > UNDER_WAY and not patiently(self._under_way[0][1].is_done, self._patience):
-            self._patience /= 2
+        self._limit()
+
+    def _limit(self) -> None:
+        """Wait a moment where much is under way."""
+        while sum(nbytes for _, _, nbytes in self._under_way) > BUCKET_BYTES:
+            if not patiently(self._under_way[0][1].is_done, self._patience):
+                self._patience = max(IMPATIENCE, self._patience / 2)
+                return
+            self._receive()
 
     def _add(self, number: int, gradient: Tensor, *, is_ours: bool) -> None:
         bucket = self._buckets.of(number)
@@ -178,22 +187,23 @@ class ShardedGradients(Sharded):
 
     def _start(self, bucket: Bucket, *, is_empty: bool = False) -> None:
         """Send what it has, and let it go."""
-        found = None if is_empty else self._filling.pop(bucket, None)
-        vector = self._nothing(bucket) if found is None else found
+        filled = None if is_empty else self._filling.pop(bucket, None)
+        vector = self._nothing(bucket) if filled is None else filled
         self.moved.ring(vector.nbytes * self._sums.halves // 2, self.world.size)
-        self._under_way.append((bucket, self._sums.start(vector, bucket.place.start, bucket.sent)))
+        found = self._sums.start(vector, bucket.place.start, bucket.sent)
+        self._under_way.append((bucket, found, vector.nbytes))
 
     def _receive(self) -> None:
         """Take in what has come. Local."""
         while self._under_way and self._under_way[0][1].is_done():
-            bucket, found = self._under_way.popleft()
+            bucket, found, _ = self._under_way.popleft()
             self._keep(bucket, found.result())
 
     def _receive_all(self) -> None:
         """Take in all that is under way. Blocks; every rank must call it, and have started the same."""
         with self.world.waiting("sum of a bucket of gradients"):
             while self._under_way:
-                bucket, found = self._under_way.popleft()
+                bucket, found, _ = self._under_way.popleft()
                 self._keep(bucket, found.result())
 
     def _keep(self, bucket: Bucket, vector: Tensor) -> None:

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from hvdvae.strategies.gradient_hooks import release
 from hvdvae.strategies.group_options import CountedOptions
 from hvdvae.strategies.left_alone import left_alone
 from hvdvae.strategies.optimizer_state import entries_of, follow, load_state
+from hvdvae.strategies.own_step import NotFinite, check_arguments, check_first_order, reach, with_closure
 from hvdvae.strategies.passes import Passes
 from hvdvae.strategies.run_member import RunMember
 from hvdvae.strategies.same_model import check_device, check_same_model, check_same_optimizer, summary
@@ -42,6 +43,8 @@ class Strategy(RunMember):
     """Whether a rank's optimizer is over all of the vectors."""
     averages_gradients = True
     """Whether the gradient of a step is the mean over all ranks."""
+    takes_closures = True
+    """Whether a step may be of several gradients, as often as an optimizer evaluates its closure."""
 
     def __init__(
         self,
@@ -82,6 +85,8 @@ class Strategy(RunMember):
         self.gradient_norm = 0.0
         self.equal_options = EqualOptions(optimizer.defaults)
         self._exchanged = False
+        self.arguments: dict[str, Any] = {}
+        """Of the user's, for the step of an optimizer that steps itself."""
         self._kept_buffers = False
         """Whether they have been kept since the last step."""
         self._poison: Tensor | None = None
@@ -149,6 +154,8 @@ class Strategy(RunMember):
     def _exchange_once(self) -> None:
         if self._exchanged:
             return
+        if not self._is_flat:
+            check_first_order(self._wrapped, self.flat.tensors)
         gradient = self.flat.gather_gradient()
         if self._poison is not None:
             gradient[:1].add_(self._poison)
@@ -173,18 +180,55 @@ class Strategy(RunMember):
         return made or self.backward_passes_per_step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, **arguments: Any) -> Any:
         """Exchange gradients and update the parameters. Blocks; every rank must call it.
 
         Where any rank's gradient is not finite, no rank steps and `skipped_steps` counts one: the exchange has
         carried the NaN or infinity to all, so that all decide alike. Buffers are then again what they were at the last
         `zero_grad`, or before it where that came after a forward pass that spoiled them; in a loop without, what they
         were after the last step that was taken.
+
+        An optimizer that steps itself (not of torch's elementwise ones) gets `arguments`, and evaluates the closure
+        itself, as often as it wants: each time gradients are exchanged, and it is given the mean loss over ranks.
+        Returns the closure's last loss, this rank's.
         """
-        loss = None
-        if closure is not None:
+        check_arguments(self._wrapped, arguments, steps_itself=not self._is_flat)
+        loss, evaluates = None, closure is not None and not self._is_flat
+        if closure is not None and not evaluates:
             with torch.enable_grad():
                 loss = closure()
+        try:
+            # Some want a gradient before they evaluate the closure (SAM); others find the last step's.
+            if not evaluates or self.flat.has_new_gradients(was_cleared=self._kept_buffers):
+                self._prepare()
+            if closure is not None and evaluates:
+                loss = with_closure(self, closure, arguments, self._prepare)
+            else:
+                self.arguments = arguments
+                self.update()
+        except NotFinite:
+            self.skipped_steps += 1
+            # The forward pass of what is skipped has left its mark on statistics (BatchNorm).
+            self.flat.restore_buffers()
+            self.skip()
+            self._count_step()
+            return loss
+        finally:
+            self.arguments = {}
+        if self.parts is not None:
+            self.parts.level(self.flat)
+        self.flat.count_change()  # Else a graph that was computed before would give a wrong gradient.
+        # A scheduler that was built on the wrapped optimizer asks it whether it has stepped.
+        self._wrapped._opt_called = True  # type: ignore[attr-defined]
+        # Of a loop that has the model clear its gradients, not the optimizer; or where another optimizer may skip next.
+        if not self._kept_buffers or self.flat.shares_buffers:
+            self.flat.keep_buffers()
+        self._kept_buffers = False
+        self._count_step()
+        return loss
+
+    def _prepare(self) -> None:
+        """Have the gradient as it is to be stepped on. Blocks; every rank must call it. Raises NotFinite on all."""
         self.flat.take_back()
         self._asked.check()
         if self._exchanged:
@@ -209,26 +253,42 @@ class Strategy(RunMember):
         follow(self.param_groups, self.inner)
         self.compare_options()
         if not _is_finite(self.gradient_norm):
-            self.skipped_steps += 1
-            # The forward pass of what is skipped has left its mark on statistics (BatchNorm).
-            self.flat.restore_buffers()
-            self.skip()
-            self._count_step()
-            return loss
+            raise NotFinite
         if self.clip_norm is not None and self.gradient_norm > self.clip_norm:
             self.flat.gradient[self.part].mul_(self.clip_norm / self.gradient_norm)
-        self.update()
-        if self.parts is not None:
-            self.parts.level(self.flat)
-        self.flat.count_change()  # Else a graph that was computed before would give a wrong gradient.
-        # A scheduler that was built on the wrapped optimizer asks it whether it has stepped.
-        self._wrapped._opt_called = True  # type: ignore[attr-defined]
-        # Of a loop that has the model clear its gradients, not the optimizer; or where another optimizer may skip next.
-        if not self._kept_buffers or self.flat.shares_buffers:
-            self.flat.keep_buffers()
-        self._kept_buffers = False
-        self._count_step()
-        return loss
+
+    def mean_loss(self, loss: Any) -> Any:
+        """What an optimizer that evaluates a closure is given: the mean over ranks that average gradients. Blocks."""
+        if loss is None or not self.averages_gradients or self.world.size == 1:
+            return loss
+        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        mean = float(self._sum(torch.tensor([value], dtype=torch.float64), "mean loss")) / len(self.peers)
+        return loss.detach().clone().fill_(mean) if isinstance(loss, Tensor) else mean
+
+    def check_exchanged(self, what: str) -> None:
+        """Raises ConfigError where a method of the wrapped optimizer would see this rank's own gradients. Local."""
+        if self._exchanged or self.world.size == 1 or not self.averages_gradients:
+            return
+        if self.flat.has_new_gradients(was_cleared=self._kept_buffers):
+            raise ConfigError(
+                f"{what} between backward and step would see this rank's own gradients: call optimizer.synchronize() "
+                "on all ranks first; if it needs no gradients, call it after the step"
+            )
+
+    def follow_own_step(self) -> None:
+        """Notice what a method of the wrapped optimizer has done to parameters and gradients. Local."""
+        self.flat.take_back()
+        # SAM clears them between its two steps: what comes then is to be exchanged.
+        self._exchanged = self._exchanged and not self.flat.has_lost_gradients()
+
+    if not TYPE_CHECKING:  # Else any attribute would do.
+
+        def __getattr__(self, name: str) -> Any:
+            """Attributes and methods of the wrapped optimizer's class that torch's have not (train, eval, ...)."""
+            wrapped = self.__dict__.get("_wrapped")
+            if wrapped is None or name.startswith("_"):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return reach(self, wrapped, name)
 
     def compare_options(self) -> None:
         """Now and then: raises ConfigError on all ranks where options of ranks that step together differ. May block."""
@@ -257,7 +317,8 @@ class Strategy(RunMember):
     def step_inner(self) -> None:
         """Step the inner optimizer; a parameter that was frozen after wrapping, and has no gradient, stays. Local."""
         if not self._is_flat:  # It sees for itself what is frozen.
-            self.counted.step(self.inner)
+            self.counted.step(self.inner, **self.arguments)
+            self.flat.take_back()  # Some set `.data` (SAM).
         elif not self.flat.frozen:
             self.inner.step()
         else:

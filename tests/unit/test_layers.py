@@ -186,6 +186,7 @@ def test_strategies_do_not_import_each_other() -> None:
         "messages",
         "optimizer_state",
         "overlap",
+        "own_step",
         "passes",
         "quiet_optimizer",
         "same_model",
