@@ -135,11 +135,12 @@ class SuperviseOptions(Checked):
 class SlurmOptions(Checked):
     """Print a batch script for Slurm: hvdvae slurm --nodes 2 --ntasks-per-node 4 -- --data mnist --out DIR > job.sbatch
 
-    It saves two minutes before its time is up, requeues itself, and goes on by itself.
+    It saves two minutes before its time is up, requeues itself, and goes on by itself. Or of a script of your own:
+    hvdvae slurm --nodes 2 --partition gpu -- python train.py --out DIR > job.sbatch
     """
 
     train: list[str]
-    """Options of hvdvae train, behind `--`; --out among them."""
+    """Options of hvdvae train, behind `--`, --out among them; or a command of your own, as python train.py."""
     nodes: int = 1
     """Hosts."""
     ntasks_per_node: int = 1
@@ -150,6 +151,18 @@ class SlurmOptions(Checked):
     """Cores a rank."""
     time: str = "01:00:00"
     """Limit of one stretch; the job goes on in the next."""
+    partition: str | None = None
+    """Partition, or several, as gpu,long [the site's default]."""
+    account: str | None = None
+    """Account that is charged [the user's default]."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Features that hosts must have, as a100|h100."""
+    memory: str | None = None
+    """Memory of a host, as 64G [the site's default]; `hvdvae memory` says what a run needs."""
+    modules: str | None = None
+    """Environment modules that the job loads first, as "gcc/12 openmpi/5" [none: as they are where it is submitted]."""
     servers: int = 0
     """Parameter servers, on ranks besides those that train; they spread over the hosts."""
     array: int = 1

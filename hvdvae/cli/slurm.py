@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+from pathlib import PurePath
 
 from hvdvae.cli import assemble
 from hvdvae.cli.options import SlurmOptions
@@ -30,22 +31,62 @@ _START = {
 
 def slurm(options: SlurmOptions) -> int:
     """Print the script. Returns the exit status; raises ConfigError."""
-    config = _trained(options)
+    _check_site(options)
+    own = own_command(options)
+    config = None if own else _trained(options)
     if _seconds(options.time) <= 2 * WARNING_SECONDS:
         raise ConfigError(
             f"--time is {options.time}, expected more than {2 * WARNING_SECONDS // 60} minutes: a job is warned "
             f"{WARNING_SECONDS // 60} before its end, and has to come further before that"
         )
-    _check_ranks(options, config)
-    sys.stdout.write(script(options, shlex.join(options.train)))
+    if config is not None:
+        _check_ranks(options, config)
+    sys.stdout.write(script(options, shlex.join(own or _of_train(options)), own=bool(own)))
     return 0
+
+
+def own_command(options: SlurmOptions) -> list[str]:
+    """The words of a command that is no `hvdvae train`; none where they are its options. Pure. Raises ConfigError."""
+    words = _of_train(options)
+    if not words or words[0].startswith("-"):
+        return []
+    first = PurePath(words[0]).name
+    if first in _LAUNCHERS:
+        raise ConfigError(
+            f"slurm: found {first} behind `--`, and the script starts the ranks itself (--launcher): name what each "
+            "rank runs, as python train.py, and their number by --nodes and --ntasks-per-node"
+        )
+    if first == "hvdvae":
+        raise ConfigError(f"slurm: found hvdvae {' '.join(words[1:2])} behind `--`, expected options of hvdvae train")
+    if PurePath(first).suffix == ".py":
+        raise ConfigError(f"slurm: found {words[0]} behind `--`, expected what runs it: python {words[0]}")
+    if options.servers:
+        raise ConfigError(
+            f"--servers {options.servers} is for options of hvdvae train behind `--`, found {words[0]}: drop it, and "
+            "raise --ntasks-per-node; a script of your own says strategy='ps' itself"
+        )
+    return words
+
+
+def _of_train(options: SlurmOptions) -> list[str]:
+    return options.train[2:] if options.train[:2] == ["hvdvae", "train"] else options.train
+
+
+def _check_site(options: SlurmOptions) -> None:
+    """Refuse what would be no line of sbatch. Raises ConfigError naming the flag."""
+    for key in (*_SITE_OPTIONS, "modules"):
+        value = getattr(options, key)
+        if value is not None and not re.fullmatch(r"[\w./,:@%+&|*()\[\]=-]+" if key != "modules" else _MODULES, value):
+            raise ConfigError(f"--{key} is {value!r}, expected a value as sbatch takes it, without blanks or quotes")
+    if options.memory is not None and not re.fullmatch(r"\d+[KMGT]?", options.memory):
+        raise ConfigError(f"--memory is {options.memory!r}, expected megabytes, or a number with K, M, G or T, as 64G")
 
 
 def _trained(options: SlurmOptions) -> TrainConfig:
     """What the script's command would train, read as train reads it. Raises ConfigError as train would."""
     from hvdvae.cli.parser import parse
 
-    _, asked = parse(["train", *_roles(options), *_OWN, *options.train])
+    _, asked = parse(["train", *_roles(options), *_OWN, *_of_train(options)])
     if asked.values["out"] is None:
         raise ConfigError("slurm: found no --out among the options of train, expected one: each stretch goes on there")
     if asked.values["overwrite"]:
@@ -113,8 +154,8 @@ def _seconds(time: str) -> float:
     return 86400 * int(days or 0) + sum(number * unit for number, unit in zip(numbers, units, strict=False))
 
 
-def script(options: SlurmOptions, train: str) -> str:
-    """The batch script; `train`: options of hvdvae train, in the shell's language. Pure."""
+def script(options: SlurmOptions, train: str, *, own: bool = False) -> str:
+    """The batch script. `train`: options of hvdvae train, or one's `own` command, in the shell's language. Pure."""
     asked = {
         "job-name": "hvdvae",
         "nodes": options.nodes,
@@ -122,6 +163,7 @@ def script(options: SlurmOptions, train: str) -> str:
         "cpus-per-task": options.cpus_per_task,
         **({"gpus-per-node": options.gpus_per_node} if options.gpus_per_node else {}),
         "time": options.time,
+        **{name: value for key, name in _SITE_OPTIONS.items() if (value := getattr(options, key)) is not None},
         "signal": f"B:USR1@{WARNING_SECONDS}",
         "open-mode": "append",
         **({"array": f"1-{options.array}%1"} if options.array > 1 else {}),
@@ -129,13 +171,41 @@ def script(options: SlurmOptions, train: str) -> str:
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH --{name}={value}" for name, value in asked.items())]
     if options.array == 1:
         lines.append("#SBATCH --requeue")
-    command = f"{_START[options.launcher]} hvdvae train {shlex.join([*_roles(options), *_OWN])} {train}"
-    lines += [_SITE, *([_ONCE.format(command)] if options.array == 1 else [_ARRAY.format(command)])]
+    if options.modules:
+        lines.append(_LOAD.format(options.modules))
+    words = train if own else f"hvdvae train {shlex.join([*_roles(options), *_OWN])} {train}"
+    lines += [_SITE, *([_OF_ONES_OWN] if own else [])]
+    # Started again, a command without an --out would begin anew.
+    restarts = " --restarts 0" if own and not _has_out(train) else ""
+    lines.append((_ONCE if options.array == 1 else _ARRAY).format(restarts, f"{_START[options.launcher]} {words}"))
     return "\n".join(lines) + "\n"
 
 
+def _has_out(command: str) -> bool:
+    return any(word.partition("=")[0] == "--out" for word in shlex.split(command))
+
+
+_SITE_OPTIONS = {
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "constraint": "constraint",
+    "memory": "mem",
+}
+"""Flags of ours, and of sbatch."""
+_MODULES = r"[\w./+-]+( [\w./+-]+)*"
+_LAUNCHERS = ("srun", "mpirun", "mpiexec", "horovodrun", "sbatch", "torchrun")
+
+_LOAD = """\
+type module >/dev/null 2>&1 || . /etc/profile  # A batch shell is no login shell.
+module load {} || exit 2"""
+
+_OF_ONES_OWN = """\
+# Two minutes before its time is up each rank gets SIGUSR1: save then, and leave (Trainer.fit does); go on from there
+# when the job comes again."""
+
 _SITE = """\
-# Submit where `hvdvae` is on the PATH; partition, account and the rest of your site are flags of sbatch.
+# Submit where `hvdvae` is on the PATH; what else your site wants are flags of sbatch.
 set -euo pipefail
 here=$(command -v hvdvae) || { echo "hvdvae is not on the PATH: activate its environment, then submit" >&2; exit 2; }
 home=${here%/bin/hvdvae}
@@ -144,10 +214,10 @@ if [ -x "$home/bin/mpirun" ] && [ -e "$home/pyvenv.cfg" ]; then
     export OPAL_PREFIX="$home" PMIX_PREFIX="$home" PRTE_PREFIX="$home" PMIX_MCA_psec=native
 fi"""
 
-_ONCE = "exec hvdvae supervise --requeue -- {}"
+_ONCE = "exec hvdvae supervise --requeue{} -- {}"
 
 _ARRAY = """\
-hvdvae supervise -- {} &
+hvdvae supervise{} -- {} &
 job=$!
 trap 'kill -USR1 "$job"' USR1
 status=138

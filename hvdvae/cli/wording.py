@@ -44,6 +44,8 @@ def _what(message: str, program: str, hints: dict[str, Any], commands: list[str]
         near = _nearest(name, [flag(key) for key, kind in hints.items() if kind != list[str]])
         if list[str] in hints.values():
             near += ", and flags of the job stand behind `--`"
+        if program == "hvdvae slurm":
+            near += "; other flags of sbatch are given to sbatch itself: sbatch --FLAG job.sbatch"
         return f"{name} is no flag of {program}{near}"
     if message.startswith("the following arguments are required") and "folder" in message:
         return "DIR is missing: expected the --out of a training run"

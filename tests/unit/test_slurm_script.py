@@ -48,7 +48,7 @@ def test_options_reach_the_script_as_they_are(
         (["--gpus-per-node", "2", "--ntasks-per-node", "4", "--", "--out", "x"], "share a GPU"),
         (["--servers", "1", "--", "--out", "x"], "leave none to train"),
         (["--launcher", "prun", "--", "--out", "x"], "--launcher"),
-        (["--epocs", "3"], "--epocs is no flag of hvdvae slurm, and flags of the job stand behind `--`"),
+        (["--lr", "3"], "--lr is no flag of hvdvae slurm, and flags of the job stand behind `--`"),
         (["--", "--out", "x", "--epocs", "3"], "--epocs is no flag of hvdvae train (did you mean --epochs?)"),
         (["--", "--out", "x", "--epochs", "0"], "--epochs is 0, expected at least 1"),
         (["--", "--out", "x", "--lr", "fast"], "--lr is 'fast'"),
@@ -62,6 +62,14 @@ def test_options_reach_the_script_as_they_are(
         (["--ntasks-per-node", "4", "--servers", "1", "--", "--out", "x", "--backup-workers", "1"], "--consistency"),
         (["--ntasks-per-node", "4", "--", "--out", "x", "--pipeline", "3"], "4 are no multiple"),
         (["--nodes", "2", "--", "--out", "x", "--strategy", "local"], "one process"),
+        (["--", "mpirun", "-np", "2", "python", "train.py"], "the script starts the ranks itself"),
+        (["--", "train.py"], "expected what runs it: python train.py"),
+        (["--", "hvdvae", "evaluate", "runs/a"], "expected options of hvdvae train"),
+        (["--servers", "1", "--", "python", "train.py"], "--servers 1 is for options of hvdvae train"),
+        (["--partition", "gpu 2", "--", "--out", "x"], "--partition is 'gpu 2'"),
+        (["--modules", "a;b", "--", "--out", "x"], "--modules is 'a;b'"),
+        (["--memory", "lots", "--", "--out", "x"], "--memory is 'lots'"),
+        (["--mail-user", "me", "--", "--out", "x"], "other flags of sbatch are given to sbatch itself"),
         (["--nodes", "2", "--", "--out", "x", "--replace-workers"], "a death ends the script's job"),
     ],
 )
@@ -99,3 +107,47 @@ def test_times_that_leave_no_room_to_come_further_are_refused(time: str, capfd: 
 def test_times_as_sbatch_takes_them(time: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["slurm", "--time", time, "--", "--out", "run"]) == 0
     assert f"#SBATCH --time={time}\n" in capfd.readouterr().out
+
+
+SITE = ["--partition", "gpu", "--account", "proj-7", "--qos", "long", "--constraint", "a100|h100", "--memory", "64G"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("array", [1, 3])
+def test_options_of_the_site_are_lines_of_sbatch_and_modules_are_loaded(
+    own: bool, array: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--out", "run"] if not own else ["python", "train.py", "--out", "run"]
+    asked = [*SITE, "--modules", "gcc/12 openmpi/5", "--array", str(array)]
+    assert main(["slurm", *asked, "--", *words]) == 0
+    found = capsys.readouterr().out
+    for line in ("partition=gpu", "account=proj-7", "qos=long", "constraint=a100|h100", "mem=64G"):
+        assert f"#SBATCH --{line}\n" in found
+    # Before anything that they bring is looked for.
+    assert found.index("module load gcc/12 openmpi/5 || exit 2\n") < found.index("command -v hvdvae")
+    assert found.rindex("#SBATCH") < found.index("module load")
+    (tmp_path / "job.sbatch").write_text(found)
+    assert subprocess.run(["bash", "-n", tmp_path / "job.sbatch"], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("dashes", [True, False])
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_a_script_of_ones_own_is_started_as_it_is(
+    dashes: bool, launcher: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--nodes", "2", "--ntasks-per-node", "4", "--launcher", launcher, *(["--"] if dashes else [])]
+    assert main(["slurm", *words, "python", "train.py"]) == 0
+    found = capsys.readouterr().out
+    assert found.rstrip().endswith("python train.py")
+    assert "supervise --requeue --restarts 0 -- " + launcher in found
+    assert "hvdvae train" not in found
+    assert "SIGUSR1" in found
+    assert main(["slurm", *words[:6], "--", "python", "train.py", "--out", "a b", "--depth=3"]) == 0
+    found = capsys.readouterr().out
+    assert found.rstrip().endswith("python train.py --out 'a b' --depth=3")
+    assert "supervise --requeue -- " + launcher in found
+
+
+def test_hvdvae_train_may_be_written_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["slurm", "--", "hvdvae", "train", "--out", "run"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("hvdvae train --resume --out run")
