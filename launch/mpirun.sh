@@ -15,6 +15,11 @@ case $(mpirun --version 2>&1) in
         # Ranks set their own threads by the cores they have; a binding to one core each would leave them one.
         flags+=(--bind-to none)
         [ -z "${HOSTS:-}" ] || flags+=(--host "$HOSTS")
+        # On this host alone, without a batch system, more ranks than cores take turns.
+        if [ -z "${HOSTS:-}${SLURM_JOB_ID:-}${PBS_JOBID:-}" ] && [ "$ranks" -gt "$(nproc)" ]; then
+            echo "launch/mpirun.sh: $ranks ranks take turns on $(nproc) cores" >&2
+            export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMPI_MCA_rmaps_base_oversubscribe=1
+        fi
         for name in OMP_NUM_THREADS HVDVAE_DATA; do
             [ -z "${!name:-}" ] || flags+=(-x "$name")
         done

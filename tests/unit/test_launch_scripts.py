@@ -43,9 +43,9 @@ def test_mpirun(tmp_path: Path, version: str, flags: list[str]) -> None:
     supervised = ["supervise", "--restarts", "0", "--", "mpirun"]
     command = [*flags, "--tag-output", "-v", "hvdvae", "train", "--out", "a folder"]
     assert words == [*supervised, "-np", "4", *command]
-    status, words = run(tmp_path, "mpirun.sh", version, "2", "doctor")
+    status, words = run(tmp_path, "mpirun.sh", version, "1", "doctor")
     assert status == 0
-    assert words == ["-np", "2", *(["--bind-to", "none"] if version != MPICH else []), "hvdvae", "doctor"]
+    assert words == ["-np", "1", *(["--bind-to", "none"] if version != MPICH else []), "hvdvae", "doctor"]
 
 
 @pytest.mark.parametrize(
@@ -100,3 +100,17 @@ def test_what_is_no_number_of_ranks_is_refused(tmp_path: Path, script: str, rank
     status, words = run(tmp_path, script, OPEN_MPI_5, ranks, "train")
     assert status != 0
     assert not words
+
+
+@pytest.mark.parametrize(("more", "told"), [({}, True), ({"HOSTS": "a:999"}, False), ({"SLURM_JOB_ID": "7"}, False)])
+def test_more_ranks_than_cores_take_turns_on_one_host_alone(tmp_path: Path, more: dict[str, str], told: bool) -> None:
+    """Where a batch system or a list of hosts says where ranks go, more of them than cores are a mistake."""
+    for name, text in {"mpirun": OPEN_MPI_5, "hvdvae": ""}.items():
+        (tmp_path / name).write_text(f'#!/bin/bash\n[ "$1" != --version ] || echo "{text}"\nenv\n')
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **more}
+    ended = subprocess.run(
+        ["bash", str(LAUNCH / "mpirun.sh"), "999", "doctor"], env=env, capture_output=True, text=True, check=True
+    )
+    assert ("PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe" in ended.stdout) == told
+    assert ("999 ranks take turns" in ended.stderr) == told
