@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hvdvae.cli import assemble
 from hvdvae.cli.activations import needs
 from hvdvae.config import TrainConfig
-from hvdvae.errors import ConfigError
 from hvdvae.parallel.mesh import Groups, Mesh
 from hvdvae.parallel.micro_batches import cut_points, order_of
 from hvdvae.parallel.stages import given_cuts, keep_stage
@@ -41,6 +40,8 @@ class Footprint:
     optimizer: int
     average: int
     """--ema."""
+    strategy: int
+    """What a strategy keeps besides: averages between ranks, error feedback, buffers for messages."""
     activations: int
     """Kept for backward at most, of all micro-batches that are under way."""
     passing: int
@@ -55,7 +56,7 @@ class Footprint:
     @property
     def total(self) -> int:
         """What its resident memory grows by."""
-        state = self.parameters + self.gradients + self.optimizer + self.average + self.mapped
+        state = self.parameters + self.gradients + self.optimizer + self.average + self.strategy + self.mapped
         return max(self.start, state + self.activations + self.passing + self.batches)
 
 
@@ -71,11 +72,10 @@ class Imagined(NamedTuple):
 
 
 def footprints(config: TrainConfig, shape: Sequence[int], mesh: Mesh) -> list[Footprint]:
-    """Of the first rank of each stage, which has the most of what is not even. Raises ConfigError."""
-    if config.strategy not in ("local", "allreduce", "sharded"):
-        raise ConfigError(
-            f"hvdvae memory knows --strategy local, allreduce and sharded, found {config.strategy}: ask for one of them"
-        )
+    """Of the first rank of each stage, which has the most of what is not even. Raises ConfigError.
+
+    With --strategy ps of one process that trains, as workers do (server_footprint.py).
+    """
     return [_of_stage(config, shape, mesh, stage) for stage in range(mesh.pp)]
 
 
@@ -125,6 +125,7 @@ def _footprint(config: TrainConfig, model: nn.Module, mesh: Mesh, **passes: int)
         gradients=_gradients(config, mesh, count, largest),
         optimizer=FLOAT * entries * count // owners,
         average=FLOAT * count if config.ema else 0,
+        strategy=FLOAT * _vectors_of_strategy(config) * count,
         mapped=_vectors_in_shared_memory(config) * FLOAT * count * (mesh.dp - 1) // mesh.dp,
         start=start,
         **passes,
@@ -137,6 +138,14 @@ def _gradients(config: TrainConfig, mesh: Mesh, count: int, largest: int) -> int
         return FLOAT * (2 * count + adds_up * largest)
     # A slice, what is on its way, and what autograd wrote.
     return FLOAT * (count // mesh.dp + largest) + (HALF * largest if config.weights == "bf16" else 0)
+
+
+def _vectors_of_strategy(config: TrainConfig) -> int:
+    """Of all parameters, in float32."""
+    averages = {"local-sgd": 2, "diloco": 2 if config.outer_momentum == 0 else 3}.get(config.strategy, 0)
+    # What was not sent, and what it becomes if the step is taken; in float64 where messages are rough.
+    feedback = {"sign": 5, "powersgd": 5, "topk": 2, "randomk": 2}.get(config.compression, 0)
+    return averages + feedback + (config.compression_momentum > 0) * 2
 
 
 def _vectors_in_shared_memory(config: TrainConfig) -> int:

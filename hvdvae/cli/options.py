@@ -10,7 +10,7 @@ from hvdvae.errors import ConfigError
 DEADLINE = TrainConfig.deadline
 
 _AT_LEAST = {"samples": 1, "count": 1, "threads": 1, "seed": 0, "restarts": 0, "nodes": 1, "ntasks_per_node": 1}
-_AT_LEAST |= {"gpus_per_node": 0, "servers": 0, "cpus_per_task": 1, "array": 1}
+_AT_LEAST |= {"gpus_per_node": 0, "servers": 0, "cpus_per_task": 1, "array": 1, "ranks_per_host": 1}
 _DURATIONS = ("deadline", "backoff", "silence", "grace")
 _BELOW = {"seed": 2**63}
 
@@ -173,15 +173,19 @@ class SlurmOptions(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions(Checked):
-    """What a run needs on each rank, predicted: hvdvae memory --ranks 4 -- --model mlp --hidden 8000 8000 --pipeline 2
+    """What a run needs on each rank and host, and whether it fits here, before anything is started.
 
-    For --strategy local, allreduce and sharded, before anything is started.
+    hvdvae memory --ranks 4 -- --model mlp --hidden 8000 8000 --pipeline 2. Status 1 where it does not fit.
     """
 
     train: list[str]
     """Options of hvdvae train, behind `--`."""
     ranks: int = 1
-    """Ranks that would train."""
+    """Ranks that would train; --servers of --strategy ps come on top."""
+    ranks_per_host: int | None = None
+    """Of all ranks, servers among them [all on one host]."""
+    host_memory: str | None = None
+    """Of a host, as 64G [what is available here: MemAvailable, and limits of control groups, as Slurm sets them]."""
     shape: list[int] | None = None
     """Of an example, as 1 28 28 [that of --data]."""
 

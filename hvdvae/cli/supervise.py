@@ -20,6 +20,8 @@ def supervise(options: SuperviseOptions) -> int:
     command = options.command
     if not command:
         raise ConfigError("supervise has no command: hvdvae supervise -- mpirun -np 2 hvdvae train --out DIR")
+    if not options.restarts and options.backoff != SuperviseOptions.backoff:
+        raise ConfigError(f"--backoff {options.backoff:g} is for restarts, found --restarts 0: drop one of them")
     words = _words(command)
     asked = _of_file(words)
     if options.restarts and not ("--out" in words[:-1] or asked is None or isinstance(asked.get("out"), str)):

@@ -12,6 +12,17 @@ _ARGUMENT = re.compile(r"^argument ([\w-]+): (.*)$", re.DOTALL)
 _CHOICE = re.compile(r"^invalid choice: '(.*?)'", re.DOTALL)
 
 
+_BEHIND_DASHES = {
+    "hvdvae memory": "memory has no options of a run: put those of hvdvae train behind `--`, as "
+    "hvdvae memory --ranks 4 -- --hidden 8000 8000",
+    "hvdvae slurm": "slurm has nothing to start: put options of hvdvae train behind `--`, --out among them, or a "
+    "command of your own, as hvdvae slurm --nodes 2 -- python train.py",
+    "hvdvae supervise": "supervise has no command: put it behind `--`, as hvdvae supervise -- mpirun -np 2 hvdvae "
+    "train --out DIR",
+}
+"""Words that must be there, by program."""
+
+
 def reworded(message: str, command: str, hints: dict[str, Any], commands: list[str]) -> str:
     """One line for a message of argparse or jsonargparse.
 
@@ -40,6 +51,8 @@ def _what(message: str, program: str, hints: dict[str, Any], commands: list[str]
         word = message.removeprefix("unrecognized arguments: ").split()[0]
         if not word.startswith("-"):
             return f"unexpected {word!r}: expected flags, and behind each one its value"
+        if word == "--" and (missing := _BEHIND_DASHES.get(program)):
+            return missing
         name = word.partition("=")[0]
         near = _nearest(name, [flag(key) for key, kind in hints.items() if kind != list[str]])
         if list[str] in hints.values():
@@ -49,6 +62,10 @@ def _what(message: str, program: str, hints: dict[str, Any], commands: list[str]
         return f"{name} is no flag of {program}{near}"
     if message.startswith("the following arguments are required") and "folder" in message:
         return "DIR is missing: expected the --out of a training run"
+    if message.startswith("the following arguments are required") and program in _BEHIND_DASHES:
+        return _BEHIND_DASHES[program]
+    if found and "expected one argument" in found[2]:
+        return f"{found[1]} has no value, expected a file of options (YAML)"
     if "subcommand" in message:
         return f"no command, expected one of {', '.join(commands)}"
     return " ".join(message.split())

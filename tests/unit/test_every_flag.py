@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from functools import cache
@@ -15,9 +16,10 @@ import pytest
 import torch
 
 from hvdvae import strategies
-from hvdvae.cli import assemble, train
+from hvdvae.cli import assemble, main, train
 from hvdvae.cli.asked import Asked
 from hvdvae.cli.config_file import write_config
+from hvdvae.cli.options import SUBCOMMANDS
 from hvdvae.cli.parser import parse
 from hvdvae.config import TrainConfig, flag
 from hvdvae.data import ArraySource, Dataset
@@ -135,19 +137,8 @@ OTHER: dict[str, Any] = {
 """A value other than the default."""
 OF_CONV = {"activation": "tanh"}
 """The same where the default is the model's."""
-OF_THE_LAUNCH = [
-    "data",
-    "validation",
-    "external_storage",
-    "epochs",
-    "device",
-    "threads",
-    "compile",
-    "out",
-    "resume",
-    "overwrite",
-]
-OF_THE_LAUNCH += ["nll_samples", "pictures_every"]
+OF_THE_LAUNCH = ["data", "validation", "epochs", "device", "threads", "compile", "out", "resume", "overwrite"]
+OF_THE_LAUNCH += ["nll_samples", "pictures_every", "external_storage"]
 """Which mean something in every run, whatever the others say: how they act is seen in tests/system."""
 RANKS = 4
 SMALL = {"hidden": [8], "latent": [2]}
@@ -275,6 +266,18 @@ def test_every_flag_acts_or_is_refused_by_name(seen: dict[str, Any]) -> None:
     assert not silent
     assert not nameless
     assert acted == {*OTHER}, "refused everywhere, or without a context of its own"
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_every_flag_of_the_other_subcommands_is_read(name: str) -> None:
+    source = inspect.getsource(importlib.import_module(f"hvdvae.cli.{name}"))
+    for field in fields(SUBCOMMANDS[name][0]):
+        assert re.search(rf'\boptions\.{field.name}\b|"{field.name}"', source), flag(field.name)
+
+
+def test_a_pause_before_restarts_that_do_not_come_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["supervise", "--restarts", "0", "--backoff", "3", "--", "true"]) == 2
+    assert "--backoff 3 is for restarts, found --restarts 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", OF_THE_LAUNCH)
