@@ -10,7 +10,8 @@ One process beside the launcher, for what no rank can do: all ranks may be dead,
     it says that it ends (DYING), and for DYING_SECONDS nothing more   it is ended
     it says nothing for `silence` seconds                              it is ended
     SIGINT, SIGTERM, SIGHUP or SIGUSR1 comes                           it gets SIGUSR1: save, leave, and stay away
-    the supervisor is killed                                           the kernel sends it SIGTERM
+    the supervisor is killed                                           the same (deputy.py)
+    it ends badly                                                      what it said of the cause is said once more, last
 """
 
 import ctypes
@@ -29,14 +30,18 @@ from typing import IO, NamedTuple, TextIO
 
 import psutil  # type: ignore[import-untyped]
 
+from hvdvae.deputy import Deputy
 from hvdvae.signals import STOPPING
 
 DYING = re.compile(rb"hvdvae: (deadline of .* exceeded|uncaught exception on rank|error)")
 """What ranks say before they end the job. A launcher that lost a host has been seen to go on without any rank."""
 FINISHED = b"hvdvae: finished, results in "
 """What rank 0 says last."""
+CAUSE = re.compile(rb"hvdvae: ((?:the cause, on rank|error[: (]|deadline of [^\n]* exceeded)[^\n]*)\r?\n")
+"""What a rank says of why the job ends, in one line. A launcher adds lines of its own, up to twenty."""
 SAVED = b": saved at step "
 """What rank 0 says after a signal."""
+LONGEST_LINE = 2000
 DYING_SECONDS = 60.0
 END_SECONDS = 10.0
 """Between SIGTERM and SIGKILL."""
@@ -48,7 +53,7 @@ MENDED_BY_USERS = (2, 126, 127)
 """Exit statuses that would be the same again: our own errors, and a command that cannot be run."""
 LOST_STATUS = 75
 """EX_TEMPFAIL, as of a deadline."""
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PR_SET_CHILD_SUBREAPER = 36
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -78,6 +83,8 @@ class End(NamedTuple):
     """Whether a signal came that does not announce a later stretch: not SIGUSR1 alone."""
     said_saved: bool = False
     """Whether it said that it saved before it left (SAVED)."""
+    cause: str = ""
+    """What a rank said first of why the job ends, where other lines came behind it."""
 
 
 def supervise(command: Sequence[str], policy: Policy, results: Callable[[], object] | None) -> End:
@@ -102,9 +109,11 @@ def supervise(command: Sequence[str], policy: Policy, results: Callable[[], obje
                     )
                 end = end._replace(status=128 + end.signal if end.signal else LOST_STATUS)
             if end.signal or end.status in MENDED_BY_USERS:
+                _say_cause(end)
                 return end
             if failures == policy.restarts:
                 _say(f"ended with status {end.status}; no restart is left of {policy.restarts} (--restarts)")
+                _say_cause(end)
                 return end
             pause = min(policy.backoff * 2**failures, LONGEST_PAUSE)
             _say(f"ended with status {end.status}; restart {failures + 1} of {policy.restarts} in {pause:g} s")
@@ -123,11 +132,11 @@ def _run(command: Sequence[str], policy: Policy, received: list[int]) -> End:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
         )
     except OSError as error:
         _say(f"{command[0]}: {error.strerror or error}")
         return End(127 if isinstance(error, FileNotFoundError) else 126, 0)
+    deputy = Deputy(job, policy.grace, _ask_to_leave)
     words = _Words(job)
     asked_at: float | None = None
     reason = ""
@@ -138,7 +147,7 @@ def _run(command: Sequence[str], policy: Policy, received: list[int]) -> End:
             if received and asked_at is None:
                 asked_at = now
                 _say(f"{signal.Signals(received[0]).name}: asking the job to save and leave")
-                _ask_to_leave(job)
+                _ask_to_leave(job.pid)
             reason = _reason_to_end(words, policy, asked_at, now)
             if received.count(signal.SIGINT) > 1:
                 reason = "a second SIGINT"
@@ -146,16 +155,19 @@ def _run(command: Sequence[str], policy: Policy, received: list[int]) -> End:
                 _say(f"{reason}; ending it")
                 break
     finally:
+        deputy.dismiss()
         _end(job)
     words.close()
     status = job.returncode if job.returncode >= 0 else 128 - job.returncode
     if received:
-        return End(status, received[0], words.said_finished, {*received} != {signal.SIGUSR1}, words.said_saved)
+        for_good = {*received} != {signal.SIGUSR1}
+        return End(status, received[0], words.said_finished, for_good, words.said_saved, words.cause)
     if reason and status == 0:
         status = LOST_STATUS  # It left in peace when it was ended, and has not done its work.
     # Ranks that got the signal themselves, as from `scancel --signal` or sbatch's --signal without B:.
     stopped = status - 128 if status - 128 in STOPPING and not reason else 0
-    return End(status, stopped, words.said_finished, stopped not in (0, signal.SIGUSR1), words.said_saved)
+    for_good = stopped not in (0, signal.SIGUSR1)
+    return End(status, stopped, words.said_finished, for_good, words.said_saved, words.cause)
 
 
 def _reason_to_end(words: "_Words", policy: Policy, asked_at: float | None, now: float) -> str:
@@ -175,6 +187,8 @@ class _Words:
     def __init__(self, job: "subprocess.Popen[bytes]") -> None:
         self.last = time.monotonic()
         self.said_dying = self.said_finished = self.said_saved = False
+        self._cause = b""
+        self._behind_cause = False
         pipes = ((job.stdout, sys.stdout), (job.stderr, sys.stderr))
         self._threads = [threading.Thread(target=self._pass_on, args=pair, daemon=True) for pair in pipes]
         for thread in self._threads:
@@ -185,12 +199,25 @@ class _Words:
         while some := os.read(pipe.fileno(), 65536):
             self.last = time.monotonic()
             # A line may come in two pieces.
-            tail = (tail + some)[-200 - len(some) :]
+            tail = (tail + some)[-LONGEST_LINE - len(some) :]
             self.said_dying |= bool(DYING.search(tail))
             self.said_finished |= FINISHED in tail
             self.said_saved |= SAVED in tail
+            self._note_cause(tail, some)
             with suppress(OSError):  # Whoever listened has gone; the job goes on, and must not block on a full pipe.
                 os.write(to.fileno(), some)
+
+    @property
+    def cause(self) -> str:
+        """What was said of why the job ends; "" where nothing came behind it, as it is the last line then."""
+        return self._cause.decode(errors="replace").strip() if self._behind_cause else ""
+
+    def _note_cause(self, tail: bytes, some: bytes) -> None:
+        if self._cause:
+            self._behind_cause |= bool(some.strip())
+        elif found := CAUSE.search(tail):
+            self._cause = found[1]
+            self._behind_cause = bool(tail[found.end() :].strip())
 
     def close(self) -> None:
         """All that was said has been passed on; blocks for a moment only, though an orphan hold the pipe."""
@@ -198,13 +225,13 @@ class _Words:
             thread.join(END_SECONDS)
 
 
-def _ask_to_leave(job: "subprocess.Popen[bytes]") -> None:
+def _ask_to_leave(job: int) -> None:
     """SIGUSR1, by the launcher, which may stand behind a script of the user's, who would die of it.
 
     So would horovodrun: there the ranks of this host get it, and one is enough.
     """
     try:
-        tree = [psutil.Process(job.pid)]
+        tree = [psutil.Process(job)]
     except psutil.Error:
         return  # It has ended meanwhile.
     tree += _children(tree[0])
@@ -212,7 +239,7 @@ def _ask_to_leave(job: "subprocess.Popen[bytes]") -> None:
     if "horovodrun" in programs.values():
         asked = [process for process in tree if _is_rank(process)]
         if not asked:  # All are on other hosts, and nobody can ask them.
-            job.terminate()
+            tree[0].terminate()
             return
     else:
         launchers = [process for process in tree if programs[process.pid] in LAUNCHERS]
@@ -306,10 +333,9 @@ def _adopt_orphans() -> None:
         _LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
-def _end_with_parent() -> None:
-    """In the command, before it begins: SIGTERM for it where its supervisor is killed."""
-    if _LIBC is not None:
-        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def _say_cause(end: End) -> None:
+    if end.cause:
+        _say(end.cause)
 
 
 def _say(text: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.conftest import Start
+from tests.system.conftest import Start, launcher_command
 
 CASE = str(Path(__file__).parent / "failing_rank.py")
 DEADLINE = 4.0
@@ -22,6 +22,16 @@ def test_a_rank_that_raises_ends_the_job_with_its_traceback(start: Start, launch
     assert "uncaught exception on rank 1" in job.output
     assert "RuntimeError: the bad example 4711" in job.output
     assert "failing_rank.py" in job.output, "the traceback names the line"
+
+
+def test_the_cause_is_the_last_line_of_a_supervised_job(start: Start) -> None:
+    """Behind twenty lines of Open MPI's."""
+    mpirun = [*launcher_command("mpirun", 2), sys.executable, CASE, "raises", "mpi", "300", "--out", "run"]
+    job = start(1, "-m", "hvdvae", "supervise", "--restarts", "0", "--", *mpirun, launcher="none").finish(2 * GRACE)
+    assert job.status != 0
+    last = job.output.rstrip().splitlines()[-1]
+    assert last.startswith("hvdvae supervise: the cause, on rank 1 (")
+    assert last.endswith("): RuntimeError: the bad example 4711")
 
 
 def test_ranks_that_were_started_for_other_roles_are_named(start: Start, images: Path) -> None:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "hvdvae"
 # Layer of each part: a file of the package's top folder, or a folder.
 LAYERS = {
     "core": (
-        "abort allocator batch checkpoint config config_check config_kinds config_named cores deadline "
+        "abort allocator batch checkpoint config config_check config_kinds config_named cores deadline deputy "
         "disturbance dtypes ema errors first_order flat flat_buffers flat_check flat_homes flat_layout flat_views "
         "launcher outcome quick_start regular_file schedule seeding signals supervisor version whole_file world",
         0,

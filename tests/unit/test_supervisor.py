@@ -303,6 +303,61 @@ def test_the_job_does_not_outlive_a_supervisor_that_is_killed(tmp_path: Path) ->
     job.finish()
 
 
+@pytest.mark.parametrize("in_script", [False, True])
+def test_the_job_of_a_supervisor_that_is_killed_saves_and_leaves(tmp_path: Path, in_script: bool) -> None:
+    """Also behind a script, which would die of the signal; and what the job says meanwhile ends nothing."""
+    (tmp_path / "mpirun").symlink_to(sys.executable)
+    script = tmp_path / "run.sh"
+    script.write_text(f"{tmp_path / 'mpirun'} job.py\necho left with $? > left\n")
+    body = "while True:\n    print('at work', flush=True)\n    time.sleep(0.02)"
+    command = ["bash", str(script), "--out", "here"] if in_script else ()
+    save = (
+        "def save(number, frame):\n    print('saving', flush=True)\n    open('saved', 'w').close()\n    sys.exit(3)\n"
+    )
+    handlers = f"print(os.getpid(), flush=True)\n{save}signal.signal(signal.SIGUSR1, save)"
+    job = Supervised(tmp_path, body, handlers=handlers, command=command)
+    assert job.process.stdout is not None
+    rank = psutil.Process(int(job.process.stdout.readline()))
+    job.await_calls(1)
+    job.process.kill()
+    rank.wait(50)
+    _, said = job.finish()
+    assert (tmp_path / "saved").exists()
+    assert "the supervisor was killed: asking the job to save and leave" in said
+    assert "saving" in said
+    assert not in_script or (tmp_path / "left").read_text() == "left with 3\n"
+
+
+def test_what_does_not_leave_when_its_supervisor_was_killed_is_ended(tmp_path: Path) -> None:
+    deaf = "print(os.getpid(), flush=True)\nsignal.signal(signal.SIGUSR1, signal.SIG_IGN)"
+    job = Supervised(tmp_path, "time.sleep(600)", "--grace", "0.5", handlers=deaf)
+    assert job.process.stdout is not None
+    rank = psutil.Process(int(job.process.stdout.readline()))
+    job.await_calls(1)
+    job.process.kill()
+    rank.wait(50)
+    job.finish()
+
+
+CAUSE = "hvdvae: the cause, on rank 1 (n1): ValueError: of the user's"
+MPI_ABORT = "MPI_ABORT was invoked on rank 1 in communicator MPI_COMM_WORLD"
+
+
+@pytest.mark.parametrize("cause", [CAUSE, "hvdvae: error (rank 1 of 2): --data x: found no such file"])
+def test_the_cause_is_said_once_more_behind_the_words_of_a_launcher(tmp_path: Path, cause: str) -> None:
+    body = f"print({cause!r}, flush=True); print({MPI_ABORT!r}, flush=True); sys.exit(1)"
+    status, said = Supervised(tmp_path, body, "--restarts", "1").finish()
+    assert status == 1
+    assert said.count(cause) == 2, "once a start"
+    assert said.splitlines()[-1] == cause.replace("hvdvae:", "hvdvae supervise:")
+
+
+def test_a_cause_that_is_the_last_line_is_not_repeated(tmp_path: Path) -> None:
+    status, said = Supervised(tmp_path, f"print({CAUSE!r}, flush=True); sys.exit(2)").finish()
+    assert status == 2
+    assert said == f"{CAUSE}\n"
+
+
 def test_a_terminal_that_is_closed_makes_the_job_save_and_leave(tmp_path: Path) -> None:
     job = Supervised(tmp_path, "time.sleep(60)")
     job.await_calls(1)
