@@ -11,10 +11,11 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from hvdvae.abort import abort_job
 
@@ -29,6 +30,9 @@ STUCK_SECONDS = 3.0
 
 LOCKED_SECONDS = 10.0
 """Beyond two deadlines: after which a library that keeps the interpreter's lock ends the process."""
+
+DEPARTED_SECONDS = 1.0
+"""After which a wait for a rank that has left is taken to be in vain."""
 
 ANSWER_SECONDS = 3.0
 """How long the others have to say what they are doing."""
@@ -54,17 +58,54 @@ class State:
         return f"rank {self.rank} ({self.host}) {doing}, step {self.step}, at {self.where}"
 
 
+class Group(NamedTuple):
+    """Ranks that come to the same waits, all of them to all."""
+
+    name: str
+    ranks: tuple[int, ...]
+    """In the numbering of the watchdogs."""
+
+
+@dataclass(frozen=True)
+class Departure:
+    """A rank has left for good: its program has ended, or it has closed its World."""
+
+    rank: int
+    host: str
+    steps: int
+    """That it took."""
+    waits: dict[str, int]
+    """That it came to, by the name of the group."""
+
+
 class Inquiry(Protocol):
     """How watchdogs of several ranks ask each other (world/mpi.py)."""
 
     lost: set[int]
     """Ranks that are known to have died, or left, while the job goes on."""
+    departed: dict[int, Departure]
+    """What ranks have said that have left."""
+
+    def leave(self, departure: Departure) -> None:
+        """Say so to all others; does not block."""
 
     def answer(self, state: Callable[[], State]) -> None:
         """Answer all questions that have come in; does not block."""
 
     def ask(self, state: Callable[[], State], seconds: float) -> dict[int, State]:
         """Ask all others, for at most so many seconds."""
+
+
+class _Wait(NamedTuple):
+    """One that is going on."""
+
+    operation: str
+    start: float
+    patient: bool
+    group: Group | None
+    """That all come to it, where that is known."""
+    number: int
+    """Of this wait among those of the group."""
 
 
 class Watchdog:
@@ -89,7 +130,9 @@ class Watchdog:
         self._host = socket.gethostname()
         self._inquiry = inquiry
         self._watched = threading.get_ident()
-        self._wait: tuple[str, float, bool] | None = None
+        self._wait: _Wait | None = None
+        self._waits: Counter[str] = Counter()
+        """Those of each group so far, by its name."""
         self._stopped = threading.Event()
         # Two threads: one that answers over MPI, which may get stuck there behind a rank that was stopped while it held
         # a lock in shared memory; and one that looks on, and never does.
@@ -116,15 +159,20 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     @contextmanager
-    def waiting(self, operation: str, *, patient: bool = False) -> Iterator[None]:
+    def waiting(self, operation: str, *, patient: bool = False, group: Group | None = None) -> Iterator[None]:
         """Mark that the body waits for other ranks, in `operation`. Costs about a microsecond.
 
         `patient`: another rank may be busy for long (a download, say). Past the deadline the wait then goes on as long
-        as every other rank answers; where ranks cannot ask each other, for PATIENCE deadlines.
+        as every other rank answers, unless each has waited as long and they wait in different operations; where ranks
+        cannot ask each other, for PATIENCE deadlines. `group`: ranks that all come to this wait; one that has left
+        before ends the job.
         """
         outer = self._wait
         start = time.monotonic()
-        self._wait = (operation, start, patient)
+        number = 0
+        if group is not None:
+            number = self._waits[group.name] = self._waits[group.name] + 1
+        self._wait = _Wait(operation, start, patient, group, number)
         try:
             yield
         finally:
@@ -141,8 +189,8 @@ class Watchdog:
             rank=self._rank,
             host=self._host,
             step=self.step,
-            waiting=wait[0] if wait else "",
-            seconds=time.monotonic() - wait[1] if wait else 0.0,
+            waiting=wait.operation if wait else "",
+            seconds=time.monotonic() - wait.start if wait else 0.0,
             where=where,
         )
 
@@ -154,9 +202,10 @@ class Watchdog:
             wait = self._wait
             if wait is None:
                 continue
-            _, start, patient = wait
-            lasted = time.monotonic() - start
-            if lasted > self.seconds * (1 if not patient or self._inquiry is not None else PATIENCE):
+            lasted = time.monotonic() - wait.start
+            if lasted > min(DEPARTED_SECONDS, self.seconds) and (gone := self.departed()) and self._wait is wait:
+                self._end(f"hvdvae: error: {gone}\n")
+            if lasted > self.seconds * (1 if not wait.patient or self._inquiry is not None else PATIENCE):
                 self._expire(wait)
 
     def _answer(self) -> None:
@@ -176,15 +225,43 @@ class Watchdog:
             asking.join(ANSWER_SECONDS + STUCK_SECONDS)
         return found
 
-    def _expire(self, wait: tuple[str, float, bool]) -> None:
+    def leave(self) -> None:
+        """Say to all others that this rank comes to no more waits of any group. Does not block."""
+        if self._inquiry is not None:
+            self._inquiry.leave(Departure(self._rank, self._host, self.step, dict(self._waits)))
+
+    def departed(self) -> str:
+        """Which rank has left before it came to the wait that is going on, and what to do; empty: none has. Local."""
+        wait = self._wait
+        if wait is None or wait.group is None or self._inquiry is None:
+            return ""
+        for rank, one in sorted(self._inquiry.departed.items()):
+            is_missing = rank in wait.group.ranks and one.waits.get(wait.group.name, 0) < wait.number
+            if is_missing and rank not in self._inquiry.lost:
+                return (
+                    f"rank {rank} ({one.host}) has finished after {one.steps} steps, and {self.state()}: "
+                    "give all ranks as many batches (a sampler that pads or drops, or the least number over all ranks)"
+                )
+        return ""
+
+    def _expire(self, wait: _Wait) -> None:
         mine = self.state()
         others = self._ask()
         if self._wait is not wait:  # The others came while we asked.
             return
-        _, _, patient = wait
-        if patient and self._inquiry is not None and len(others) + len(self._inquiry.lost) == self._size - 1:
+        everyone = self._inquiry is not None and len(others) + len(self._inquiry.lost) == self._size - 1
+        if wait.patient and everyone and not self._is_deadlock(mine, others):
             return
-        sys.stderr.write(self.report(mine, others))
+        self._end(self.report(mine, others))
+
+    def _is_deadlock(self, mine: State, others: dict[int, State]) -> bool:
+        """Whether nobody computes, all have waited for a deadline, and not for each other in the same operation."""
+        states = [mine, *others.values()]
+        all_wait = all(state.waiting and state.seconds > self.seconds for state in states)
+        return all_wait and len({state.waiting for state in states}) > 1
+
+    def _end(self, words: str) -> None:
+        sys.stderr.write(words)
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         # Aborting goes through MPI, too; whatever it does, this process ends, and the launcher ends the others.
         threading.Thread(target=_exit_later, daemon=True).start()

@@ -174,6 +174,11 @@ def detect(environ: Mapping[str, str]) -> Launch:
     return Launch(launcher="none")
 
 
+def rank_variable(environ: Mapping[str, str]) -> str | None:
+    """Where the launcher says which rank a process is; None where it does not. Pure."""
+    return next((names[0] for _, names in _FAMILIES if names[0] in environ and names[1] in environ), None)
+
+
 def survives_deaths(environ: Mapping[str, str]) -> bool:
     """Whether MPI lets the others go on when a rank dies (mpirun --with-ft ulfm). Pure."""
     return environ.get("OMPI_MCA_mpi_ft_enable") == "1"

@@ -185,13 +185,13 @@ class Pipeline:
         if length not in self._told:
             self._told[length] = [(list(t.shape), str(t.dtype), t.requires_grad) for t in outputs]
             message = np.frombuffer(json.dumps(self._told[length]).encode(), np.uint8)
-            with self._world.waiting("the next stage"):
+            with self._world.waiting("the next stage", among=()):
                 self._comm.Send(message, self._stage + 1, FORM)
 
     def form(self, length: int) -> Form:
         """Of what the stage before sends of so many examples. Blocks the first time."""
         if length not in self._heard:
-            with self._world.waiting("the stage before"):
+            with self._world.waiting("the stage before", among=()):
                 status = MPI.Status()
                 self._comm.Probe(self._stage - 1, FORM, status)
                 message = np.empty(status.Get_count(MPI.BYTE), np.uint8)
@@ -220,11 +220,11 @@ class Pipeline:
         return room
 
     def _wait(self, request: MPI.Request, what: str) -> None:
-        with self._world.waiting(what):
+        with self._world.waiting(what, among=()):
             request.Wait()
 
     def _begin(self, action: Callable[..., Any], message: Tensor, other: int, tag: int) -> tuple[MPI.Request, Tensor]:
-        with self._world.waiting("a neighbouring stage"):
+        with self._world.waiting("a neighbouring stage", among=()):
             begun = action(message.numpy(), other, tag), message
         self._open.append(begun)
         return begun

@@ -75,7 +75,7 @@ class HorovodAllreduce(Strategy):
             size = float(torch.linalg.vector_norm(gradient))
             left = float(torch.linalg.vector_norm(gradient - gradient.half()))
             self.moved.errors += left / size if size and math.isfinite(left) else 0.0
-        with self.world.waiting("horovod allreduce of the gradient"):
+        with self.world.waiting("horovod allreduce of the gradient", among=self.peers):
             self._horovod.synchronize()
         if self._vector.grad.data_ptr() != gradient.data_ptr():
             gradient.copy_(self._vector.grad)
@@ -96,13 +96,13 @@ class HorovodAllreduce(Strategy):
     def broadcast_bytes(self, data: Tensor) -> None:
         """Overwrite with the bytes of the process set's first rank."""
         if data.numel() and not self.world.joins:
-            with self.world.waiting("horovod broadcast of the model"):
+            with self.world.waiting("horovod broadcast of the model", among=self.peers):
                 self._hvd.broadcast_(data, self.peers[0], name="hvdvae.broadcast", process_set=self._process_set)
 
     def sum_(self, vector: Tensor) -> Tensor:
         """The sum over the process set."""
         if vector.numel():
-            with self.world.waiting("horovod sum of buffers"):
+            with self.world.waiting("horovod sum of buffers", among=self.peers):
                 self._hvd.allreduce_(vector, name="hvdvae.sum", op=self._hvd.Sum, process_set=self._process_set)
         return vector
 

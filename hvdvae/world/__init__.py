@@ -15,14 +15,14 @@ import atexit
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from hvdvae.deadline import Watchdog
-from hvdvae.errors import RankLost, WorldError
+from hvdvae.deadline import Group, Watchdog
+from hvdvae.errors import ConfigError, RankLost, WorldError
 from hvdvae.launcher import Launch, Launcher, detect, leave_launch, survives_deaths
 from hvdvae.world import deaths, settings
 from hvdvae.world.child import note_place, note_rank, world_of_child
@@ -41,6 +41,9 @@ DEFAULT_DEADLINE = 300.0
 
 class World:
     """This process among all. Make one a process, with `World.create` or `World.alone`."""
+
+    _served: "ClassVar[World | None]" = None
+    """The last whose servers have begun to serve a model."""
 
     def __init__(
         self,
@@ -86,6 +89,12 @@ class World:
         """Whether this is a command that has not begun to train: nothing can be lost by a death yet."""
         self._launch = launch
         self._horovod: Any = None
+        first = self.everyone.size - servers if serves else 0
+        self.group: Group | None = None
+        """These ranks, for the watchdog; None where nobody can tell, as after ranks have died or come."""
+        if self.size > 1:
+            self.group = Group(self.role, tuple(range(first, first + self.size)))
+        self._is_closed = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "World":
         """Itself: a copy of a model is among the same ranks."""
@@ -107,6 +116,8 @@ class World:
         launch = detect(os.environ)
         if launch.parent is not None:
             return world_of_child(cls, launch, launch.parent, device)
+        if cls._served is not None:
+            cls._served.check_serves_nobody()
         if launch.launcher == "none" or (launch.launcher == "srun" and launch.size == 1):
             # One task of Slurm's needs no MPI, and one that was built without Slurm's PMI would end the process.
             check_servers(servers, launch)
@@ -140,7 +151,32 @@ class World:
 
         with self.watchdog.waiting("split of the ranks"):
             carrier = MpiCollectives(self.comm.Split(number, self.rank), is_ours=True)
-        return World(self._launch, carrier, self.device, self.watchdog, carrier.comm)
+        part = World(self._launch, carrier, self.device, self.watchdog, carrier.comm)
+        places = carrier.comm.Get_group().Translate_ranks([*range(carrier.size)], self.comm.Get_group())
+        part.group = self.group_of(places)
+        return part
+
+    def group_of(self, ranks: Sequence[int]) -> Group | None:
+        """Some of these ranks, for the watchdog. Local."""
+        if self.group is None or len(ranks) == self.size:
+            return self.group
+        whole = [self.group.ranks[rank] for rank in ranks]
+        return Group(",".join(map(str, whole)), tuple(whole)) if len(whole) > 1 else None
+
+    def begin_to_be_served(self) -> None:
+        """The parameter servers hold a model of this rank's from now on, until `close`. Local."""
+        self.check_serves_nobody()
+        World._served = self
+
+    def check_serves_nobody(self) -> None:
+        """Raises ConfigError where the servers hold a model already: they hear of no other. Local."""
+        if World._served is self and not self._is_closed:
+            raise ConfigError(
+                "the parameter servers of this job serve one model, and hold one already: train several models, each "
+                "with an optimizer of its own (as a GAN), with strategy='allreduce' or 'sharded', or give one "
+                "optimizer the parameters of all (nn.ModuleList([first, second]) as the model); another World after "
+                "close()"
+            )
 
     @property
     def hosts_changed(self) -> bool:
@@ -301,6 +337,7 @@ class World:
         self.comm = getattr(carrier, "comm", None)
         self.rank, self.size = carrier.rank, carrier.size
         self.revocable.clear()
+        self.group = None
         note_place(self)
 
     def leave_to_rank(self, carrier: Collectives) -> None:
@@ -315,17 +352,21 @@ class World:
         self.members.enter(self)
 
     @contextmanager
-    def waiting(self, what: str, *, patient: bool = False) -> Iterator[None]:
+    def waiting(self, what: str, *, patient: bool = False, among: Sequence[int] | None = None) -> Iterator[None]:
         """Inside, this rank waits for others; the watchdog looks on (see Watchdog.waiting).
 
+        `among`: ranks that all come to this wait, by default all; none where two ranks alone meet.
         Where a rank has died and MPI lets the others go on, RankLost is raised here, and soon on all of them.
         """
-        with self.watchdog.waiting(what, patient=patient):
+        group = self.group if among is None else self.group_of(among)
+        with self.watchdog.waiting(what, patient=patient, group=group):
             try:
                 yield
             except Exception as error:
                 if self.size == 1 or not deaths.tells_of_a_death(error):
                     raise
+                if left := deaths.departed(self, error):
+                    raise RankLost(left) from error
                 if not self.survives_deaths:
                     raise deaths.failed(self, what, error) from error
                 deaths.end_waits(self)
@@ -336,12 +377,33 @@ class World:
         if not self.is_rank:
             return
         self._finish()
+        self._is_closed = True
+        self.watchdog.leave()
         with suppress(RankLost):  # What all ranks had to do is done.
-            self.barrier("close", patient=True)
+            self._meet_to_close()
         if self._horovod is not None:
             self._horovod.shutdown()
             self._horovod = None
         self.watchdog.stop()
+
+    def _meet_to_close(self) -> None:
+        # Of no group: ranks come here that have come to fewer waits than others.
+        with self.waiting("close", patient=True, among=()):
+            self.carrier.barrier()
+
+    def leave_at_exit(self) -> None:
+        """At the program's end, also of one that has not closed its World: the others may still wait for this rank."""
+
+        def leave() -> None:
+            if self._is_closed or not self.is_rank:
+                return
+            self.watchdog.leave()
+            if self.group is not None and self.comm is not None and not self.survives_deaths:
+                # Some may have closed their World, and wait for this rank there.
+                with suppress(Exception):
+                    self._meet_to_close()
+
+        atexit.register(leave)
 
     def _on_host(self, tensor: torch.Tensor, what: str, reduce: Any) -> torch.Tensor:
         if self.size == 1:

@@ -11,6 +11,8 @@ from hvdvae.launcher import survives_deaths
 if TYPE_CHECKING:
     from hvdvae.world import World
 
+DEPARTURE_SECONDS = 2.0
+"""Within which a rank that has left Horovod says so; watchdogs look twice a second."""
 DETECTION_SECONDS = 3.0
 """Within which MPI tells who has died, once a message to them has failed."""
 
@@ -39,8 +41,25 @@ def lost(world: "World", what: str) -> RankLost:
     )
 
 
+def departed(world: "World", error: Exception) -> str:
+    """Which rank has left for good, where a wait has failed for that; empty: none. Blocks for some seconds.
+
+    Horovod ends all ranks' waits where one rank's program ends, which says so itself a moment later.
+    """
+    is_horovod = type(error).__name__ == "HorovodInternalError"
+    give_up = time.monotonic() + (DEPARTURE_SECONDS if is_horovod and not world.survives_deaths else 0.0)
+    while not (left := world.watchdog.departed()) and time.monotonic() < give_up:
+        time.sleep(0.02)
+    return left
+
+
 def failed(world: "World", what: str, error: Exception) -> RankLost:
     """The error where nobody can go on, nor tell whether a rank has died or two disagree. Local."""
+    if "shut down" in str(error):
+        return RankLost(
+            f"a rank has left Horovod, and this one waits for it in {what}, step {world.watchdog.step}: its loop has "
+            "ended (give all ranks as many batches), or it has died (continue from the last checkpoint with --resume)"
+        )
     return RankLost(
         f"{type(error).__name__} during {what}, step {world.watchdog.step} ({str(error).strip().splitlines()[0]}): "
         "where a rank has died, continue from the last checkpoint with --resume"

@@ -6,24 +6,26 @@ Protocol of the watchdogs, on a second communicator of their own so that no user
     ASK       late rank -> every other  empty
     ANSWER    other -> late rank        JSON of the other's state (deadline.State)
     END       rank that ends -> other   JSON of the exit status with which the other shall end, too
+    LEFT      rank that leaves -> other JSON of how far it came (deadline.Departure)
 """
 
 import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from mpi4py import MPI
 
-from hvdvae.deadline import State
+from hvdvae.deadline import Departure, State
 from hvdvae.world.collectives import Array, unequal_lengths
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ASK, ANSWER, END = 1, 2, 3
+ASK, ANSWER, END, LEFT = 1, 2, 3, 4
 
 # MPI counts are 32-bit in most installed libraries; longer vectors go in pieces.
 MAX_COUNT = 2**30
@@ -166,6 +168,12 @@ class MpiInquiry:
         """Duplicate `comm` (collective over it)."""
         self._comm: Any = comm.Dup()
         self.lost: set[int] = set()
+        self.departed: dict[int, Departure] = {}
+
+    def leave(self, departure: Departure) -> None:
+        """As Inquiry's."""
+        for other in self._others():
+            self._send(json.dumps(asdict(departure)).encode(), other, LEFT)
 
     def answer(self, state: "Callable[[], State]") -> None:
         """Answer every question that has come in, and end this process where it is told to. Does not block."""
@@ -176,6 +184,10 @@ class MpiInquiry:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(json.loads(data.tobytes()))
+        while self._has_come(LEFT, status):
+            data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+            self._comm.Recv(data, status.source, LEFT)
+            self.departed[status.source] = Departure(**json.loads(data.tobytes()))
         while self._has_come(ASK, status):
             self._comm.Recv(np.empty(0, np.uint8), status.source, ASK)
             self._send(json.dumps(state().__dict__).encode(), status.source, ANSWER)

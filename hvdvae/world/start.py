@@ -7,13 +7,18 @@ come_to_those    a rank in the place of one that died, or on a host that was add
 
 import faulthandler
 import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hvdvae.deadline import Watchdog
-from hvdvae.launcher import Launch, is_elastic
+from hvdvae.errors import RankLost
+from hvdvae.launcher import Launch, is_elastic, rank_variable, survives_deaths
+from hvdvae.world import deaths
 from hvdvae.world.collectives import Alone
 from hvdvae.world.join import Joined, check_servers, choose_device, join_gloo, join_mpi, join_parent, split_roles
+from hvdvae.world.roll_call import watched
 from hvdvae.world.uncaught import end_job_on_uncaught_exception
 
 if TYPE_CHECKING:
@@ -29,10 +34,15 @@ def meet_all(kind: "type[World]", launch: Launch, device: str, deadline: float, 
         if launch.launcher == "horovodrun-gloo":
             joined = Joined(join_gloo(), local_rank=launch.local_rank, local_size=launch.local_size)
         else:
-            joined = join_mpi(launch, servers)
+            with _roll_call(launch):
+                joined = join_mpi(launch, servers)
         everyone, comm = joined.everyone, joined.comm
         serves = everyone.rank >= everyone.size - servers
         carrier = split_roles(comm, serves) if servers else everyone
+    except Exception as error:
+        if not (survives_deaths(os.environ) and deaths.tells_of_a_death(error)):
+            raise
+        raise RankLost("a rank has died before the ranks had met: start the job again") from error
     finally:
         faulthandler.cancel_dump_traceback_later()
     watchdog = Watchdog(rank=everyone.rank, size=everyone.size, seconds=deadline, inquiry=joined.inquiry)
@@ -50,6 +60,16 @@ def meet_all(kind: "type[World]", launch: Launch, device: str, deadline: float, 
     elif is_elastic(os.environ):
         world.members.start_elastic(world)
     return world
+
+
+def _roll_call(launch: Launch) -> AbstractContextManager[None]:
+    """Looks for ranks that are gone before MPI can say so, where no launcher ends the job for one."""
+    variable = rank_variable(os.environ)
+    others_go_on = survives_deaths(os.environ) or launch.launcher == "srun"
+    if not others_go_on or variable is None or "mpi4py.MPI" in sys.modules:
+        return nullcontext()
+    # Slurm's count of tasks is another on each host, and said of the first.
+    return watched(os.environ, variable, 0 if launch.launcher == "srun" else launch.local_size, launch.size)
 
 
 def replace_worker(kind: "type[World]", launch: Launch, device: str, deadline: float) -> "World":
@@ -78,4 +98,5 @@ def come_to_those(kind: "type[World]", launch: Launch, device: str, deadline: fl
 
 def _watch(world: "World") -> None:
     world.watchdog.start()
+    world.leave_at_exit()
     end_job_on_uncaught_exception(world.rank, world.host)

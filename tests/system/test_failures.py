@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.conftest import Start, launcher_command
+from tests.system.conftest import Launch, Start, clean_environment, launcher_command
+from tests.system.worker_jobs import MPIRUN_ULFM, has_ulfm
 
-CASE = str(Path(__file__).parent / "failing_rank.py")
+CASES = Path(__file__).parent
+CASE = str(CASES / "failing_rank.py")
 DEADLINE = 4.0
 GRACE = 40.0
 """Seconds for starting and ending ranks on a busy machine."""
@@ -93,3 +95,35 @@ def test_pytest_under_mpirun_ends_when_one_rank_fails(start: Start, tmp_path: Pa
     assert job.status != 0
     assert "FAILED on rank 1 of 2" in job.output
     assert "rank one is wrong" in job.output
+
+
+@pytest.mark.parametrize("end", ["closes", "exits"])
+def test_a_rank_that_has_finished_before_the_others_is_named_at_once(start: Start, end: str) -> None:
+    """Not at the deadline, as one that does not answer."""
+    job = start(2, str(CASES / "finishes_early.py"), "shared memory", "300", end).finish()
+    assert job.status == 75, job.output
+    assert "hvdvae: error: rank 1 (" in job.output
+    assert "has finished after 2 steps, and rank 0 (" in job.output
+    assert "step 2, at " in job.output
+    assert "give all ranks as many batches" in job.output
+
+
+def test_so_is_one_that_horovod_ends_the_wait_for(start: Start) -> None:
+    job = start(2, str(CASES / "finishes_early.py"), "horovod", "300", "exits").finish()
+    assert job.status != 0
+    assert "rank 1 (" in job.output, job.output
+    assert "has finished after 2 steps, and rank 0 (" in job.output
+
+
+@pytest.mark.parametrize("way", ["killed", "exits"])
+def test_a_rank_that_ends_before_the_ranks_have_met_is_named(tmp_path: Path, way: str) -> None:
+    """Where the launcher lets the others go on, they would wait in MPI_Init until their deadline."""
+    if not has_ulfm():
+        pytest.skip("this MPI has no ULFM")
+    program = [sys.executable, str(CASES / "ends_before_meeting.py"), way, "300"]
+    launch = [*MPIRUN_ULFM.split(), "-n", "3", "--bind-to", "none"]
+    job = Launch([*launch, *program], clean_environment(), tmp_path).finish()
+    assert job.status != 0
+    assert "rank 1 on " in job.output or "rank 1 (process " in job.output, job.output
+    assert "has ended before the ranks have met: start the job again" in job.output
+    assert "they have met" not in job.output

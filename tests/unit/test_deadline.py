@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hvdvae.deadline import EXIT_CODE, State, Watchdog
+from hvdvae.deadline import EXIT_CODE, Departure, Group, State, Watchdog
 
 
 class Others:
@@ -15,7 +15,12 @@ class Others:
 
     def __init__(self, *states: State) -> None:
         self.lost: set[int] = set()
+        self.departed: dict[int, Departure] = {}
+        self.left: list[Departure] = []
         self.states = {state.rank: state for state in states}
+
+    def leave(self, departure: Departure) -> None:
+        self.left.append(departure)
 
     def answer(self, state: Callable[[], State]) -> None:
         """Nobody asks."""
@@ -125,7 +130,7 @@ import sys, time
 from hvdvae.deadline import State, Watchdog
 
 class Others:
-    lost = set()
+    lost, departed = set(), {}
     def answer(self, state): ...
     def ask(self, state, seconds):
         alive = time.monotonic() - start < 2.0
@@ -153,6 +158,68 @@ from hvdvae import deadline
 
 deadline.LOCKED_SECONDS = deadline.STUCK_SECONDS = deadline.ANSWER_SECONDS = 0.3
 """
+
+
+LEFT = """
+import time
+from hvdvae.deadline import Departure, Group, Watchdog
+
+class Others:
+    lost = set()
+    departed = {1: Departure(1, "node1", 3, {"all": 2}), 2: Departure(2, "node2", 5, {"all": 3})}
+    def answer(self, state): ...
+    def ask(self, state, seconds): return {}
+
+watchdog = Watchdog(rank=0, size=4, seconds=60, inquiry=Others())
+watchdog.step = 4
+watchdog.start()
+everybody = Group("all", (0, 1, 2, 3))
+for number in range(2):
+    with watchdog.waiting(f"sum {number}", group=everybody):
+        time.sleep(1.7)
+with watchdog.waiting("sum of others", group=Group("0,3", (0, 3))):
+    time.sleep(1.7)
+with watchdog.waiting("some wait"):
+    time.sleep(1.7)
+print("went on", flush=True)
+with watchdog.waiting("sum 3", group=everybody):
+    time.sleep(60)
+"""
+
+
+def test_a_wait_for_a_rank_that_has_left_before_ends_at_once() -> None:
+    """Not one that it came to: the others may be late; nor one that it has no part in."""
+    run = subprocess.run([sys.executable, "-c", SOONER + LEFT], capture_output=True, text=True, timeout=40)
+    assert run.stdout == "went on\n"
+    assert run.returncode == EXIT_CODE
+    assert "hvdvae: error: rank 1 (node1) has finished after 3 steps, and rank 0 " in run.stderr
+    assert "waits in 'sum 3'" in run.stderr
+
+
+def test_a_rank_that_leaves_says_how_far_it_came() -> None:
+    others, everybody = Others(), Group("all", (0, 1))
+    watchdog = Watchdog(rank=0, size=2, seconds=4, inquiry=others)
+    with watchdog.waiting("sum", group=everybody), watchdog.waiting("something else"):
+        watchdog.step = 7
+    watchdog.leave()
+    assert [(one.steps, one.waits) for one in others.left] == [(7, {"all": 1})]
+
+
+DEADLOCK = PATIENT.replace(
+    'State(1, "node1", 0, "", 0.0, "download.py:1")', 'State(1, "node1", 0, WHERE, 9.0, "x.py:1")'
+)
+
+
+def test_patient_waits_for_each_other_in_different_operations_end() -> None:
+    """All answer, and none will ever move; in the same operation they may be under way in it."""
+    for where, seconds in (("the download of rank 1", 1.5), ("another wait", 0.4)):
+        code = DEADLOCK.replace("WHERE", repr(where))
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40)
+        assert run.returncode == EXIT_CODE
+        assert (run.stdout == "went on\n") == (seconds > 1), where
+        assert ("rank 1 (node1) waits in 'another wait'" in run.stderr) == (seconds < 1)
+
+
 STUCK = SOONER + PATIENT.replace("alive = time.monotonic() - start < 2.0", "time.sleep(60); alive = False")
 
 
