@@ -55,6 +55,12 @@ def recover(trainer: "Trainer", lost: RankLost, *, new: bool = False) -> None:
 
     Mutates the trainer where others were further. Raises `lost` where the strategy cannot go on, or nobody is missing.
     """
+    if trainer.optimizer.is_finished and (missing := deaths.missing(trainer.world)):
+        trainer.optimizer.lose(sorted(missing))
+        trainer.died += trainer.world.recover().died
+        if trainer.world.is_first:
+            sys.stderr.write(f"hvdvae: {', '.join(missing.values())} has died after training; the others go on\n")
+        return
     if not (trainer.optimizer.recovers and trainer.world.survives_deaths):
         if missing := deaths.missing(trainer.world):
             parts = trainer.optimizer.parts

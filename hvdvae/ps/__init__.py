@@ -22,6 +22,7 @@ A worker
     exchange.py      when it pushes and pulls
     client.py        requests to all servers; asking.py: sent again, to a backup
     report.py        what it did since the last push
+    edits.py         weights that somebody changed by hand (pure)
 
 Between them
     channel.py       headers and vectors from here to there; opening.py: how one is opened

@@ -15,6 +15,7 @@ from torch import Tensor
 from hvdvae.flat_layout import Runs
 from hvdvae.ps.asking import Servers
 from hvdvae.ps.channel import Channel
+from hvdvae.ps.edits import merged
 from hvdvae.ps.plan import Plan
 from hvdvae.ps.protocol import (
     ANSWER,
@@ -83,6 +84,8 @@ class Client:
         self._versions = np.zeros(len(shards))
         """Updates that the pulled weights have had, a server."""
         self._sequence = 0
+        self._edit: Tensor | None = None
+        """That the next push takes along."""
         self.answer: Header = np.zeros(ANSWER + 2 * channel.workers + BINS)
         """The last answer of the first server: totals of all workers."""
         self.skipped_with_others = 0
@@ -177,6 +180,15 @@ class Client:
         self._answers(pull=True, rest=rest)
         return found, buffers
 
+    def edited(self, edit: Tensor) -> None:
+        """Have the next request take along weights that were changed by hand, (P,), as edits.py has them. Local."""
+        self._edit = merged(self._edit, edit)
+
+    def _taken_edit(self, request: Header, shard: slice) -> Tensor | None:
+        """A shard's part of it, announced in the request."""
+        request[Request.HAS_EDIT] = float(self._edit is not None)
+        return None if self._edit is None else self._edit[shard]
+
     def push(
         self,
         rates: list[float],
@@ -206,8 +218,10 @@ class Client:
             if self._pushes and finite:
                 # The last message has arrived: its push was answered.
                 vector = self._pushes[number].write(vector, stream(self._channel.rank, shard.start))
-            self._servers.ask(number, partial(self._send_push, request, options, vector if finite else None))
+            edit = self._taken_edit(request, shard)
+            self._servers.ask(number, partial(self._send_push, request, options, vector if finite else None, edit))
         answers = self._answers(pull=pull)
+        self._edit = None
         self.staleness = int(max(answer[Answer.STALENESS] for answer in answers))
         self.skipped_with_others += int(finite and answers[0][Answer.DROPPED_MINE] == SKIPPED)
         if self._pushes and finite:
@@ -216,13 +230,20 @@ class Client:
                     message.keep()
 
     def _send_push(
-        self, request: Header, options: list[dict[str, Any]] | None, vector: Tensor | None, server: int
+        self,
+        request: Header,
+        options: list[dict[str, Any]] | None,
+        vector: Tensor | None,
+        edit: Tensor | None,
+        server: int,
     ) -> None:
         if options is not None:
             self._channel.send_text(server, options, OPTIONS)
         self._channel.send(server, request)
         if vector is not None and not self._channel.shares_memory(server):
             self._channel.send_vector(server, vector)
+        if edit is not None:
+            self._channel.send_vector(server, edit, STATE)
 
     def copy(self, *, state: bool, goes_on: bool) -> Copy:
         """What all servers hold after the same pushes; weights go to `incoming`. Others push on meanwhile.
@@ -278,10 +299,12 @@ class Client:
         def rest(number: int, server: int) -> None:
             ledgers[number] = self._channel.receive_text(server, TEXT)
 
-        for number in range(len(self._shards)):
+        for number, shard in enumerate(self._shards):
             request = self._request(Kind.DONE, report if number == 0 else None)
-            self._servers.ask(number, partial(self._channel.send, header=request))
+            edit = self._taken_edit(request, shard)
+            self._servers.ask(number, partial(self._send_push, request, None, None, edit))
         self._answers(pull=True, rest=rest)
+        self._edit = None
         return [ledgers[number] for number in sorted(ledgers)]
 
     def quit(self) -> None:

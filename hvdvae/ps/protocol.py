@@ -88,6 +88,8 @@ class Request(IntEnum):
     """Of a CUT: 1, the worker trains on with the weights that it gets."""
     EPOCHS = 16
     """That the worker has done, with the fraction."""
+    HAS_EDIT = 17
+    """1: STATE follows, weights that the worker has changed itself since its last pull (ps/edits.py)."""
 
 
 REQUEST = len(Request)

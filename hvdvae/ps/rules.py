@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hvdvae.ps.edits import apply
 from hvdvae.quick_start import bare
 
 
@@ -21,6 +22,9 @@ class Rule(Protocol):
 
     def answered(self, worker: int, weights: Tensor) -> None:
         """This worker computes with these weights (P,) from now on."""
+
+    def edited(self, worker: int, edit: Tensor) -> None:
+        """This worker has changed weights by hand (edits.py) since it was answered, and computed with them."""
 
     def reply(self, worker: int) -> Tensor:
         """What the answer carries (P,): the weights, or what the worker has to do to its own."""
@@ -71,6 +75,9 @@ class Plain:
     def answered(self, worker: int, weights: Tensor) -> None:
         """Nothing to remember."""
 
+    def edited(self, worker: int, edit: Tensor) -> None:
+        """Nothing to remember."""
+
     def reply(self, worker: int) -> Tensor:
         """The weights."""
         return self._optimizer.weights
@@ -119,6 +126,10 @@ class DelayCompensated(Plain):
             self._pulled[worker] = torch.empty_like(weights)
         self._pulled[worker].copy_(weights)
 
+    def edited(self, worker: int, edit: Tensor) -> None:
+        """Remember what it has made of them."""
+        apply(edit, self._pulled[worker])
+
 
 class Elastic:
     """EASGD (Zhang, Choromanska, LeCun 2015): workers push their own weights x; an elastic force ties both together.
@@ -141,6 +152,9 @@ class Elastic:
 
     def answered(self, worker: int, weights: Tensor) -> None:
         """Nothing to remember."""
+
+    def edited(self, worker: int, edit: Tensor) -> None:
+        """Nothing to remember: weights that workers train by themselves are pushed whole."""
 
     def reply(self, worker: int) -> Tensor:
         """The force e."""

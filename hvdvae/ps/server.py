@@ -97,6 +97,8 @@ class Server:
         """Go on without those that have died since: the policy forgets a worker, and nobody waits for it."""
         while lost := sorted(self._link.deaths() - self._noted):
             self._noted.add(lost[0])
+            if lost[0] >= self._workers and self._attendance.all_have_ended:
+                continue  # Workers have the final weights.
             if lost[0] >= self._workers:
                 if self._link.lost_server(lost[0]):
                     self._cut.forget_pushes()  # They come again.
@@ -202,6 +204,7 @@ class Server:
             self._options.take(worker, self._link.text(worker, OPTIONS))
         if request[Request.KIND] == Kind.PUSH:
             self._pushes[worker] = self._link.pushed(worker)
+        self._take_edit(worker, request)
         if request[Request.SEQUENCE] <= self._sequence[worker]:
             # The worker has not had the answer: it gets one when it is due, and what it pushed is not applied again.
             self.ledger.duplicates += 1
@@ -220,6 +223,13 @@ class Server:
         else:
             self.ledger.totals[Answer.BYTES_PUSHED] += self._link.push_bytes
         self._act(self._policy.push(worker))
+
+    def _take_edit(self, worker: int, request: Header) -> None:
+        if request[Request.HAS_EDIT]:
+            edit = torch.empty_like(self._weights.vector)
+            self._link.vector(worker, edit)
+            if request[Request.SEQUENCE] > self._sequence[worker]:
+                self._weights.edit(edit, worker)
 
     def _act(self, actions: list[Action]) -> None:
         for action in actions:
@@ -319,6 +329,7 @@ class Server:
                 self._pushed(other, push)
 
     def _ended(self, worker: int, request: Header) -> None:
+        self._take_edit(worker, request)
         self._attendance.end(worker, request, self._clock(worker))
         if request[Request.SEQUENCE] > self._sequence[worker]:
             self.ledger.reported(worker, request)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvdvae.ps.edits import apply
 from hvdvae.ps.plan import Plan
 from hvdvae.ps.rules import Rule, ShardOptimizer, rule
 from hvdvae.ps.state import Manifest, packed, unpacked
@@ -83,6 +84,11 @@ class Weights:
         for group, rate in zip(self._optimizer.optimizer.param_groups, rates, strict=True):
             group["lr"] = float(rate)
         self._rule.apply(push, worker, staleness)
+
+    def edit(self, edit: Tensor, worker: int) -> None:
+        """Take what this worker has changed by hand (P,), as edits.py has it; it has computed with it since."""
+        apply(edit, self.vector)
+        self._rule.edited(worker, edit)
 
     def answer(self, worker: int) -> Tensor:
         """What a worker is to get now (P,); changes with the next update."""

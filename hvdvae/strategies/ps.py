@@ -11,8 +11,8 @@ server writes the weights right into the model.
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdvae.compression.fp16 import LARGEST
-from hvdvae.errors import ConfigError
+from hvdvae.errors import ConfigError, RankLost
 from hvdvae.ps.client import Client
+from hvdvae.ps.edits import Untouched, edit_of
 from hvdvae.ps.exchange import exchange_of, plain_options
 from hvdvae.ps.hello import Hello, worker_hello
 from hvdvae.ps.meeting import meet, meet_running, partners
@@ -51,6 +52,7 @@ class ParameterServer(Strategy):
         Raises ConfigError for optimizers that are not elementwise, WorldError where ranks differ.
         """
         check_elementwise(optimizer, "--strategy ps steps on slices of the parameter vector")
+        world.check_serves_nobody()
         self.plan = plan
         # Under BSP the servers clip the mean; otherwise every push is a step, and clipped here.
         # One worker's push is the mean already: it clips it itself, as local training does, to the same bits.
@@ -88,10 +90,12 @@ class ParameterServer(Strategy):
         self._worker = world.rank
         self._started = self._ended = False
         self._skipped_with_others = 0
+        self._untouched = Untouched()
         self.ledgers: list[dict[str, Any]] = []
         """What each server counted, known once a run has ended."""
         if world.joins:
             self._join(hello)
+        world.begin_to_be_served()
         world.on_close(self._close)
 
     def _join(self, hello: Hello) -> None:
@@ -163,9 +167,40 @@ class ParameterServer(Strategy):
 
     def _take_step(self, *, finite: bool) -> None:
         self.start()
+        self._check_untouched()
         self._ended = False
         self._exchange.step(finite=finite)
+        self._untouched.note(self.flat.parameters)
         self._count_skipped()
+
+    def _check_untouched(self) -> None:
+        if self.plan.rule != "easgd":  # There workers push their own weights, whoever changed them.
+            self._untouched.check(self.flat.parameters, self.flat.places())
+
+    @contextmanager
+    def editing(self) -> Iterator[None]:
+        """As every strategy's: the next push takes along what is new. Blocks while one is under way (--prefetch).
+
+        Where workers do not step together the servers take each worker's edit as it comes. Raises ConfigError with
+        --compression.
+        """
+        if self.plan.compression != "none":
+            raise ConfigError(
+                f"editing() with --compression {self.plan.compression}: servers send what has changed since they sent "
+                "last, and would not know what the worker has; drop one of them"
+            )
+        if not self._started or self.plan.rule == "easgd":
+            yield
+            return
+        self._check_untouched()
+        self._exchange.settle()
+        before = self.flat.parameters.clone()
+        yield
+        self.flat.take_back()
+        edit = edit_of(before, self.flat.parameters)
+        if edit is not None:
+            self.client.edited(edit)
+            self._untouched.note(self.flat.parameters)
 
     def _count_skipped(self) -> None:
         """Of steps that all skip because one must; with --prefetch a step later."""
@@ -200,6 +235,9 @@ class ParameterServer(Strategy):
         under EASGD, where servers have none. Blocks; one worker's affair, after `start`.
         """
         self.start()
+        self.flat.take_back()
+        if not self._ended:
+            self._check_untouched()
         self._exchange.settle()
         self.flat.take_back()
         # Without short messages' rounding the weights here would be others than those of workers that do not look.
@@ -221,6 +259,7 @@ class ParameterServer(Strategy):
             if own_weights is not None:
                 self.flat.parameters.copy_(own_weights)
             self.flat.publish()
+            self._untouched.note(self.flat.parameters)
 
     def check_loadable(self) -> None:
         """As every strategy's: the first step gives what was loaded to the servers."""
@@ -267,23 +306,38 @@ class ParameterServer(Strategy):
         """Tell the servers that this worker's run is over; return when all are, with the final weights."""
         if self._ended or not self._started:
             return
+        self._check_untouched()
         self._exchange.settle()
         self._exchange.flush()
         self._count_skipped()
         with self.world.watchdog.waiting("end of the other workers' runs", patient=True):
             self.ledgers = self.client.done(self.report.taken())
         self._exchange.take()
+        self._untouched.note(self.flat.parameters)
         self._ended = True
         world = self.world
         left = world.everyone.size - world.servers - len(set(self.ledgers[0]["died"]))
         if not world.joins and left < world.size:
             world.shrink()  # To those that were there from the start.
 
+    @property
+    def is_finished(self) -> bool:  # type: ignore[override]
+        """As every strategy's."""
+        return self._ended
+
+    def lose(self, ranks: Sequence[int]) -> None:
+        """As every strategy's."""
+        died = self.ledgers[0]["died"]
+        left = [worker for worker in range(self._channel.workers) if worker not in died]
+        died += [left[rank] for rank in ranks]
+
     def _close(self) -> None:
+        self._untouched = Untouched()  # Whatever was done to the weights since: nobody will see them.
         self.finish()
         self.world.barrier("end of the parameter servers", patient=True)
         if self.world.is_first:
-            with self.world.watchdog.waiting("end of the parameter servers"):
+            # Who has died since has done its work: the workers have the final weights.
+            with self.world.watchdog.waiting("end of the parameter servers"), suppress(RankLost):
                 self.client.quit()
         self._exchange.close()
         self._channel.close()

@@ -1,5 +1,6 @@
 """What a run asks of a strategy besides steps: to begin and to end, to go on without the dead, and what it counted."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ class RunMember(CommonModel):
     """Whether somebody else, as the Trainer, weighs losses so that a step is of `backward_passes_per_step` passes."""
     parts: "Parts | None" = None
     """Where several ranks hold a model together: this rank's part."""
+    is_finished = False
+    """Whether `finish` has returned, and ranks need nothing of each other any more but what they do after training."""
     recovers = False
     """Whether those that are left can go on when a rank has died (ULFM)."""
     own: list[slice]
@@ -77,6 +80,13 @@ class RunMember(CommonModel):
     def finish(self) -> None:
         """Return once every rank has taken its last step of a run. Every rank must call it."""
 
+    def editing(self) -> AbstractContextManager[None]:
+        """Inside, weights may be changed by hand after a step (clamped, masked, loaded), alike on all ranks.
+
+        What trains on the ranks needs no such word; parameter servers hold the weights, and hear of it by this.
+        """
+        return nullcontext()
+
     def recover(self) -> None:
         """Take up the exchange with those that are left, after World.recover; weights and state stay as they are.
 
@@ -87,6 +97,9 @@ class RunMember(CommonModel):
             self.parts.survival.regroup()
         self.equal_options.begin()
         self.zero_grad()
+
+    def lose(self, ranks: Sequence[int]) -> None:
+        """These ranks of `world` have died once all had finished. Local."""
 
     def catch_up(self) -> None:
         """Others have taken a step that this rank had its part in, and did not come to take. Local."""

@@ -165,7 +165,6 @@ class World:
 
     def begin_to_be_served(self) -> None:
         """The parameter servers hold a model of this rank's from now on, until `close`. Local."""
-        self.check_serves_nobody()
         World._served = self
 
     def check_serves_nobody(self) -> None:

@@ -293,6 +293,71 @@ def test_each_workers_pushes_are_applied_with_its_own_options(world: World) -> N
         torch.testing.assert_close(weights(model), start * 0.9**STEPS)
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [Plan(), Plan(consistency="bsp"), Plan(prefetch=True), Plan(rule="dcasgd"), Plan(push_every=2)],
+    ids=str,
+)
+def test_weights_that_are_clamped_by_hand_are_the_servers_too(world: World, plan: Plan) -> None:
+    """As a critic's of a Wasserstein GAN are, after each step. One worker is local training."""
+    limit = 0.0625
+
+    def clamped(model: nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.data.clamp_(-limit, limit)
+
+    for optimizer, model, mine in workers_at_every_split(world, plan, Smooth, OPTIMIZERS["sgd"]):
+        x, y = data()
+        alone, inner = Smooth(100), OPTIMIZERS["sgd"]
+        expected = inner(alone.parameters())
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            loss_of(model, x, y).backward()
+            optimizer.step()
+            with optimizer.editing():
+                clamped(model)
+            expected.zero_grad()
+            loss_of(alone, x, y).backward()
+            expected.step()
+            clamped(alone)
+        optimizer.finish()
+        if mine.size == 1 and plan in (Plan(), Plan(consistency="bsp"), Plan(rule="dcasgd")):
+            assert torch.equal(weights(model), weights(alone))
+        elif plan.consistency == "bsp":  # All workers have the same examples.
+            torch.testing.assert_close(weights(model), weights(alone))
+        # A period's push takes along edits, then the sum of its gradients.
+        if (mine.size == 1 or plan.consistency == "bsp") and plan.push_every == 1:
+            assert float(weights(model).abs().max()) <= limit
+
+
+def test_weights_that_are_changed_behind_the_servers_are_named(world: World) -> None:
+    for optimizer, model, mine in workers_at_every_split(world, Plan(), Smooth, OPTIMIZERS["sgd"]):
+        bias, pulled = model.layers[2].bias.data, torch.zeros(3)
+
+        def change(step: int, optimizer: Any, bias: Tensor = bias, pulled: Tensor = pulled) -> None:
+            if step == 3:
+                pulled.copy_(bias)
+                bias[-1] += 1e-3
+
+        with pytest.raises(ConfigError, match=r"changed between two steps \(among layers\.0\.weight, .*editing\(\)"):
+            train(optimizer, model, mine, change)
+        with pytest.raises(ConfigError, match="changed between two steps"):
+            optimizer.finish()
+        bias.copy_(pulled)
+        optimizer.finish()
+
+
+def test_a_second_model_for_the_same_servers_is_refused_at_once(world: World) -> None:
+    """They would hear of it never, and the workers wait."""
+    for optimizer, model, mine in workers_at_every_split(world, Plan(), Smooth, OPTIMIZERS["sgd"]):
+        other = Smooth(1)
+        with pytest.raises(ConfigError, match=r"serve one model, and hold one already: .*'allreduce'"):
+            DistributedOptimizer(OPTIMIZERS["sgd"](other.parameters()), other, world=mine, strategy="ps")
+        with pytest.raises(ConfigError, match="serve one model"):
+            World.create(device="cpu", servers=mine.servers)
+        train(optimizer, model, mine)
+
+
 def test_options_may_be_numbers_of_numpy(world: World) -> None:
     """As schedules compute them; a server is sent plain ones, and none that the optimizer does not know."""
 

@@ -90,6 +90,28 @@ def test_rank_0_keeps_the_log_so_its_death_ends_the_job(tmp_path: Path) -> None:
     assert "--resume" in ended.output
 
 
+@pytest.mark.parametrize("victim", [1, WORKERS], ids=["worker", "server"])
+def test_a_death_in_the_final_test_leaves_the_results_to_the_others(tmp_path: Path, victim: int) -> None:
+    """The server has done its work by then; of a worker the others do the share, too."""
+    if not has_ulfm():
+        pytest.skip("this MPI has no ULFM")
+    job = start(tmp_path, "", epochs=1, mpirun=MPIRUN_ULFM, samples=4000)
+    try:
+        process = worker(job, victim)
+        await_first_epoch(tmp_path)  # Of one: training has ended.
+        time.sleep(0.5)
+        assert not (tmp_path / "run" / "summary.json").exists(), "the final test goes on"
+        process.kill()
+        ended = job.finish(100)
+    finally:
+        job.kill()
+    assert ended.status == 0, ended.output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["died"] == ([victim] if victim < WORKERS else [])
+    assert summary["world_size"] == (WORKERS - 1 if victim < WORKERS else WORKERS)
+    assert summary["test_nll"] > 0
+
+
 def soak(kills: int, folder: Path) -> None:
     """Kill so many workers, each in a job of its own, at random moments of random plans. Stops at the first failure."""
     print(f"seed {kills}, {os.cpu_count()} cores")

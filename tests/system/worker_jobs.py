@@ -31,10 +31,12 @@ def has_ulfm() -> bool:
     return found.returncode == 0
 
 
-def start(folder: Path, plan: str, *, epochs: int, mpirun: str = "mpirun", threads: str = "--threads 1") -> Launch:
+def start(
+    folder: Path, plan: str, *, epochs: int, mpirun: str = "mpirun", threads: str = "--threads 1", samples: int = 2
+) -> Launch:
     """A job of three workers, and of servers and backups as the plan says."""
     servers = (2 if "--servers 2" in plan else 1) * (2 if "--replicas 1" in plan else 1)
-    run = f"--batch-size {BATCH} --epochs {epochs} --nll-samples 2 --pictures-every 0 {threads} --out run"
+    run = f"--batch-size {BATCH} --epochs {epochs} --nll-samples {samples} --pictures-every 0 {threads} --out run"
     command = f"{mpirun} --bind-to none --map-by :OVERSUBSCRIBE -n {WORKERS + servers} {sys.executable} -m hvdvae train"
     return Launch(f"{command} --data digits --strategy ps {plan} {run}".split(), clean_environment(), folder)
 
