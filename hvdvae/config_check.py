@@ -43,6 +43,7 @@ AT_LEAST: dict[str, float] = {
     "weight_decay": 0,
     "seed": 0,
 }
+MOST = 1e38
 MOST_THREADS = 1024
 """torch starts as many as it is asked for, and crashes where it cannot."""
 ABOVE_ZERO = ("sigma", "outer_lr", "lr", "eps", "clip_norm", "deadline", "step_epochs", "gamma")
@@ -185,6 +186,8 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{flag(key)} is {value}, expected a finite number")
+        if isinstance(value, float) and abs(value) > MOST:
+            raise ConfigError(f"{flag(key)} is {value}, expected at most {MOST:g}, which float32 holds")
     if values["seed"] >= 2**63:
         raise ConfigError(f"--seed is {values['seed']}, expected less than 2**63")
     if values["compression_share"] is not None and not 0 < values["compression_share"] <= 1:

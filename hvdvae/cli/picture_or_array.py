@@ -1,6 +1,5 @@
 """What `hvdvae sample` and `hvdvae reconstruct` write: a picture to look at, or an array to compute with."""
 
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvdvae.errors import ConfigError, NonFiniteError
+from hvdvae.regular_file import open_new, temporary, why
 from hvdvae.vae.pictures import Picture, save_picture
 
 SUFFIXES = (".png", ".npy")
@@ -47,13 +47,12 @@ def write_result(path: Path, values: Tensor, picture: Callable[[], Picture], *, 
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    draft = temporary(path)
     try:
-        temporary.unlink(missing_ok=True)
-        with temporary.open("xb") as file:  # Follows no link.
+        with open_new(draft) as file:
             np.save(file, array)
-        temporary.replace(path)
+        draft.replace(path)
     except OSError as error:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+            draft.unlink()
+        raise ConfigError(f"cannot write {path}: {why(error, path)}") from error

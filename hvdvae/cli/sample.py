@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from hvdvae.cli import out_of_memory
 from hvdvae.cli.links import refuse_links
 from hvdvae.cli.options import SampleOptions
 from hvdvae.cli.picture_or_array import check_suffix, write_result
@@ -24,9 +25,11 @@ def sample(options: SampleOptions) -> int:
         if options.output is None:
             refuse_links(Path(options.folder), [path.name])
         shades, means = shades_of(*saved.limits), options.values == "means"
-        drawn = (sample_images if means else draw_images)(saved.model, options.count, generator)
+        with out_of_memory.named(f"--count {options.count}"):
+            drawn = (sample_images if means else draw_images)(saved.model, options.count, generator)
         what = f"{'means' if means else 'draws'} of p(x|z) for z from the prior"
-        print(write_result(path, drawn, lambda: image_grid(drawn, shades=shades), what=what))
+        with out_of_memory.named(f"--count {options.count}"):
+            print(write_result(path, drawn, lambda: image_grid(drawn, shades=shades), what=what))
         if path.suffix.lower() == ".png" and legend(shades):
             print(f"  {legend(shades)}")
     world.close()

@@ -4,15 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.study.located import StudyError
 from benchmarks.study.study_file import parse as parse_study
+from hvdvae.checkpoint import Checkpoint, Folder
+from hvdvae.cli import assemble
 from hvdvae.cli.config_file import LARGEST_FILE, read_config, read_values, write_config
 from hvdvae.cli.parser import parse
 from hvdvae.cli.supervise import _folder, _of_file
-from hvdvae.config import TrainConfig
+from hvdvae.config import TrainConfig, flag
 from hvdvae.errors import ConfigError
 from tests.unit.test_study_file import GOOD
+
+SMALL = TrainConfig(hidden=[5], latent=[3])
 
 
 def of_file(folder: Path, text: str) -> dict[str, Any]:
@@ -172,3 +177,26 @@ def test_equal_lists_are_written_so_that_they_can_be_read(tmp_path: Path) -> Non
     config = TrainConfig(hidden=sizes, latent=sizes, out="é", data="null")
     write_config(config, tmp_path / "config.yaml")
     assert read_config(tmp_path / "config.yaml") == config
+
+
+FLOATS = [name for name, field in TrainConfig.__dataclass_fields__.items() if "float" in str(field.type)]
+
+
+@pytest.mark.parametrize("key", FLOATS)
+def test_no_number_is_beyond_what_float32_holds(key: str) -> None:
+    """torch raises "value cannot be converted" in the middle of a step."""
+    with pytest.raises(ConfigError) as refused:
+        TrainConfig(**of_flags(flag(key), "1e300"))
+    assert flag(key) in str(refused.value)
+
+
+@pytest.mark.parametrize("count", ["1000000000000", str(2**62)])
+def test_more_samples_than_memory_are_refused_by_their_flag(tmp_path: Path, count: str) -> None:
+    write_config(SMALL, tmp_path / "config.yaml")
+    model = assemble.model(SMALL, (1, 8, 8), torch.device("cpu"))
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    found = Checkpoint(tensors, {"step": 1, "config": {"shape": [1, 8, 8]}})
+    Folder(tmp_path / "checkpoints", 1).save(found, is_best=True)
+    command, options = parse(["sample", str(tmp_path), "--count", count])
+    with pytest.raises(ConfigError, match=f"--count {count} does not fit into memory"):
+        command(options)
