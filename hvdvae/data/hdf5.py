@@ -1,6 +1,5 @@
 """HDF5: data sets are read once if they are small; large ones row by row from the file, or chunk by chunk."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -62,8 +61,9 @@ def _source(dataset: Any, label: str, in_memory_bytes: int, external_storage: bo
         raise DataError(f"{label}: found an empty data set; expected at least one example")
     checked_layout(dataset.shape, label)
     checked_dtype(dataset.dtype, label)
-    files = check_whole(dataset, label, external_storage=external_storage)
-    _check_chunks(dataset, label, streamed=dataset.nbytes > in_memory_bytes)
+    # What is read once may have chunks that are larger, but not many times as large as it is itself.
+    most = MOST_CHUNK_BYTES if dataset.nbytes > in_memory_bytes else max(MOST_CHUNK_BYTES, 4 * dataset.nbytes)
+    files = check_whole(dataset, label, most_chunk_bytes=most, external_storage=external_storage)
     if dataset.nbytes <= in_memory_bytes:
         source: Source = ArraySource(dataset[()], label)
         for file in files:
@@ -83,17 +83,6 @@ def _source(dataset: Any, label: str, in_memory_bytes: int, external_storage: bo
 def _is_plain(dataset: Any) -> bool:
     """Whether the bytes in the file are numpy's, not packed in some other way."""
     return bool(dataset.id.get_type() == h5py.h5t.py_create(dataset.dtype, logical=True))
-
-
-def _check_chunks(dataset: Any, label: str, *, streamed: bool) -> None:
-    if dataset.chunks is None:
-        return
-    size = math.prod(dataset.chunks) * dataset.dtype.itemsize
-    if size > MOST_CHUNK_BYTES and (streamed or size > 4 * dataset.nbytes):
-        raise DataError(
-            f"{label}: found chunks of {dataset.chunks}, {size / 1e6:.0f} MB each, to be decompressed for each "
-            f"example; expected at most {MOST_CHUNK_BYTES / 1e6:.0f} MB: h5repack -l CHUNK=... makes smaller ones"
-        )
 
 
 class HDF5Source(Source):

@@ -72,14 +72,14 @@ def follow(file: Any, name: str, path: Path) -> Any:
     )
 
 
-def check_whole(dataset: Any, label: str, *, external_storage: bool) -> list[HeldFile]:
+def check_whole(dataset: Any, label: str, *, most_chunk_bytes: int, external_storage: bool) -> list[HeldFile]:
     """Refuse what cannot be read, or only in part (DataError naming the cause); the files that a read looks into.
 
-    That is: filters that are not there, numbers never written, external raw files (unless `external_storage`), and
-    virtual data sets of which a source is missing, too small, or the data set itself. Reads no numbers. The data set's
-    own file comes first.
+    That is: filters that are not there, chunks of more than `most_chunk_bytes` when they are decompressed, numbers
+    never written, external raw files (unless `external_storage`), and virtual data sets of which a source is missing,
+    too small, or the data set itself. Reads no numbers. The data set's own file comes first.
     """
-    return _Check(external_storage).of(dataset, label, ())
+    return _Check(most_chunk_bytes, external_storage).of(dataset, label, ())
 
 
 _Object = tuple[int, int]
@@ -89,8 +89,8 @@ _Object = tuple[int, int]
 class _Check:
     """A walk from a data set down through the sources of virtual ones, each of which is looked at once."""
 
-    def __init__(self, external_storage: bool) -> None:
-        self._external_storage = external_storage
+    def __init__(self, most_chunk_bytes: int, external_storage: bool) -> None:
+        self._most_chunk_bytes, self._external_storage = most_chunk_bytes, external_storage
         self._done: set[_Object] = set()
 
     def of(self, dataset: Any, label: str, above: tuple[_Object, ...]) -> list[HeldFile]:
@@ -114,7 +114,7 @@ class _Check:
                 files += self._source(dataset, part, label, filled, (*above, me))
             _check_filled(dataset, filled, label)
         else:
-            _check_written(dataset, label)
+            _check_written(dataset, label, self._most_chunk_bytes)
         return files
 
     def _source(
@@ -155,19 +155,37 @@ def _check_filters(layout: Any, label: str) -> None:
             )
 
 
-def _check_written(dataset: Any, label: str) -> None:
+def _check_written(dataset: Any, label: str, most_chunk_bytes: int) -> None:
     if dataset.chunks is None:
         there = dataset.id.get_storage_size() >= dataset.nbytes
         found = "numbers that were never written" if not there else ""
     else:
         count = math.prod(-(-extent // chunk) for extent, chunk in zip(dataset.shape, dataset.chunks, strict=True))
-        written = dataset.id.get_num_chunks()
+        written = _check_chunks(dataset, label, most_chunk_bytes)
         found = f"{written} of {count} chunks, the others were never written" if written < count else ""
     if found:
         raise DataError(
             f"{label}: found {found}, and would be read as {dataset.fillvalue}; expected all of them: write the rest, "
             "or shrink the data set to what was written (resize)"
         )
+
+
+def _check_chunks(dataset: Any, label: str, most_bytes: int) -> int:
+    """How many there are. HDF5 decompresses as much as a chunk becomes, whatever it should be."""
+    size = math.prod(dataset.chunks) * dataset.dtype.itemsize
+    if size > most_bytes:
+        raise DataError(
+            f"{label}: found chunks of {dataset.chunks}, {size / 1e6:.0f} MB each, to be decompressed for each "
+            f"example; expected at most {most_bytes / 1e6:.0f} MB: h5repack -l CHUNK=... makes smaller ones"
+        )
+    stored = [0]
+    dataset.id.chunk_iter(lambda chunk: stored.append(chunk.size))
+    if max(stored) > size + size // 64 + 1024:
+        raise DataError(
+            f"{label}: found a chunk of {max(stored)} bytes in the file; expected at most {size}, which it is to be "
+            "when it is decompressed: save the data again"
+        )
+    return len(stored) - 1
 
 
 def _external_files(dataset: Any, label: str, external_storage: bool) -> list[HeldFile]:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import zlib
 from pathlib import Path
 
 import h5py
@@ -239,7 +240,21 @@ def huge_chunk(path: Path) -> None:
         file["train"].id.write_direct_chunk((0, 0, 0), b"x")
 
 
+def overfull_chunk(path: Path) -> None:
+    """One that says it has 900 bytes, and becomes 50 MB: HDF5 decompresses it all, and has read the first."""
+    with h5py.File(path, "w") as file:
+        file.create_dataset("train", GREY.shape, "u1", chunks=GREY.shape, compression="gzip")
+        file["train"].id.write_direct_chunk((0, 0, 0), zlib.compress(bytes(50_000_000), 1))
+
+
+def virtual_of_huge_chunk(path: Path) -> None:
+    huge_chunk(path.with_name("base.h5"))
+    virtual(path, "base.h5", "train", shape=(4, 6, 5), seen=(4, 6, 5))
+
+
 REFUSED = {
+    overfull_chunk: r"a\.h5\[train\]: found a chunk of 2[0-9]{5} bytes in the file; expected at most 900",
+    virtual_of_huge_chunk: r"base\.h5\[train\]: found chunks of \(1048576, 40, 50\), 2097 MB each.*h5repack",
     dangling: r"a\.h5\[test\]: found a link to gone\.h5/x, where nothing is",
     soft_circle: r"a\.h5\[train\]: found a link to /train, where nothing is",
     never_written: r"a\.h5\[train\]: found numbers that were never written, and would be read as 0",
