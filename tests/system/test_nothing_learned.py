@@ -72,6 +72,18 @@ def test_evaluate_of_a_model_without_a_likelihood_is_no_success(command: Command
     assert json.loads((out / "evaluation.json").read_text())["nll"] is None
 
 
+def test_other_data_may_be_far_from_what_a_model_knows(command: Command, scan: Path, tmp_path: Path) -> None:
+    values = np.load(scan)
+    np.save(tmp_path / "scaled.npy", (values - values.mean()) / values.std())
+    np.save(tmp_path / "far.npy", values * 100)
+    out = tmp_path / "run"
+    few = ("--likelihood", "gaussian", *FEW)
+    assert command("train", "--data", tmp_path / "scaled.npy", *few, "--out", out).status == 0
+    job = command("evaluate", out, "--data", tmp_path / "far.npy", "--samples", "2")
+    assert job.status == 0, job.output
+    assert json.loads((out / "evaluation.json").read_text())["nll"] > 1e6
+
+
 @pytest.mark.parametrize("strategy", ["allreduce --engine mpi", "local-sgd", "ps"])
 def test_under_every_way_of_stepping(start: Start, scan: Path, tmp_path: Path, strategy: str) -> None:
     asked = ["--data", str(scan), "--likelihood", "gaussian", "--sigma", "1e-20", "--out", str(tmp_path / "run")]
