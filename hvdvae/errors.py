@@ -12,6 +12,10 @@ class ConfigError(HvdvaeError):
     """A flag, a key of the configuration file, or a combination of them."""
 
 
+class CopyError(ConfigError, TypeError):
+    """Something that cannot be copied or pickled, as it belongs to this process among others."""
+
+
 class DataError(HvdvaeError):
     """A file or array that cannot be trained on."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdvae.strategies.flat_optimizer import is_elementwise
-from hvdvae.strategies.optimizer_state import Entries, Groups, load_state, save_state
+from hvdvae.strategies.optimizer_state import Entries, Groups, load_state
 from hvdvae.strategies.sliced_step import SlicedStep, is_vector
 from hvdvae.world import World
 
@@ -53,9 +53,18 @@ class SharedAllreduce(SlicedStep):
             self._share_state()
         self._spread()
 
-    def state_dict(self) -> dict[str, Any]:
-        """As Strategy's, on any rank: before its next step no other takes one."""
-        return save_state(self._wrapped, self._whole, self.flat, self.numbers)
+    @property
+    def stateful(self) -> Optimizer:
+        """As Strategy's; before this rank's next step no other takes one."""
+        return self._whole
+
+    def take_writes(self) -> None:
+        """As Strategy's; before the state is shared, this rank's slice is a copy."""
+        if self._given and not self._seen:
+            super().take_writes()
+            self._take_state()
+        else:
+            super().take_writes()
 
     def load_entries(self, groups: Groups, entries: Entries) -> None:
         """As Strategy's."""

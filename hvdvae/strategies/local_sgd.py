@@ -182,6 +182,10 @@ class LocalSgd(Strategy):
         """As Strategy's: all ranks have the same weights."""
         self._is_mean = True
 
+    def remembered(self) -> None:
+        """As Strategy's: within a period each rank has had weights of its own."""
+        self._is_mean = not int(self._since)
+
     def memory(self) -> dict[str, Tensor]:
         """As Strategy's."""
         # Named apart from what strategies remember of gradients.

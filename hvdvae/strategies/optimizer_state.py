@@ -24,22 +24,22 @@ LOOSE = -1
 """Stands for the number of a parameter where an optimizer keeps something that belongs to none, by its name."""
 
 
-def save_state(wrapped: Optimizer, inner: Optimizer, flat: FlatModel, numbers: Sequence[int]) -> dict[str, Any]:
-    """As `wrapped` would save it, had it taken the steps of `inner`. Views. Local.
+def own_state(wrapped: Optimizer, flat: FlatModel, inner: Optimizer, numbers: Sequence[int]) -> dict[Any, Any]:
+    """The state as `wrapped` would save it, had it taken the steps of `inner`. Views. Local; runs no hooks.
 
     `numbers`: of the trained parameters, in the numbering of `wrapped`.
     """
-    groups = pack(wrapped.param_groups)
-    if not is_elementwise(wrapped):
-        return {"state": inner.state_dict()["state"], "param_groups": groups}
-    state = per_tensor_state(inner, flat)
-    return {"state": {numbers[place]: entries for place, entries in state.items()}, "param_groups": groups}
+    if is_elementwise(wrapped):
+        return {numbers[place]: entries for place, entries in per_tensor_state(inner, flat).items()}
+    every = [parameter for group in inner.param_groups for parameter in group["params"]]
+    number_of = {id(parameter): number for number, parameter in enumerate(every)}
+    return {number_of.get(id(key), key): entries for key, entries in inner.state.items()}
 
 
 def load_state(
     wrapped: Optimizer, inner: Optimizer, flat: FlatModel, numbers: Sequence[int], groups: Groups, entries: Entries
 ) -> None:
-    """Load what `save_state`, or `wrapped`, saved, into `inner` and the groups of `wrapped`, entry by entry. Local.
+    """Load what a strategy, or `wrapped`, saved into `inner` and the groups of `wrapped`, entry by entry. Local.
 
     Raises CheckpointError where groups or shapes do not fit this model.
     """

@@ -89,6 +89,8 @@ class ParameterServer(Strategy):
         self._exchange = kind(self.client, flat, self.inner, plan, world.watchdog)
         self._worker = world.rank
         self._started = self._ended = False
+        self._has_copy = False
+        """Of the servers' state, for the time of `fetched`."""
         self._skipped_with_others = 0
         self._untouched = Untouched()
         self.ledgers: list[dict[str, Any]] = []
@@ -251,8 +253,10 @@ class ParameterServer(Strategy):
             self.flat.buffers.copy_(found.buffers[self.client.living].mean(0))
             if state and self.plan.rule != "easgd":
                 unpacked(self.inner, *joined(self.flat.group_slices, found.states))
+                self._has_copy = True
             yield found.buffers
         finally:
+            self._has_copy = False
             self.flat.buffers.copy_(own_buffers)
             self.inner.state.clear()
             self.inner.state.update(own_state)
@@ -260,6 +264,12 @@ class ParameterServer(Strategy):
                 self.flat.parameters.copy_(own_weights)
             self.flat.publish()
             self._untouched.note(self.flat.parameters)
+
+    def state_is_elsewhere(self) -> str:
+        """As every strategy's."""
+        if not self._started or self._exchange.steps_itself or self._has_copy:
+            return ""
+        return "the optimizer's state is on the servers of --strategy ps"
 
     def check_loadable(self) -> None:
         """As every strategy's: the first step gives what was loaded to the servers."""

@@ -3,6 +3,7 @@
 Strategies that split state over ranks, or remember more than an optimizer does, override what differs.
 """
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hvdvae.checkpoint import Piece
+from hvdvae.errors import ConfigError, CopyError
 from hvdvae.flat import FlatModel
-from hvdvae.strategies.flat_optimizer import is_elementwise
 from hvdvae.strategies.optimizer_state import (
     Entries,
     Groups,
@@ -21,10 +22,21 @@ from hvdvae.strategies.optimizer_state import (
     entries_of,
     load_state,
     load_whole,
+    own_state,
+    pack,
     pieces_of,
-    save_state,
+    take_groups,
 )
+from hvdvae.strategies.parameter_states import GivenNumbers, ParameterStates
 from hvdvae.strategies.quiet_optimizer import QuietOptimizer
+
+_HOOKS = (
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+"""Of the wrapped optimizer, and this one's, whichever they are registered with."""
 
 
 class SavedOptimizer(QuietOptimizer):
@@ -36,6 +48,8 @@ class SavedOptimizer(QuietOptimizer):
     numbers: list[int]
     """Of trained parameters, as the wrapped optimizer numbers all. Frozen ones are nobody's to change."""
     _wrapped: Optimizer
+    _is_flat: bool
+    """Whether `inner` steps vectors; else it is the wrapped optimizer itself."""
     own_memory: tuple[str, ...] = ()
     """Names in `memory` of what differs from rank to rank while a run goes on."""
 
@@ -53,19 +67,147 @@ class SavedOptimizer(QuietOptimizer):
         """Names of the trained parameters, by their number in the optimizer."""
         return dict(zip(self.numbers, self.flat.names, strict=True))
 
+    @property
+    def state(self) -> Any:
+        """By parameter, as any torch optimizer's: entries are views. Raises ConfigError where this rank has none."""
+        return self._states if self._is_flat else self._wrapped.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if "_states" not in self.__dict__:
+            return  # torch's optimizer begins with an empty one.
+        if value:
+            raise ConfigError("optimizer.state = ... of a wrapped optimizer: use optimizer.load_state_dict()")
+        self.state.clear()
+
+    def keep_states(self) -> None:
+        """Show the state by parameters from now on, also as the wrapped optimizer's, whose own it was. Local."""
+        self._states = ParameterStates(self.flat.tensors, self._find_states, self._signature, self._forget_states)
+        self._given = GivenNumbers()
+        if self._is_flat:
+            self._wrapped.state = self._states  # type: ignore[assignment]
+        for name in _HOOKS:
+            setattr(self, name, getattr(self._wrapped, name))
+
+    @property
+    def stateful(self) -> Optimizer:
+        """The optimizer over vectors that holds the state of all that is trained, where this rank has it."""
+        return self.inner
+
+    def state_is_elsewhere(self) -> str:
+        """Why this rank does not have the optimizer's state now, and what to do; empty where it has. Local."""
+        return ""
+
+    def check_state_is_here(self) -> None:
+        """Raises ConfigError where this rank does not have the optimizer's state."""
+        if reason := self.state_is_elsewhere():
+            raise ConfigError(
+                f"{reason}: call optimizer.checkpoint() on all ranks, which puts all of it together on rank 0"
+            )
+
+    def take_writes(self) -> None:
+        """Follow what was loaded into the wrapped optimizer, or written into numbers that were given out. Local."""
+        self._take_loaded()
+        self._states.forget()
+        if self._given:
+            self._given.take()
+
+    def _take_loaded(self) -> None:
+        wrapped = self._wrapped
+        if wrapped.param_groups is not self.param_groups:
+            loaded, wrapped.param_groups = wrapped.param_groups, self.param_groups
+            take_groups(wrapped, loaded)
+        if self._is_flat and wrapped.state is not self._states:
+            loaded_state, wrapped.state = wrapped.state, self._states  # type: ignore[assignment]
+            every = [parameter for group in self.param_groups for parameter in group["params"]]
+            number_of = {id(parameter): number for number, parameter in enumerate(every)}
+            self.load_entries(
+                pack(self.param_groups), entries_of({number_of[id(p)]: s for p, s in loaded_state.items()})
+            )
+
     def state_dict(self) -> dict[str, Any]:
-        """As a plain torch optimizer of the wrapped class would save it: loads there, and into any other strategy."""
-        return save_state(self._wrapped, self.inner, self.flat, self.numbers)
+        """As a plain torch optimizer of the wrapped class would save it: loads there, and into any other strategy.
+
+        "strategy" has besides what the strategy remembers on this rank (codecs, local-sgd, diloco). Local. Raises
+        ConfigError where this rank does not have the state: `checkpoint` gathers it.
+        """
+        self.take_writes()
+        if self._is_flat:
+            for before in self._optimizer_state_dict_pre_hooks.values():
+                before(self)
+            self.check_state_is_here()
+            found: dict[str, Any] = {"state": self.own_state(), "param_groups": pack(self.param_groups)}
+        else:
+            found = self.inner.state_dict()
+        if memory := self.memory():
+            found["strategy"] = memory
+        if self._is_flat:
+            for after in self._optimizer_state_dict_post_hooks.values():
+                result = after(self, found)
+                found = found if result is None else result
+        return found
+
+    def own_state(self) -> dict[Any, Any]:
+        """The state by numbers of parameters, as views, where this rank has it. Local; runs no hooks."""
+        state = own_state(self._wrapped, self.flat, self.stateful, self.numbers)
+        if self._is_flat:
+            places = {number: place for place, number in enumerate(self.numbers)}
+            self._given.note(self.stateful, self.flat, {places[number]: found for number, found in state.items()})
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` of any strategy, or of the plain torch optimizer, saved. Local: call it on all ranks.
 
         Raises CheckpointError where groups or shapes do not fit this model.
         """
-        if is_elementwise(self._wrapped):
-            self.load_entries(state_dict["param_groups"], entries_of(state_dict["state"]))
+        found = dict(state_dict)
+        if self._is_flat:
+            for before in self._optimizer_load_state_dict_pre_hooks.values():
+                result = before(self, found)
+                found = found if result is None else result
+            self.load_entries(found["param_groups"], entries_of(found["state"]))
         else:
-            load_whole(self.inner, state_dict)
+            load_whole(self.inner, {key: value for key, value in found.items() if key != "strategy"})
+        self._take_memory(found.get("strategy", {}))
+        self._given = GivenNumbers()
+        if self._is_flat:
+            for after in self._optimizer_load_state_dict_post_hooks.values():
+                after(self)
+
+    def _take_memory(self, saved: dict[str, Tensor]) -> None:
+        memory = self.memory()
+        if {name: tensor.shape for name, tensor in saved.items()} == {name: t.shape for name, t in memory.items()}:
+            for name, tensor in saved.items():
+                memory[name].copy_(tensor)
+            self.remembered()
+        elif saved:
+            warnings.warn(
+                f"the state_dict has what another strategy remembered ({', '.join(saved)}): this one begins with "
+                "nothing remembered",
+                stacklevel=3,
+            )
+
+    def remembered(self) -> None:
+        """Called once `memory` was overwritten by what this rank, or the first, had saved. Local."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: a copy would share the model and the ranks, without the state. Raises CopyError."""
+        raise CopyError(
+            "a distributed optimizer cannot be copied or pickled, as it belongs to this process among its ranks: save "
+            "optimizer.checkpoint() (all ranks call it), build the same again, and restore() it"
+        )
+
+    def _find_states(self) -> dict[int, dict[str, Any]]:
+        places = {number: place for place, number in enumerate(self.numbers)}
+        return {places[number]: found for number, found in self.own_state().items()}
+
+    def _signature(self) -> list[int]:
+        self._take_loaded()
+        self.check_state_is_here()
+        return [id(value) for entries in self.stateful.state.values() for value in entries.values()]
+
+    def _forget_states(self) -> None:
+        self.load_entries(pack(self.param_groups), iter(()))
 
     def saving(self) -> AbstractContextManager[Tensor]:
         """As `fetched(state=True)`; inside, `pieces` may be asked for."""
@@ -73,7 +215,7 @@ class SavedOptimizer(QuietOptimizer):
 
     def pieces(self) -> tuple[dict[str, Piece], Scalars]:
         """The state for a checkpoint: tensors as NUMBER/ENTRY, which may be asked for inside `saving`, and scalars."""
-        return pieces_of(self.state_dict()["state"])
+        return pieces_of(self.own_state())
 
     def load_entries(self, groups: Groups, entries: Entries) -> None:
         """As `load_state_dict`: the groups, and the state, entry by entry. Local; `entries` may block."""

@@ -42,13 +42,16 @@ class Sharded(SlicedStep):
             finally:
                 self._whole.state.clear()
 
-    def state_dict(self) -> dict[str, Any]:
-        """As Strategy's, on rank 0 inside `fetched(state=True)`; elsewhere without the state, which no rank has."""
-        mine, self.inner = self.inner, self._whole
-        try:
-            return super().state_dict()
-        finally:
-            self.inner = mine
+    @property
+    def stateful(self) -> Optimizer:
+        """As Strategy's: on rank 0 inside `fetched(state=True)`, or where there is one rank."""
+        return self.inner if self.world.size == 1 else self._whole
+
+    def state_is_elsewhere(self) -> str:
+        """As Strategy's."""
+        if self.world.size == 1 or self._whole.state or not any(self.inner.state.values()):
+            return ""
+        return f"--strategy sharded keeps a slice of the optimizer's state on each of {self.world.size} ranks"
 
     def saving(self) -> AbstractContextManager[Tensor]:
         """As Strategy's: no rank has the whole state; its pieces are put together one by one."""

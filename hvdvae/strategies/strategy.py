@@ -113,6 +113,7 @@ class Strategy(RunMember):
             optimizer.state.clear()  # It has been copied, and Adagrad's is there before the first step.
         check_same_model(self.flat, world, self.peers)
         check_same_optimizer(mine, world, self.peers)
+        self.keep_states()
         self.broadcast_model()
         self.flat.keep_buffers()
 
@@ -230,6 +231,7 @@ class Strategy(RunMember):
     def _prepare(self) -> None:
         """Have the gradient as it is to be stepped on. Blocks; every rank must call it. Raises NotFinite on all."""
         self.flat.take_back()
+        self.take_writes()
         self._asked.check()
         if self._exchanged:
             self.flat.gather_gradient()  # Somebody may have assigned other gradients since.

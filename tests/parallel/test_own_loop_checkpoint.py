@@ -282,7 +282,11 @@ def test_parameter_servers_go_on(world: World, plan: Plan) -> None:
     with workers(world, plan, 40) as worker:
         if worker:
             model, optimizer, mine = worker
+            assert not optimizer.state_dict()["state"], "nobody has a state yet"
             train(mine, model, optimizer, range(BEFORE))
+            for ask in (optimizer.state_dict, lambda: optimizer.state[model[0].weight]):
+                with pytest.raises(ConfigError, match=r"is on the servers .* call optimizer\.checkpoint\(\)"):
+                    ask()
             state = optimizer.checkpoint()
             assert (state is not None) == mine.is_first
             kept = passed(state)

@@ -114,9 +114,17 @@ def test_a_checkpoint_is_the_plain_optimizers_and_loads_into_any(world: World, e
     for _ in range(3):
         step(world, model, optimizer)
     with optimizer.fetched(state=True):
-        saved = copy.deepcopy(optimizer.state_dict())
-    assert not [entries for entries in optimizer.state_dict()["state"].values() if entries], "kept for its time only"
-    assert bool(saved["state"]) == world.is_first
+        saved = copy.deepcopy(optimizer.state_dict()) if world.is_first else {}
+    if world.size > 1:  # Kept for its time only, and elsewhere never.
+        for ask in (
+            optimizer.state_dict,
+            lambda: optimizer.state[next(model.parameters())],
+            lambda: len(optimizer.state),
+        ):
+            with pytest.raises(ConfigError, match=r"keeps a slice .* call optimizer\.checkpoint\(\) on all ranks"):
+                ask()
+        with pytest.raises(ConfigError, match="keeps a slice"):
+            optimizer.wrapped.state_dict()
     single = network(seed=100)
     alone = OPTIMIZERS["adam"](single.parameters())
     x, y = examples()

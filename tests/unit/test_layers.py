@@ -185,6 +185,7 @@ def test_strategies_do_not_import_each_other() -> None:
         "mean",
         "messages",
         "optimizer_state",
+        "parameter_states",
         "overlap",
         "own_step",
         "passes",
