@@ -13,6 +13,7 @@ from hvdvae.strategies.fitting_options import check_options
 from hvdvae.strategies.flat_optimizer import check_elementwise
 from hvdvae.strategies.local import Local
 from hvdvae.strategies.strategy import Strategy
+from hvdvae.strategies.wrapping import carrying_on
 from hvdvae.world import World
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ OUTER_LR, OUTER_MOMENTUM = 0.7, 0.9
 """Of diloco: Douillard et al. 2023."""
 
 
+@carrying_on
 def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     optimizer: Optimizer,
     model: nn.Module,
@@ -75,6 +77,9 @@ def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
     plan: consistency, rule and periods of the parameter server (ps; default asynchronous).
     parts: where `model` is this rank's part of one that several ranks hold (hvdvae.parallel), with allreduce and
         sharded; `world` has the ranks that hold the same part then.
+
+    An optimizer that is wrapped already, or what this returned for it, is wrapped anew: the state is carried on, and
+    the former wrapper steps no more. So parameters that were unfrozen come to be trained.
 
     Raises ConfigError for options that do not go together, WorldError where ranks or libraries do not.
     """

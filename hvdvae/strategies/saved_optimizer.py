@@ -29,6 +29,7 @@ from hvdvae.strategies.optimizer_state import (
 )
 from hvdvae.strategies.parameter_states import GivenNumbers, ParameterStates
 from hvdvae.strategies.quiet_optimizer import QuietOptimizer
+from hvdvae.strategies.wrapping import StepGuard, without_state
 
 _HOOKS = (
     "_optimizer_state_dict_pre_hooks",
@@ -49,7 +50,8 @@ class SavedOptimizer(QuietOptimizer):
     """Of trained parameters, as the wrapped optimizer numbers all. Frozen ones are nobody's to change."""
     _wrapped: Optimizer
     _is_flat: bool
-    """Whether `inner` steps vectors; else it is the wrapped optimizer itself."""
+    is_replaced = False
+    """Whether another strategy has taken the wrapped optimizer."""
     own_memory: tuple[str, ...] = ()
     """Names in `memory` of what differs from rank to rank while a run goes on."""
 
@@ -84,10 +86,28 @@ class SavedOptimizer(QuietOptimizer):
         """Show the state by parameters from now on, also as the wrapped optimizer's, whose own it was. Local."""
         self._states = ParameterStates(self.flat.tensors, self._find_states, self._signature, self._forget_states)
         self._given = GivenNumbers()
-        if self._is_flat:
-            self._wrapped.state = self._states  # type: ignore[assignment]
         for name in _HOOKS:
             setattr(self, name, getattr(self._wrapped, name))
+        self.hold_again()
+
+    def hold_again(self) -> None:
+        """Take the wrapped optimizer, and show it the state. Mutates it."""
+        self.is_replaced = False
+        self.guard = StepGuard(self._wrapped)
+        if self._is_flat:
+            self._wrapped.state = self._states  # type: ignore[assignment]
+
+    def let_go(self) -> None:
+        """Leave the wrapped optimizer to another strategy, without the state; this one steps no more. Mutates it."""
+        self.is_replaced = True
+        self.guard.remove()
+        if self._is_flat:
+            self._wrapped.state = without_state()
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether `inner` steps vectors; else it is the wrapped optimizer itself."""
+        return self._is_flat
 
     @property
     def stateful(self) -> Optimizer:
@@ -107,6 +127,11 @@ class SavedOptimizer(QuietOptimizer):
 
     def take_writes(self) -> None:
         """Follow what was loaded into the wrapped optimizer, or written into numbers that were given out. Local."""
+        if self.is_replaced:
+            raise ConfigError(
+                "this optimizer was wrapped anew since, and the new one has its state: use what DistributedOptimizer "
+                "returned last"
+            )
         self._take_loaded()
         self._states.forget()
         if self._given:

@@ -319,7 +319,8 @@ class Strategy(RunMember):
     def step_inner(self) -> None:
         """Step the inner optimizer; a parameter that was frozen after wrapping, and has no gradient, stays. Local."""
         if not self._is_flat:  # It sees for itself what is frozen.
-            self.counted.step(self.inner, **self.arguments)
+            with self.guard.open():
+                self.counted.step(self.inner, **self.arguments)
             self.flat.take_back()  # Some set `.data` (SAM).
         elif not self.flat.frozen:
             self.inner.step()

@@ -241,9 +241,9 @@ def test_what_an_optimizer_has_at_its_start_is_not_kept_twice() -> None:
     plain = torch.optim.Adagrad(model.parameters(), 0.1, initial_accumulator_value=0.5)
     assert plain.state, "Adagrad's is there before the first step"
     optimizer = DistributedOptimizer(plain, model, world=World.alone(), strategy="local")
-    storages = {e.untyped_storage().data_ptr() for found in plain.state.values() for e in found.values() if e.dim()}
     (kept,) = (entries["sum"] for entries in optimizer.inner.state.values())
-    assert storages == {kept.untyped_storage().data_ptr()}
+    for entries in plain.state.values():
+        assert 0 <= entries["sum"].data_ptr() - kept.data_ptr() < kept.nbytes
     state = optimizer.state_dict()["state"]
     assert all(bool((state[number]["sum"] == 0.5).all()) for number in range(4))
 
