@@ -67,6 +67,8 @@ def snapshot(trainer: "Trainer", rows: Tensor, config: Mapping[str, Any]) -> Dra
     pieces, scalars = pieces_of_all(optimizer, trainer.model, rows)
     if trainer.ema is not None:
         averages = optimizer.flat.views(trainer.ema.average)
+        if trainer.averaged_statistics is not None:
+            averages |= trainer.averaged_statistics.values
         pieces |= {f"ema/{name}": Piece.of(average) for name, average in averages.items()}
     record = {
         "position": asdict(trainer.position),
@@ -147,7 +149,8 @@ def restore(trainer: "Trainer", checkpoint: Source) -> None:
         trainer.ema.average.copy_(optimizer.flat.parameters)  # Where the run kept none.
         for name, average in source.each("ema"):
             with fitting(file, "moving average"):
-                averages[name].copy_(average)
+                if trainer.averaged_statistics is None or not trainer.averaged_statistics.load(name, average):
+                    averages[name].copy_(average)
     if trainer.stepper.scaler is not None and record["scaler"] is not None:
         with fitting(file, "state of the loss scaling"):
             trainer.stepper.scaler.load_state_dict(record["scaler"])

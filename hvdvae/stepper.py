@@ -74,6 +74,25 @@ class Stepper:
             pulse.count(loss, rate, distortion, examples)
         self._update(number)
 
+    def look(self, batches: Iterable[Batch], number: int, epoch: float) -> Iterator[None]:
+        """Take batches through model and loss as in a step, and forget what comes of it, but for what layers keep.
+
+        Noise is one of `number` and the batch's place. Blocks where layers do; every rank then takes equally many.
+        """
+        optimizer = self._optimizer
+        for place, batch in enumerate(batches):
+            seed_everything(self._device, self._seed, optimizer.world.rank, number, place)
+            passes = optimizer.backward_passes_per_step
+            if self._pipeline is not None:
+                self._pipeline.run(batch, epoch, passes, self._autocast)
+                optimizer.zero_grad()  # Stages know no forward without backward.
+            else:
+                assert self._loss is not None
+                for micro in chunks(batch, passes):
+                    with self._autocast:
+                        self._loss(self._model, micro, epoch)
+            yield
+
     def scale_learning_rates(self, factor: float) -> None:
         """Multiply them, now and as they will be. Local."""
         self._base_lrs = [lr * factor for lr in self._base_lrs]

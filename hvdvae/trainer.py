@@ -11,11 +11,12 @@ over the batch. `batch` is whatever `batches` yields: a tensor, or a tuple or ma
 fractional count of epochs done.
 """
 
+import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hvdvae.allocator import keep_freed_memory
+from hvdvae.averaged_statistics import BATCHES, AveragedStatistics
 from hvdvae.batch import Batch, Batches, examples_of
 from hvdvae.checkpoint import Folder, Source
 from hvdvae.dataloader import DataLoaderBatches, check_alike
@@ -136,6 +138,7 @@ class Trainer:
         flat = optimizer.flat
         ema = MovingAverage(flat.parameters, ema_decay, holder=flat) if ema_decay else None
         self.ema = ema
+        self.averaged_statistics = AveragedStatistics(model, optimizer) if ema is not None else None
         self.best: float | None = None
         self.owed: dict[str, float] | None = None
         """What training told of an epoch whose validation is still to come, as one that was saved before it has it."""
@@ -228,9 +231,25 @@ class Trainer:
         restore(self, checkpoint)
         return True
 
-    def evaluation_weights(self) -> AbstractContextManager[None]:
-        """Inside, the model holds what is to be evaluated: the moving average, if there is one."""
-        return self.ema.applied() if self.ema is not None else nullcontext()
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """Inside, the model holds what is to be evaluated: the moving average, if there is one, and its statistics.
+
+        Call it inside the optimizer's `fetched`. Blocks where layers keep statistics; every rank that enters that must.
+        """
+        if self.ema is None or self.averaged_statistics is None:
+            yield
+            return
+        with self.ema.applied():
+            self.averaged_statistics.measure(self.position.step, self._look)
+            with self.averaged_statistics.applied():
+                yield
+
+    def _look(self) -> Iterator[None]:
+        """Some of the coming epoch's batches through the model."""
+        count = min(BATCHES, self.batches.steps(0))
+        batches = self.batches.epoch(self.position.epoch, 0)
+        return self.stepper.look(itertools.islice(batches, count), self.position.step, self.epochs_done)
 
     @property
     def epochs_done(self) -> float:
@@ -366,6 +385,7 @@ class Trainer:
         before, self.best = self.best, found["loss"] if is_best else self.best
         if is_best or is_due:
             try:
+                self._look_at_average()
                 self._save(is_best=is_best)
             except RankLost:
                 self.best, self.owed = before, metrics
@@ -385,6 +405,14 @@ class Trainer:
             self.world.max_(took, "seconds of the validation")
         self._validation_seconds = float(took)
         return found
+
+    def _look_at_average(self) -> None:
+        """Where no validation has, measure what a checkpoint has of the average."""
+        if self.ema is None or self._checkpoints is None:
+            return
+        optimizer = self.optimizer
+        with torch.no_grad(), optimizer.fetched(), optimizer.arithmetic(), self.evaluation_weights():
+            pass
 
     def _save(self, *, is_best: bool, keeps_others: bool = False) -> None:
         if self._checkpoints is None or not (self.optimizer.synchronous or self.world.is_first):

@@ -82,6 +82,7 @@ def test_a_graph_from_before_weights_are_looked_at_raises_where_those_are_others
             stale.backward()
     else:
         stale.backward()
+        optimizer.zero_grad()  # What is under way of it ends.
 
 
 def test_what_is_assigned_is_trained_on_and_alike_on_all_ranks(world: World, way: dict[str, Any]) -> None:

@@ -25,8 +25,8 @@ LAYERS = {
     "server and compression": ("compression ps", 2),
     "strategies": ("parallel strategies", 3),
     "run": (
-        "dataloader epoch_metrics heartbeat mean_loss monitor pulse pulse_served recovery resume run_folder run_record "
-        "stepper trainer",
+        "averaged_statistics dataloader epoch_metrics heartbeat mean_loss monitor pulse pulse_served recovery resume "
+        "run_folder run_record stepper trainer",
         4,
     ),
     "command": ("__main__ cli", 5),
