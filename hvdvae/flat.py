@@ -217,11 +217,13 @@ class FlatModel:
 
     def has_new_gradients(self, *, was_cleared: bool) -> bool:
         """Whether one has come since they were gathered. `was_cleared`: whether all were cleared since. Local."""
+        _ = self.gradient  # Asking makes the views, before the first gathering.
         pairs = zip(self.tensors, self._gradient_views, strict=True)
         return any(tensor.grad is not None and (was_cleared or tensor.grad is not view) for tensor, view in pairs)
 
     def has_lost_gradients(self) -> bool:
         """Whether one was cleared or replaced since they were gathered. Local."""
+        _ = self.gradient
         pairs = enumerate(zip(self.tensors, self._gradient_views, strict=True))
         return any(tensor.grad is not view for number, (tensor, view) in pairs if number not in self.frozen)
 

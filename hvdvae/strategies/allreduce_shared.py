@@ -27,7 +27,7 @@ def can_share(optimizer: Optimizer, model: nn.Module, world: World) -> bool:
     """Whether ranks can step this way. Blocks; every rank must call it."""
     if not is_elementwise(optimizer) or world.survives_deaths:
         return False
-    nbytes = sum(parameter.nbytes for parameter in model.parameters())
+    nbytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return world.shares_memory(2 * nbytes + _STATE_VECTORS * nbytes // world.size)
 
 
