@@ -206,7 +206,15 @@ class World:
 
     def gather_objects(self, record: Any, what: str = "gather") -> list[Any]:
         """Every rank's JSON-able record, in rank order, on all ranks. Blocks; every rank must call."""
-        return [json.loads(data) for data in self.gather_bytes(json.dumps(record).encode(), what)]
+        found = self.gather_bytes(json.dumps(record).encode(), what)
+        try:
+            return [json.loads(data) for data in found]
+        except ValueError as error:
+            if not self.survives_deaths:
+                raise
+            # Open MPI's gather has been seen to return without an error, and without what a rank that died had to say.
+            deaths.end_waits(self)
+            raise deaths.lost(self, what) from error
 
     def gather_from_everyone(self, record: Any, what: str) -> list[Any]:
         """As `gather_objects`, of trainers and servers, in the order of `everyone`. Needs MPI; all must call it."""

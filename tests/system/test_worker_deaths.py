@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.worker_jobs import BATCH, EXAMPLES, MPIRUN_ULFM, WORKERS, await_first_epoch, has_ulfm, start, worker
+from tests.system.worker_jobs import (
+    BATCH,
+    EXAMPLES,
+    MPIRUN_ULFM,
+    WORKERS,
+    await_first_epoch,
+    await_validated,
+    has_ulfm,
+    start,
+    worker,
+)
 
 EPOCHS = 6
 PLANS = (
@@ -95,11 +105,10 @@ def test_a_death_in_the_final_test_leaves_the_results_to_the_others(tmp_path: Pa
     """The server has done its work by then; of a worker the others do the share, too."""
     if not has_ulfm():
         pytest.skip("this MPI has no ULFM")
-    job = start(tmp_path, "", epochs=1, mpirun=MPIRUN_ULFM, samples=4000)
+    job = start(tmp_path, "", epochs=1, mpirun=MPIRUN_ULFM, samples=8000)
     try:
         process = worker(job, victim)
-        await_first_epoch(tmp_path)  # Of one: training has ended.
-        time.sleep(0.5)
+        await_validated(tmp_path)  # After the only epoch: all that the server holds has been fetched.
         assert not (tmp_path / "run" / "summary.json").exists(), "the final test goes on"
         process.kill()
         ended = job.finish(100)

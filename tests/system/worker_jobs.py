@@ -74,3 +74,11 @@ def await_first_epoch(folder: Path) -> None:
     while not (metrics.exists() and "epoch" in metrics.read_text()):
         assert time.monotonic() < give_up, "no epoch ended"
         time.sleep(0.02)
+
+
+def await_validated(folder: Path) -> None:
+    """Return once a checkpoint has been found to be the best: after a validation."""
+    give_up = time.monotonic() + 60
+    while not (folder / "run" / "checkpoints" / "best.safetensors").exists():
+        assert time.monotonic() < give_up, "no validation ended"
+        time.sleep(0.02)
