@@ -124,11 +124,13 @@ def test_the_barrier_holds_until_all_have_come(world: World) -> None:
     import time
 
     world.barrier()
-    start = time.monotonic()
     if world.rank == world.size - 1:
         time.sleep(0.3)
+    came = time.monotonic()
     world.barrier()
-    assert time.monotonic() - start > 0.25
+    left = time.monotonic()
+    # Of one clock, as all are on one machine.
+    assert left >= max(world.gather_objects(came))
 
 
 def test_waits_are_counted(world: World) -> None:
@@ -139,10 +141,13 @@ def test_waits_are_counted(world: World) -> None:
     world.barrier()
     before = world.watchdog.waited
     if world.rank == 0:
-        time.sleep(0.3)
+        time.sleep(1.0)
+    came = time.monotonic()
     world.sum_(torch.ones(1))
     waited = world.watchdog.waited - before
-    assert waited < 0.2 if world.rank == 0 else waited > 0.25
+    assert waited <= time.monotonic() - came, "neither twice, nor where it slept"
+    # With room for a rank that came late itself, on a loaded machine.
+    assert world.rank == 0 or waited > 0.1
 
 
 def test_alone_is_one_process_within_any_launch(world: World) -> None:

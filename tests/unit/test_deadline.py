@@ -71,9 +71,10 @@ def test_the_state_is_of_the_watched_thread() -> None:
 
 def test_waits_are_summed_and_nested_ones_count_once() -> None:
     watchdog = Watchdog(rank=0, size=1, seconds=4)
+    begin = time.monotonic()
     with watchdog.waiting("outer"), watchdog.waiting("inner"):
         time.sleep(0.2)
-    assert 0.2 <= watchdog.waited < 0.38
+    assert 0.2 <= watchdog.waited <= time.monotonic() - begin, "once, however long it took"
     with pytest.raises(KeyError), watchdog.waiting("fails"):
         raise KeyError
     assert watchdog.state().waiting == "", "a wait ends also by an exception"
@@ -83,15 +84,16 @@ CASE = """
 import sys, time
 from hvdvae.deadline import Watchdog
 
-watchdog = Watchdog(rank=0, size=2, seconds=0.6)
+# Waits are short beside the deadline, also where a sleep takes a second more; together they are longer.
+watchdog = Watchdog(rank=0, size=2, seconds=2.0)
 watchdog.step = 4711
 watchdog.start()
 
 def many_short_waits():
     for _ in range(6):
         with watchdog.waiting("something short"):
-            time.sleep(0.15)
-    time.sleep(0.9)  # Computing is no wait.
+            time.sleep(0.4)
+    time.sleep(2.5)  # Computing is no wait.
 
 def a_call_that_never_returns():
     with watchdog.waiting("the sum of gradients"):
@@ -102,26 +104,24 @@ print("reached", flush=True)
 if "stop" in sys.argv:
     watchdog.stop()
     with watchdog.waiting("after the end"):
-        time.sleep(0.9)
+        time.sleep(2.9)
     sys.exit(0)
 a_call_that_never_returns()
 """
 
 
 def test_a_wait_past_its_deadline_ends_the_process_with_its_stack() -> None:
-    start = time.monotonic()
-    run = subprocess.run([sys.executable, "-c", CASE], capture_output=True, text=True, timeout=30)
-    assert time.monotonic() - start < 20
+    run = subprocess.run([sys.executable, "-c", CASE], capture_output=True, text=True, timeout=50)
     assert run.returncode == EXIT_CODE == 75
     assert run.stdout == "reached\n", "short waits and computing are no reason"
-    assert "deadline of 0.6 s exceeded" in run.stderr
+    assert "deadline of 2 s exceeded" in run.stderr
     assert "'the sum of gradients'" in run.stderr
     assert "step 4711" in run.stderr
     assert "a_call_that_never_returns" in run.stderr
 
 
 def test_a_stopped_watchdog_ends_nothing() -> None:
-    run = subprocess.run([sys.executable, "-c", CASE, "stop"], capture_output=True, text=True, timeout=30)
+    run = subprocess.run([sys.executable, "-c", CASE, "stop"], capture_output=True, text=True, timeout=50)
     assert (run.returncode, run.stderr) == (0, "")
 
 
@@ -133,15 +133,16 @@ class Others:
     lost, departed = set(), {}
     def answer(self, state): ...
     def ask(self, state, seconds):
-        alive = time.monotonic() - start < 2.0
+        alive = not told
         return {1: State(1, "node1", 0, "", 0.0, "download.py:1")} if alive else {}
 
-start = time.monotonic()
+told = []
 watchdog = Watchdog(rank=0, size=2, seconds=0.4, inquiry=Others())
 watchdog.start()
 with watchdog.waiting("the download of rank 1", patient=True):
     time.sleep(1.5)
     print("went on", flush=True)
+    told.append(True)
     time.sleep(60)
 """
 
@@ -220,7 +221,7 @@ def test_patient_waits_for_each_other_in_different_operations_end() -> None:
         assert ("rank 1 (node1) waits in 'another wait'" in run.stderr) == (seconds < 1)
 
 
-STUCK = SOONER + PATIENT.replace("alive = time.monotonic() - start < 2.0", "time.sleep(60); alive = False")
+STUCK = SOONER + PATIENT.replace("alive = not told", "time.sleep(60); alive = False")
 
 
 def test_an_inquiry_that_gets_stuck_does_not_keep_the_job() -> None:
