@@ -38,7 +38,7 @@ def never_stopped(tmp_path_factory: pytest.TempPathFactory, images: Path) -> dic
     folder = tmp_path_factory.mktemp("whole")
     for ranks in (1, 2):
         command = [*launcher_command("none" if ranks == 1 else "mpirun", ranks), sys.executable, "-m", "hvdvae"]
-        job = Launch([*command, *words(images, ranks, f"np{ranks}")], clean_environment(), folder).finish(60)
+        job = Launch([*command, *words(images, ranks, f"np{ranks}")], clean_environment(), folder).finish()
         assert job.status == 0, job.output
     return {ranks: folder / f"np{ranks}" for ranks in (1, 2)}
 
@@ -53,7 +53,7 @@ def stop(job: Launch, number: signal.Signals) -> Finished:
         time.sleep(0.01)
     waits.unlink()
     job.process.send_signal(number)
-    return job.finish(60)
+    return job.finish()
 
 
 def midway(step: int | str) -> tuple[str, str]:
@@ -170,7 +170,7 @@ def test_two_ranks_stop_and_go_on_again_and_again(
         assert "resumed at step" in job.output
         assert "uncaught exception" not in job.output
         last = shutil.copytree(folder, tmp_path / launcher)
-        resumed = start(2, "-m", "hvdvae", *again[:-1], launcher, "--engine", "mpi").finish(60)
+        resumed = start(2, "-m", "hvdvae", *again[:-1], launcher, "--engine", "mpi").finish()
         assert resumed.status == 0, resumed.output
         assert_same_end(last, never_stopped[2], exactly=launcher == "mpirun")
 
