@@ -60,11 +60,9 @@ class SharedAllreduce(SlicedStep):
 
     def take_writes(self) -> None:
         """As Strategy's; before the state is shared, this rank's slice is a copy."""
-        if self._given and not self._seen:
-            super().take_writes()
+        super().take_writes()
+        if not self._seen and self._whole.state:
             self._take_state()
-        else:
-            super().take_writes()
 
     def load_entries(self, groups: Groups, entries: Entries) -> None:
         """As Strategy's."""

@@ -47,6 +47,11 @@ class Sharded(SlicedStep):
         """As Strategy's: on rank 0 inside `fetched(state=True)`, or where there is one rank."""
         return self.inner if self.world.size == 1 else self._whole
 
+    def begin_state(self) -> None:
+        """As Strategy's: a slice is no state that could be broadcast."""
+        if self.world.size == 1:
+            super().begin_state()
+
     def state_is_elsewhere(self) -> str:
         """As Strategy's."""
         if self.world.size == 1 or self._whole.state or not any(self.inner.state.values()):

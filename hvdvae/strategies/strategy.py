@@ -23,6 +23,7 @@ from hvdvae.strategies.equal_options import EqualOptions
 from hvdvae.strategies.flat_optimizer import check_supported, flat_optimizer, is_elementwise
 from hvdvae.strategies.gradient_hooks import release
 from hvdvae.strategies.group_options import CountedOptions
+from hvdvae.strategies.horovod_start import begin_state, steps_for_horovod
 from hvdvae.strategies.left_alone import left_alone
 from hvdvae.strategies.optimizer_state import entries_of, follow, load_state
 from hvdvae.strategies.own_step import NotFinite, check_arguments, check_first_order, reach, with_closure
@@ -194,6 +195,9 @@ class Strategy(RunMember):
         Returns the closure's last loss, this rank's.
         """
         check_arguments(self._wrapped, arguments, steps_itself=not self._is_flat)
+        if not any(self.stateful.state.values()) and steps_for_horovod():
+            self.begin_state()
+            return None
         loss, evaluates = None, closure is not None and not self._is_flat
         if closure is not None and not evaluates:
             with torch.enable_grad():
@@ -311,6 +315,11 @@ class Strategy(RunMember):
         """Of the mean gradient, which `gradient` (P,) holds after the exchange. The same on all ranks."""
         # One pass of BLAS; a third quicker than vector_norm. Not finite beyond 1e19, where no step is worth taking.
         return sum(float(torch.dot(gradient[place], gradient[place])) for place in self.own)
+
+    def begin_state(self) -> None:
+        """Let the optimizer have the state that it begins with, where this rank has any. Local."""
+        with self.guard.open():
+            begin_state(self.stateful, self.flat.parameters, is_flat=self._is_flat)
 
     def update(self) -> None:
         """Step the inner optimizer on the vectors. Local."""

@@ -182,6 +182,7 @@ def test_strategies_do_not_import_each_other() -> None:
         "gradient_hooks",
         "left_alone",
         "group_options",
+        "horovod_start",
         "mean",
         "messages",
         "optimizer_state",
