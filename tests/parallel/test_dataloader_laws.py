@@ -28,10 +28,11 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor], epoch: float) -> Tensor
 def trainer_of(world: World, training: DataLoader[Any], *, first: int = 0, **options: Any) -> Trainer:
     torch.manual_seed(first)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
-    strategy = "local" if world.launcher == "none" else "allreduce"
-    engine = "horovod" if world.launcher == "horovodrun-gloo" else "mpi"
+    way: dict[str, Any] = {"strategy": "local"}
+    if world.launcher != "none":
+        way = {"strategy": "allreduce", "engine": "horovod" if world.launcher == "horovodrun-gloo" else "mpi"}
     plain = torch.optim.Adam(model.parameters(), lr=0.02)
-    wrapped = DistributedOptimizer(plain, model, world=world, strategy=strategy, engine=engine)
+    wrapped = DistributedOptimizer(plain, model, world=world, **way)
     return Trainer(model, wrapped, loss, training, seed=3, **options)
 
 
