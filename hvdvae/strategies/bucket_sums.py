@@ -96,6 +96,7 @@ class MessageSums:
         """As Sums'."""
         self._count = (self._count + 1) % TAGS
         found = _MessageSum(vector, self._comm, self._count)
+        _UNDER_WAY.add(found)
         whole = slice(start, start + len(vector))
         for rank, owned in enumerate(self._slices):
             piece = overlap(owned, whole)
@@ -109,6 +110,10 @@ class MessageSums:
                         found.expect(part, other)
         found.is_done()
         return found
+
+
+_UNDER_WAY: "set[_MessageSum]" = set()
+"""Held until they are done, also where the optimizer that began them is gone: MPI reads and writes their memory."""
 
 
 class _MessageSum:
@@ -145,6 +150,7 @@ class _MessageSum:
             self._receives[0][0].Wait()
             self._take()
         MPI.Request.Waitall(self._sends)
+        _UNDER_WAY.discard(self)
         return self._host.to(self._vector.device)
 
     def _post(self) -> None:
