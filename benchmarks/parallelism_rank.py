@@ -35,8 +35,9 @@ def main(order: dict[str, Any]) -> None:
     device = world.device
     independent = order.pop("independent", False)
     seconds = order.pop("seconds")
-    # On GPUs NCCL, which Horovod brings.
-    order["engine"] = "mpi" if device.type == "cpu" else "horovod"
+    if order.get("strategy") != "local":
+        # On GPUs NCCL, which Horovod brings.
+        order["engine"] = "mpi" if device.type == "cpu" else "horovod"
     config = TrainConfig(model="mlp", latent=[20], activation="relu", nll_samples=0, **order)
     mine = World.alone(device=str(device)) if independent else world
     groups = assemble.mesh(config, mine)
