@@ -153,8 +153,20 @@ class Recorder:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         plain = {key: shown for key, value in options.items() if (shown := _plain(value)) is not None}
         self.seen[self.name] = [[shown for one in arguments if (shown := _plain(one)) is not None], plain]
-        world = SimpleNamespace(rank=0, size=2, device=torch.device("cpu"), is_first=True)
-        return SimpleNamespace(world=world, whole=world, hold=lambda parts: None, position=SimpleNamespace(step=0))
+        return Made(arguments[0] if arguments else None)
+
+
+class Made:
+    """What a run asks of the strategy, the trainer, ... that it has made."""
+
+    position = SimpleNamespace(step=0)
+
+    def __init__(self, wrapped: object) -> None:
+        self.wrapped = wrapped
+        self.world = self.whole = SimpleNamespace(rank=0, size=2, device=torch.device("cpu"), is_first=True)
+
+    def hold(self, parts: object) -> None:
+        pass
 
 
 def _plain(value: Any) -> Any:

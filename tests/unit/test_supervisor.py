@@ -50,7 +50,8 @@ class Supervised:
     ) -> None:
         self.folder, self._said = folder, ""
         (folder / "job.py").write_text(JOB + handlers + STARTED + body)
-        supervise = [sys.executable, "-m", "hvdvae", "supervise", "--backoff", "0.1", *options, "--"]
+        soon = () if "--restarts" in options and "0" in options else ("--backoff", "0.1")
+        supervise = [sys.executable, "-m", "hvdvae", "supervise", *soon, *options, "--"]
         self.process = subprocess.Popen(
             [*supervise, *(command or [sys.executable, "job.py", "train", "--out", "here"])],
             cwd=folder,
