@@ -25,7 +25,7 @@ from hvdvae.deadline import Group, Watchdog
 from hvdvae.errors import ConfigError, RankLost, WorldError
 from hvdvae.launcher import Launch, Launcher, detect, leave_launch, survives_deaths
 from hvdvae.world import deaths, settings
-from hvdvae.world.child import note_place, note_rank, world_of_child
+from hvdvae.world.child import forget_rank, note_place, note_rank, world_of_child
 from hvdvae.world.collectives import Alone, Collectives
 from hvdvae.world.horovod import start_horovod
 from hvdvae.world.join import check_servers, choose_device
@@ -383,6 +383,7 @@ class World:
         """Leave: stops Horovod and the watchdog. Blocks until all ranks have come; every rank must call."""
         if not self.is_rank:
             return
+        forget_rank(self)
         self._finish()
         self._is_closed = True
         self.watchdog.leave()

@@ -66,6 +66,13 @@ def note_rank(world: "World") -> None:
     note_place(world)
 
 
+def forget_rank(world: "World") -> None:
+    """A World was closed: children are those of the rank that this process is in another, where it has one. Local."""
+    _WORLDS.discard(world)
+    if _WORLDS:
+        note_place(max(_WORLDS, key=lambda other: other.size))
+
+
 def note_place(world: "World") -> None:
     """Its children are those of the rank that it is now. Local; does nothing for a World of some of the ranks."""
     if world not in _WORLDS:
