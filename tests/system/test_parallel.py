@@ -12,6 +12,7 @@ SPLITTING = ("pipeline", "tensor")
 """Where three ranks are not a case between two and four."""
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("launcher", "ranks"),
     [("mpirun", 2), ("mpirun", 3), ("mpirun", 4), ("horovodrun-gloo", 2), ("horovodrun-mpi", 2)],
@@ -21,7 +22,7 @@ def test_all_laws_hold(start: Start, launcher: str, ranks: int) -> None:
     some = LAUNCHERS if "horovodrun" in launcher else SPLITTING if ranks == 3 else ()
     named = [str(folder / f"test_{name}.py") for name in some] or [str(folder)]
     options = ("-p", "no:cacheprovider", "-q", "--color=no", "-c", str(ROOT / "pyproject.toml"))
-    job = start(ranks, "-m", "pytest", *options, *named, launcher=launcher).finish(400)
+    job = start(ranks, "-m", "pytest", *options, *named, launcher=launcher).finish(800)
     passed = re.search(r"(\d+) passed", job.output)
     assert job.status == 0, job.output
     assert passed, job.output
