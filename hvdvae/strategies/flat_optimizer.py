@@ -45,6 +45,11 @@ def check_supported(optimizer: Optimizer) -> None:
         raise ConfigError(
             f"optimizer {type(optimizer).__name__} {why}, which ranks cannot average: use another one of torch.optim"
         )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ConfigError(
+            f"optimizer {type(optimizer).__name__} has differentiable=True, and steps of ranks cannot be "
+            "differentiated through: drop it"
+        )
 
 
 def is_elementwise(optimizer: Optimizer) -> bool:

@@ -217,6 +217,12 @@ def test_impossible_options_are_refused(options: dict[str, Any], words: str) -> 
         )
 
 
+def test_a_step_that_is_to_be_differentiated_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="Adam has differentiable=True"):
+        wrapped(torch.optim.Adam(model.parameters(), differentiable=True), model)
+
+
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam])
 def test_optimizers_that_need_more_than_a_mean_gradient_are_refused(kind: type[Optimizer]) -> None:
     model = Scaled()
