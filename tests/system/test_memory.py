@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 def run(folder: Path, ranks: int, *words: str) -> tuple[int, str]:
     launch = ["mpirun", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", str(ranks)] if ranks > 1 else []
     carried = () if {"local", "ps", "local-sgd", "diloco"} & {*words} else ("--engine", "mpi")
-    job = Launch([*launch, sys.executable, JOB, *LARGE, *carried, *words], clean_environment(), folder).finish(120)
+    job = Launch([*launch, sys.executable, JOB, *LARGE, *carried, *words], clean_environment(), folder).finish(270)
     return job.status, job.output
 
 
