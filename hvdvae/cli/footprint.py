@@ -136,8 +136,8 @@ def _gradients(config: TrainConfig, mesh: Mesh, count: int, largest: int) -> int
     if config.zero_stage == 1:
         adds_up = mesh.pp > 1 or config.accumulate > 1
         return FLOAT * (2 * count + adds_up * largest)
-    # A slice, what is on its way, and what autograd wrote.
-    return FLOAT * (count // mesh.dp + largest) + (HALF * largest if config.weights == "bf16" else 0)
+    # A slice, a bucket on its way, the one that fills meanwhile, and what autograd wrote.
+    return FLOAT * (count // mesh.dp + 2 * largest) + (HALF * largest if config.weights == "bf16" else 0)
 
 
 def _vectors_of_strategy(config: TrainConfig) -> int:
