@@ -369,7 +369,8 @@ def test_fewer_bytes_of_two_ranks(start: Start, tmp_path: Path, images: Path) ->
         assert {f"epoch/{name}" for name in told} <= set(events.Tags()["scalars"])
         sent[name] = summary["bytes_sent_per_step"]
     assert sent["none"] == pytest.approx(2 * sent["horovod"], abs=4)
-    assert sent["horovod"] == pytest.approx(sent["fp16"], abs=4)
+    # Horovod sends the vector as it lies, with up to 15 zeros of 2 bytes before each of some ten parameters.
+    assert 0 <= sent["horovod"] - sent["fp16"] < 10 * 15 * 2
     # Of `sign` also what is remembered, whole, at each checkpoint of these short epochs.
     assert sent["fp16"] == sent["bf16"] > 1.9 * sent["int8"] > 3 * sent["sign"]
     # An epoch is 20 steps, and its checkpoint an average of Adam's two vectors: 5 + 2 and 4 / 4 + 2 rings of 20.
