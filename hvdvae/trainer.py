@@ -52,7 +52,10 @@ if TYPE_CHECKING:
     from hvdvae.parallel.pipeline import Pipeline
 
 LONG_SECONDS = 2.0
-"""A validation that takes longer, or has not been timed yet, begins after a save: who is ended in it loses no epoch."""
+"""A validation that takes longer, or has not been timed yet, begins after a save: who is ended in it loses no epoch.
+
+Where saves average (Strategy.saves_average), each validation of an epoch that is to be saved does, and no other.
+"""
 HOSTS_CHANGED = 1000
 """Beyond all signals: some rank has heard that there are other hosts."""
 
@@ -367,7 +370,9 @@ class Trainer:
             if stage.signal:
                 self.owed = metrics  # There may be no time for it; whoever resumes makes up for it.
                 return
-            saved_before = self._validation_seconds > LONG_SECONDS and self._checkpoints is not None
+            # A save that averages changes what is trained: whether it comes must not hang on a clock.
+            comes_first = is_due if self.optimizer.saves_average else self._validation_seconds > LONG_SECONDS
+            saved_before = comes_first and self._checkpoints is not None
             if saved_before:
                 self.owed = metrics
                 self._save(is_best=False, keeps_others=True)

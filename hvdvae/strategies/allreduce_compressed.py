@@ -46,6 +46,7 @@ class CompressedAllreduce(Strategy):
         )
         self._compression = compression
         self.own_memory = tuple(name for name in ("remembered", "velocity") if name in self._mean.memory())
+        self.saves_average = bool(self.own_memory)
         self.moved = self._mean.traffic
 
     def exchange(self, gradient: Tensor) -> None:

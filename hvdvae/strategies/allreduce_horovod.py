@@ -123,6 +123,7 @@ class HorovodAdasum(Strategy):
     name = "allreduce"
     engine = "horovod"
     averages_gradients = False
+    saves_average = True
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, world: World, **options: Any) -> None:
         """Start Horovod. Blocks; every rank must call it. `world.size` must be a power of two."""

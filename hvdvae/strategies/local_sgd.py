@@ -36,6 +36,7 @@ class LocalSgd(Strategy):
     engine = "mpi"
     engine_reason = "averages are the World's own"
     averages_gradients = False
+    saves_average = True
 
     def __init__(
         self,

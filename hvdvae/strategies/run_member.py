@@ -35,6 +35,8 @@ class RunMember(CommonModel):
     """Where several ranks hold a model together: this rank's part."""
     is_finished = False
     """Whether `finish` has returned, and ranks need nothing of each other any more but what they do after training."""
+    saves_average = False
+    """Whether a save averages, for good, what each rank has of its own: the run then goes on from the mean."""
     recovers = False
     """Whether those that are left can go on when a rank has died (ULFM)."""
     own: list[slice]

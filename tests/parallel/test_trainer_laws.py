@@ -276,6 +276,45 @@ def test_what_ranks_remember_is_resumed(world: World, shared_path: Path, exchang
         assert resumed.optimizer.moved == reference.optimizer.moved, "totals are of the whole run"
 
 
+@pytest.mark.parametrize(
+    "exchange",
+    [
+        {"strategy": "allreduce", "compression": "topk", "compression_share": 0.2},
+        {"strategy": "local-sgd", "sync_every": 4},
+        {"strategy": "diloco", "sync_every": 4},
+        {"strategy": "allreduce", "engine": "horovod", "reduce_op": "adasum"},
+    ],
+    ids=lambda exchange: "-".join(map(str, exchange.values())),
+)
+def test_what_is_trained_does_not_hang_on_how_long_a_validation_takes(
+    world: World, shared_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: dict[str, Any]
+) -> None:
+    """Saves of these average what each rank has of its own; one comes before a long validation."""
+    if "engine" in exchange and (world.launcher == "horovodrun-gloo" or world.size & (world.size - 1)):
+        pytest.skip("Adasum is Horovod's over MPI, for a power of two")
+    rows = torch.randn(EXAMPLES, 5, generator=torch.Generator().manual_seed(2))
+    found = []
+    for seconds in (-1.0, float("inf")):
+        monkeypatch.setattr("hvdvae.trainer.LONG_SECONDS", seconds)
+        losses = iter((3.0, 4.0, 5.0, 6.0))  # The first is the best: no other epoch saves for that.
+        model = Denoiser(seed=7)
+        trainer = trainer_of(
+            model,
+            world,
+            squared_error,
+            Rows(rows, GLOBAL_BATCH // world.size, world),
+            "mpi",
+            exchange,
+            seed=4,
+            checkpoints=Folder(shared_path / str(seconds), 3),
+            checkpoint_every=3,
+            validate=lambda losses=losses: {"loss": next(losses)},
+        )
+        trainer.fit(4)
+        found.append(weights(model))
+    assert torch.equal(*found)
+
+
 class Recorded:
     """A loader that notes the examples, which are all different, in the order of the whole step."""
 
