@@ -193,13 +193,14 @@ class SavedOptimizer(QuietOptimizer):
             self.load_entries(found["param_groups"], entries_of(found["state"]))
         else:
             load_whole(self.inner, {key: value for key, value in found.items() if key != "strategy"})
-        self._take_memory(found.get("strategy", {}))
+        self.take_memory(found.get("strategy", {}), source="the state_dict")
         self._given = GivenNumbers()
         if self._is_flat:
             for after in self._optimizer_load_state_dict_post_hooks.values():
                 after(self)
 
-    def _take_memory(self, saved: dict[str, Tensor]) -> None:
+    def take_memory(self, saved: dict[str, Tensor], *, source: str) -> None:
+        """Remember what a strategy of the same kind did, by name; a warning names `source` where that does not fit."""
         memory = self.memory()
         if {name: tensor.shape for name, tensor in saved.items()} == {name: t.shape for name, t in memory.items()}:
             for name, tensor in saved.items():
@@ -207,9 +208,9 @@ class SavedOptimizer(QuietOptimizer):
             self.remembered()
         elif saved:
             warnings.warn(
-                f"the state_dict has what another strategy remembered ({', '.join(saved)}): this one begins with "
-                "nothing remembered",
-                stacklevel=3,
+                f"what {source} remembers ({', '.join(saved)}) is of another strategy, or of other trained parameters: "
+                "this one begins with nothing remembered",
+                stacklevel=4,
             )
 
     def remembered(self) -> None:

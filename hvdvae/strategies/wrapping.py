@@ -6,7 +6,6 @@ strategy takes the state of the former, which steps no more.
 
 import functools
 import types
-import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -121,7 +120,7 @@ def _wrap_anew(before: "Strategy", build: Callable[..., "Strategy"], args: Any, 
     if found.flat.buffers.shape == buffers.shape:
         found.flat.buffers.copy_(buffers)
         found.flat.keep_buffers()
-    _carry_memory(before, found)
+    found.take_memory(before.memory(), source=f"strategy {before.name!r}")
     found.skipped_steps = before.skipped_steps
     found.moved.count_on(before.moved.counts())
     found.counted.names |= before.counted.names
@@ -150,20 +149,6 @@ def _entries(pieces: "dict[str, Piece]", scalars: Scalars) -> Iterator[tuple[int
     for name in sorted(pieces):
         number, _, key = name.partition("/")
         yield int(number), key, pieces[name].get()
-
-
-def _carry_memory(before: "Strategy", found: "Strategy") -> None:
-    old, new = before.memory(), found.memory()
-    if {name: tensor.shape for name, tensor in old.items()} == {name: tensor.shape for name, tensor in new.items()}:
-        for name, tensor in old.items():
-            new[name].copy_(tensor)
-        found.remembered()
-    elif old:
-        warnings.warn(
-            f"what strategy {before.name!r} remembered ({', '.join(old)}) has no place in the new one, or is of other "
-            "trained parameters: it begins with nothing remembered",
-            stacklevel=5,
-        )
 
 
 def without_state() -> Any:
